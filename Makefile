@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check -c requirements/constraints.txt
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all lint typecheck benchmarks clean
+
+demo: $(READY)
+	$(RUN) examples/demo.py
+
+test: $(READY)
+	$(RUN) -m pytest
+
+test-all: $(READY)
+	$(RUN) -m pytest -m ""
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+
+# Only an install knows `patterns/` and `backends/` as sub-packages, so mypy reads one, made outside the checkout.
+typecheck: $(READY)
+	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; log="$$scratch/build.log"; \
+	$(RUN) -m build --no-isolation --outdir "$$scratch" . > "$$log" 2>&1 || { cat "$$log"; exit 1; }; \
+	$(INSTALL) --quiet --no-deps --target "$$scratch/site" "$$scratch"/*.whl; \
+	cd "$$scratch/site"; \
+	$(abspath $(RUN)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p attnrewrite
+
+benchmarks: $(READY)
+	@set -e; for script in $(wildcard benchmarks/*.py); do $(RUN) $$script; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# torch goes first: asked for together with others, pip may choose another build of it.
+$(READY): pyproject.toml setup.py requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) --editable ".[zoo,dev]"
+	touch $@

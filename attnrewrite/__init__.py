@@ -1,0 +1,16 @@
+"""Rewrite the attention of PyTorch vision models: recognised by meaning, certified, measured."""
+
+from pathlib import Path
+
+# An install maps `patterns/` and `backends/` into this package. In a bare checkout they are its siblings,
+# so the checkout itself joins the search path, before anything below looks for them.
+_here = Path(__file__).resolve().parent
+if not (_here / "patterns").exists() and (_here.parent / "patterns" / "__init__.py").exists():
+    __path__.append(str(_here.parent))
+
+from .convert import convert, report, revert
+from .errors import AttnRewriteError
+from .planning import plan
+
+__all__ = ["AttnRewriteError", "__version__", "convert", "plan", "report", "revert"]
+__version__ = "0.1.0"

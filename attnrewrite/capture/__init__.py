@@ -1,0 +1,7 @@
+"""Capture: a model in, its ATen graph and the boundary of every module call out."""
+
+from .boundaries import ModuleCall, NodeRef
+from .examples import example_inputs_for, normalise_inputs
+from .exported import Capture, capture
+
+__all__ = ["Capture", "ModuleCall", "NodeRef", "capture", "example_inputs_for", "normalise_inputs"]

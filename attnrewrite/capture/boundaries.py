@@ -1,0 +1,143 @@
+"""The boundary of every module call: which graph values go in, which come out, and when.
+
+``nn_module_stack`` says which call a node belongs to, but not what a call's arguments were, nor that a module without
+nodes (an inactive DropPath, an Identity) was called at all. Forward hooks see both while the graph is being traced.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.utils._pytree import tree_map
+
+_MARK = "attnrewrite_position"
+
+
+@dataclass(frozen=True)
+class NodeRef:
+    """Stands for a traced tensor inside a call's arguments or result; ``node`` is None if it was not traced."""
+
+    node: Node | None
+
+
+@dataclass
+class ModuleCall:
+    """One call of one module. ``enter`` and ``exit`` bound the trace positions of its nodes, half open."""
+
+    path: str
+    module: nn.Module
+    enter: int
+    arguments: dict[str, Any]
+    exit: int = -1
+    output: Any = None
+    parent: ModuleCall | None = None
+    children: list[ModuleCall] = field(default_factory=list)
+
+    def encloses(self, position: int) -> bool:
+        return self.enter <= position < self.exit
+
+    def __repr__(self) -> str:
+        return f"ModuleCall({self.path!r}, {type(self.module).__name__}, [{self.enter}, {self.exit}))"
+
+
+class BoundaryRecorder:
+    """Hooks on every module of a model that write down each call during an export."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.root: ModuleCall | None = None
+        self._open: list[ModuleCall] = []
+        self._model = model
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        handles = []
+        for path, module in self._model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._exit, with_kwargs=True, prepend=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def calls(self, final: dict[int, Node]) -> ModuleCall:
+        """The tree of calls, with every reference resolved to a node of the final graph."""
+        assert self.root is not None, "the model's own forward was traced"
+        for call in _walk(self.root):
+            call.arguments = tree_map(lambda leaf: _resolve(leaf, final), call.arguments)
+            call.output = tree_map(lambda leaf: _resolve(leaf, final), call.output)
+        return self.root
+
+    def _enter(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = bind_arguments(module, args, kwargs)
+            parent = self._open[-1] if self._open else None
+            call = ModuleCall(path, module, _trace_length(), tree_map(_traced, arguments), parent=parent)
+            if parent is None:
+                self.root, self._open = call, []
+            else:
+                parent.children.append(call)
+            self._open.append(call)
+
+        return hook
+
+    def _exit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = self._open.pop()
+        call.exit = _trace_length()
+        call.output = tree_map(_traced, output)
+        if not self._open:
+            _mark_positions()
+
+
+def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by parameter name, defaults filled in, so that every spelling of one call looks the same."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def positions(nodes: Iterator[Node]) -> dict[Node, int]:
+    """Trace position of every node of the final graph that has one."""
+    return {node: node.meta["custom"][_MARK] for node in nodes if _MARK in node.meta.get("custom", {})}
+
+
+def _walk(call: ModuleCall) -> Iterator[ModuleCall]:
+    yield call
+    for child in call.children:
+        yield from _walk(child)
+
+
+def _tracer() -> Any:
+    mode = get_proxy_mode()
+    assert mode is not None, "boundaries are recorded while tracing"
+    return mode.tracer
+
+
+def _trace_length() -> int:
+    return len(_tracer().graph.nodes)
+
+
+def _traced(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    slot = get_proxy_slot(leaf, _tracer(), None)
+    return NodeRef(None if slot is None else slot.proxy.node)
+
+
+def _mark_positions() -> None:
+    for position, node in enumerate(_tracer().graph.nodes):
+        node.meta.setdefault("custom", {})[_MARK] = position
+
+
+def _resolve(leaf: Any, final: dict[int, Node]) -> Any:
+    """From a node of the trace to the same node of the exported graph, through the position both carry."""
+    if not isinstance(leaf, NodeRef) or leaf.node is None:
+        return leaf
+    return NodeRef(final.get(leaf.node.meta["custom"][_MARK]))

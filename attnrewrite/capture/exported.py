@@ -1,0 +1,158 @@
+"""One exported graph of a model, with its tensors and its module calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ArgumentError, CaptureError
+from .boundaries import BoundaryRecorder, ModuleCall, positions
+from .examples import Inputs, normalise_inputs
+from .snapshot import untouched
+
+
+@dataclass
+class Capture:
+    """A model's graph at one input size.
+
+    ``tensors`` holds the value of every placeholder: parameters, buffers, constants and the example inputs, which
+    ``inputs`` lists. ``names`` gives the qualified name of those that belong to the model. ``position`` orders the
+    nodes as they were traced, the order in which ``root``'s calls are stated. ``example`` are the arguments of the
+    captured call.
+    """
+
+    model: nn.Module
+    graph: Graph
+    inputs: list[Node]
+    tensors: dict[Node, Any]
+    names: dict[Node, str]
+    position: dict[Node, int]
+    root: ModuleCall
+    example: Inputs
+
+    @property
+    def batch(self) -> int:
+        """Samples in the example input."""
+        return int(self.tensors[self.inputs[0]].shape[0])
+
+    def enclosing_call(self, nodes: list[Node]) -> ModuleCall:
+        """The smallest module call that holds all of ``nodes``."""
+        traced = [self.position[node] for node in nodes if node in self.position]
+        call = self.root
+        while True:
+            inner = next((c for c in call.children if all(c.encloses(p) for p in traced)), None)
+            if inner is None:
+                return call
+            call = inner
+
+
+def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
+    """Export ``model`` in eval mode at the size of ``example_inputs`` and leave it untouched.
+
+    Raises:
+        ArgumentError: not a module, a wrapped module, or example inputs of the wrong shape or dtype.
+        CaptureError: the model cannot be exported; the first line of the cause is kept.
+    """
+    _require_plain_module(model)
+    args, kwargs = normalise_inputs(model, example_inputs)
+    recorder = BoundaryRecorder(model)
+    with untouched(model):
+        model.eval()
+        _require_finite(args, kwargs)
+        try:
+            with recorder.recording(), _traceable():
+                program = torch.export.export(model, args, kwargs, strict=False)
+        except Exception as cause:
+            _require_runs(model, args, kwargs)
+            raise CaptureError(
+                f"{type(model).__name__} cannot be exported: {_first_line(cause)}; make its forward free of "
+                "data-dependent control flow, or convert the submodule that can be exported"
+            ) from cause
+    graph = program.graph
+    position = positions(iter(graph.nodes))
+    tensors, names, inputs = _placeholders(program, args, kwargs)
+    root = recorder.calls({index: node for node, index in position.items()})
+    return Capture(model, graph, inputs, tensors, names, position, root, (args, kwargs))
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """No gradients, and no fused encoder kernels that would hide attention from the graph."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _placeholders(
+    program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[Node, Any], dict[Node, str], list[Node]]:
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    examples = iter(tree_leaves((args, kwargs)))
+    tensors: dict[Node, Any] = {}
+    names: dict[Node, str] = {}
+    inputs: list[Node] = []
+    for spec in program.graph_signature.input_specs:
+        node = nodes[spec.arg.name]
+        if spec.kind == InputKind.USER_INPUT:
+            tensors[node] = next(examples)
+            inputs.append(node)
+            continue
+        target = spec.target
+        assert target is not None, "every lifted tensor has a name"
+        if spec.kind == InputKind.CONSTANT_TENSOR or spec.persistent is False:
+            tensors[node] = program.constants[target]
+        else:
+            tensors[node] = program.state_dict[target]
+        names[node] = target
+    return tensors, names, inputs
+
+
+def _require_plain_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    inner = model._orig_mod if hasattr(model, "_orig_mod") else None
+    if isinstance(model, wrappers) or isinstance(inner, nn.Module):
+        raise ArgumentError(
+            f"model: {type(model).__name__} wraps the model; convert the inner module first, then wrap the result"
+        )
+
+
+def _require_finite(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+            raise ArgumentError("example_inputs: contains NaN or infinite values; pass finite inputs")
+
+
+def _require_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell a wrong example from a model that cannot be exported: only the first fails without the exporter too."""
+    try:
+        with _traceable():
+            model(*args, **kwargs)
+    except Exception as cause:
+        leaves = tree_leaves((args, kwargs))
+        given = ", ".join(f"{leaf.dtype} {list(leaf.shape)}" for leaf in leaves if isinstance(leaf, Tensor))
+        raise ArgumentError(
+            f"example_inputs: {type(model).__name__} does not run on them ({given or 'no tensor'}): "
+            f"{_first_line(cause)}; pass the shape and dtype that its forward takes"
+        ) from cause
+
+
+def _first_line(cause: BaseException) -> str:
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[0] if lines else type(cause).__name__
+
+
+__all__ = ["Capture", "Inputs", "capture"]

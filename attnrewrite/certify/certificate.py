@@ -1,0 +1,161 @@
+"""Translation validation: a site is accepted only if its data, evaluated, reproduces the captured subgraph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..ir import AttentionSite, MlpSite, Site, StemSite
+from ..lift.dataflow import Dataflow
+from ..lift.values import Values, cast, evaluate, is_call, operator_name, run_node, shape_of
+from . import forms
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
+"""Largest error relative to the largest value. Float32 leaves room for another order of summation."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Relative errors (largest difference over largest value) of a site's form on two inputs.
+
+    ``random`` is measured in float64 on Gaussian input, ``captured`` in the model's dtype on the values that the
+    example input gave. A NaN never passes.
+    """
+
+    random: float
+    captured: float
+    dtype: torch.dtype
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        within = self.random <= TOLERANCE[torch.float64] and self.captured <= TOLERANCE[self.dtype]
+        return within and not self.reason
+
+    def __str__(self) -> str:
+        worst = max(self.random, self.captured)
+        if self.passed:
+            return f"certified {worst:.0e}"
+        return f"not certified ({self.reason or f'error {worst:.0e}'})"
+
+
+def certify(site: Site, flow: Dataflow, captured: Values) -> Certificate:
+    """Evaluate ``site``'s form and the captured subgraph on random and on captured inputs and compare.
+
+    Args:
+        captured: values of the nodes that ``wanted_nodes`` names, from one run on the example input.
+    """
+    dtype = captured[inputs_of(site)[0]].dtype
+    dtype = dtype if dtype in TOLERANCE else torch.float64
+    try:
+        random_error = _error(site, flow, _random_inputs(site), torch.float64, None)
+        captured_error = _error(site, flow, captured, dtype, captured)
+    except (RuntimeError, IndexError, ValueError) as cause:
+        return Certificate(float("nan"), float("nan"), dtype, f"its form does not run: {str(cause).splitlines()[0]}")
+    return Certificate(random_error, captured_error, dtype)
+
+
+def inputs_of(site: Site) -> list[Node]:
+    """The values that a site's form is computed from."""
+    if isinstance(site, AttentionSite):
+        nodes = site.nodes
+        if site.query is None:
+            return [nodes.query.node, nodes.key.node, nodes.value.node]
+        return [nodes.source, nodes.key_source] if nodes.key_source is not nodes.source else [nodes.source]  # type: ignore[list-item]
+    return [site.source]
+
+
+def output_of(site: Site) -> Node:
+    """The captured value that a site's form reproduces."""
+    if isinstance(site, AttentionSite):
+        return site.nodes.output.node if site.nodes.merged is None else site.nodes.result  # type: ignore[return-value]
+    return site.result
+
+
+def wanted_nodes(sites: Iterable[Site]) -> set[Node]:
+    """The captured values that certification compares with."""
+    return {node for site in sites for node in (*inputs_of(site), output_of(site))}
+
+
+def collect_values(flow: Dataflow, wanted: set[Node]) -> Values:
+    """Run the captured graph once on the example inputs and keep the ``wanted`` values."""
+    capture = flow.capture
+    values: Values = dict(flow.constants) | {node: capture.tensors[node] for node in capture.inputs}
+    uses = {node: len(node.users) for node in capture.graph.nodes}
+    in_place = any(operator_name(n).endswith("_") and n not in flow.constants for n in capture.graph.nodes)
+    kept: Values = {}
+    last = max(wanted, default=None)
+    with torch.no_grad():
+        for node in capture.graph.nodes:
+            if is_call(node) and node not in flow.constants:
+                values[node] = run_node(node, values)
+                for used in node.all_input_nodes:
+                    uses[used] -= 1
+                    if not uses[used] and used not in flow.constants:
+                        del values[used]
+            if node in wanted:
+                kept[node] = values[node].clone() if in_place else values[node]
+            if node is last:
+                break
+    return kept
+
+
+def _error(site: Site, flow: Dataflow, inputs: Values, dtype: torch.dtype, captured: Values | None) -> float:
+    """One comparison; the captured subgraph is run unless its result is known already."""
+    bindings = {node: cast(inputs[node], dtype) for node in inputs_of(site) if node in inputs}
+    wanted = [*inputs_of(site), output_of(site)]
+    if captured is None or dtype != captured[output_of(site)].dtype:
+        values = evaluate(wanted, bindings, flow.capture, flow.constants, dtype)
+    else:
+        values = {node: captured[node] for node in wanted}
+
+    def weights(node: Node) -> Tensor:
+        return cast(flow.constants[node], dtype)
+
+    expected = _arranged(site, values[output_of(site)])
+    actual = form(site, values, weights)
+    if actual.shape != expected.shape:
+        raise ValueError(f"shape {list(actual.shape)} instead of {list(expected.shape)}")
+    return relative_error(actual, expected)
+
+
+def form(site: Site, values: Values, weights: forms.Weights) -> Tensor:
+    """The site's lifted form on given values of its inputs."""
+    if isinstance(site, MlpSite):
+        return forms.mlp(site, values[site.source], weights)
+    if isinstance(site, StemSite):
+        return forms.stem(site, values[site.source], weights)
+    if site.query is None:
+        operands = (site.nodes.query, site.nodes.key, site.nodes.value)
+        return forms.attend(site, *(forms.operand_heads_last(values[o.node], o, site) for o in operands), weights)
+    return forms.attention(site, values[site.nodes.source], values[site.nodes.key_source], weights)  # type: ignore[index]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over largest expected value; NaN if either has one."""
+    scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    return float((actual - expected).abs().max() / scale)
+
+
+def _arranged(site: Site, value: Tensor) -> Tensor:
+    """The captured result in the layout that the form gives."""
+    if not isinstance(site, AttentionSite):
+        return value
+    if site.nodes.merged is None:
+        return forms.operand_heads_last(value, site.nodes.output, site)
+    return forms.tokens(value.reshape(*shape_of(site.nodes.source)[:-1], -1), site.nodes.batch_axis)  # type: ignore[arg-type]
+
+
+def _random_inputs(site: Site) -> Values:
+    """Gaussian values for the first input, from which the graph computes the others if it can."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = inputs_of(site)
+    independent = inputs if not isinstance(site, AttentionSite) or site.query is None else inputs[:1]
+    return {
+        node: torch.randn(shape_of(node), generator=generator, dtype=torch.float64).to(node.meta["val"].device)
+        for node in independent
+    }

@@ -1,0 +1,168 @@
+"""What each site means, computed from the site's data alone: weights by row, tokens by index, no captured code.
+
+These forms are the reference that a recognition is certified against; clarity counts, speed does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from ..ir import AttentionSite, MlpSite, Operand, Projection, Stage, StemSite, Window
+from ..layout import heads_last
+from ..lift.activations import ACTIVATIONS
+
+Weights = Callable[[Node], Tensor]
+
+
+def attention(site: AttentionSite, source: Tensor, key_source: Tensor, weights: Weights) -> Tensor:
+    """The whole site, from the value that feeds the projections to after the output projection.
+
+    Returns ``[batch, tokens, channels]``; without an output projection the heads-last core output.
+    """
+    assert site.query and site.key and site.value
+    x, y = tokens(source, site.nodes.batch_axis), tokens(key_source, site.nodes.batch_axis)
+    query, key = project(x, site.query, weights), project(y, site.key, weights)
+    value = project(y, site.value, weights)
+    phantom = tuple(_at_zero(part, weights) for part in (site.key, site.value))
+    mixed = attend(site, query, key, value, weights, phantom)
+    if site.output is None:
+        return mixed
+    merged = torch.zeros(*mixed.shape[:2], site.output.rows.numel(), dtype=mixed.dtype)
+    merged[..., site.output.rows.flatten()] = mixed.flatten(2)
+    bias = None if site.output.bias is None else weights(site.output.bias)
+    return F.linear(merged, weights(site.output.weight), bias)
+
+
+def attend(
+    site: AttentionSite,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Weights,
+    phantom: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Softmax attention of heads-last ``[batch, tokens, heads, dim]`` tensors over the site's keys."""
+    scale: Tensor | float = site.scale
+    for node in site.learned_scales:
+        scale = scale * per_head(weights(node), site.heads)
+    added = [] if site.bias is None else [site.bias.values]
+    if site.mask is not None:
+        added.append(site.mask)
+    if isinstance(site.keys, Window):
+        return _attend_in_windows(site, site.keys, query, key, value, phantom)
+    scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * scale
+    for term in added:
+        scores = scores + term.to(scores.dtype)
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), value)
+
+
+def mlp(site: MlpSite, source: Tensor, weights: Weights) -> Tensor:
+    """``[..., channels]`` before the first linear map to ``[..., channels]`` after the second."""
+    value = _channels(source, site.first, site.rows, weights)
+    for stage in site.stages:
+        if stage.kind == "activation":
+            value = ACTIVATIONS[stage.name](value)
+        elif stage.kind == "gate":
+            assert stage.gate is not None and stage.rows is not None
+            value = ACTIVATIONS[stage.name](value) * _channels(source, stage.gate, stage.rows, weights)
+        elif stage.kind == "convolution":
+            value = _depthwise(value, stage, weights)
+        else:
+            value = _layer_norm(value, stage.node, weights)
+    return _linear(value, site.second, weights)
+
+
+def stem(site: StemSite, source: Tensor, weights: Weights) -> Tensor:
+    """A strided convolution of a map, or a linear map of gathered patches, normalised first if the site says so."""
+    if site.patches is None:
+        bias = None if site.bias is None else weights(site.bias)
+        return F.conv2d(source, weights(site.weight), bias, site.stride, site.padding)
+    tokens_ = torch.cat([source.flatten(0, -2), source.new_zeros(1, source.shape[-1])])
+    gathered = tokens_[site.patches].flatten(-2)
+    if site.norm_node is not None:
+        gathered = _layer_norm(gathered, site.norm_node, weights)
+    bias = None if site.bias is None else weights(site.bias)
+    return F.linear(gathered, weights(site.weight), bias)
+
+
+def project(x: Tensor, projection: Projection, weights: Weights) -> Tensor:
+    """``[batch, tokens, channels]`` to heads-last ``[batch, tokens, heads, head_dim]`` by weight rows."""
+    rows = projection.rows.flatten()
+    bias = None if projection.bias is None else weights(projection.bias)[rows]
+    return F.linear(x, weights(projection.weight)[rows], bias).unflatten(-1, projection.rows.shape)
+
+
+def tokens(value: Tensor, batch_axis: int) -> Tensor:
+    """``[batch, tokens, channels]`` of a channels-last value."""
+    return value.movedim(batch_axis, 0).flatten(1, -2)
+
+
+def operand_heads_last(value: Tensor, operand: Operand, site: AttentionSite) -> Tensor:
+    """A captured operand as ``[batch, tokens, heads, dim]``."""
+    return heads_last(value, operand.axes, site.nodes.batch_groups, site.nodes.head_groups, site.heads)
+
+
+def per_head(scale: Tensor, heads: int) -> Tensor:
+    """A learned scale that broadcasts over ``[batch, heads, queries, keys]``."""
+    return scale.reshape(heads, 1, 1) if scale.numel() == heads else scale.reshape(())
+
+
+def _attend_in_windows(
+    site: AttentionSite, window: Window, query: Tensor, key: Tensor, value: Tensor, phantom: tuple[Tensor, ...]
+) -> Tensor:
+    assert site.grid is not None
+    slots = window.slots(site.grid)
+    token = slots.clamp(min=0)
+    query, key, value = (part[:, token] for part in (query, key, value))
+    for part, filler in zip((key, value), phantom, strict=True):
+        part[:, slots == window.PHANTOM] = filler
+    scores = torch.einsum("bgnhd,bgmhd->bghnm", query, key) * site.scale
+    if site.bias is not None:
+        scores = scores + site.bias.values.to(scores.dtype)
+    scores = scores.masked_fill((slots == window.ABSENT)[:, None, None, :], -math.inf)
+    mixed = torch.einsum("bghnm,bgmhd->bgnhd", scores.softmax(-1), value)
+    result = torch.empty(mixed.shape[0], site.grid.tokens, *mixed.shape[3:], dtype=mixed.dtype)
+    result[:, slots[slots >= 0]] = mixed[:, slots >= 0]
+    return result
+
+
+def _channels(source: Tensor, linear: Node, rows: Tensor, weights: Weights) -> Tensor:
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    return F.linear(source, weights(linear.args[1])[rows], None if bias is None else weights(bias)[rows])  # type: ignore
+
+
+def _linear(value: Tensor, linear: Node, weights: Weights) -> Tensor:
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    return F.linear(value, weights(linear.args[1]), None if bias is None else weights(bias))  # type: ignore[arg-type]
+
+
+def _depthwise(value: Tensor, stage: Stage, weights: Weights) -> Tensor:
+    """Tokens to the map the convolution ran on, through it, and back."""
+    weight, bias, stride, padding = stage.node.args[1:5]
+    height, width = stage.grid
+    channels = value.shape[-1]
+    image = value.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+    bias = None if bias is None else weights(bias)  # type: ignore[arg-type]
+    image = F.conv2d(image, weights(weight), bias, stride, padding, groups=channels)  # type: ignore[arg-type]
+    return image.permute(0, 2, 3, 1).reshape(value.shape)
+
+
+def _layer_norm(value: Tensor, norm: Node, weights: Weights) -> Tensor:
+    shape, weight, bias = (*norm.args[1:4], None, None)[:3]
+    eps = norm.args[4] if len(norm.args) > 4 else 1e-5
+    scale, shift = (None if part is None else weights(part) for part in (weight, bias))  # type: ignore[arg-type]
+    return F.layer_norm(value, shape, scale, shift, eps)  # type: ignore[arg-type]
+
+
+def _at_zero(projection: Projection, weights: Weights) -> Tensor:
+    """What a padded slot projects to, ``[heads, head_dim]``."""
+    rows = projection.rows
+    if projection.bias is None:
+        return torch.zeros(rows.shape, dtype=weights(projection.weight).dtype)
+    return weights(projection.bias)[rows]

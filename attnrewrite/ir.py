@@ -1,0 +1,319 @@
+"""The site IR: what was recognised, as plain data. One line of text a site.
+
+Vocabulary: a *site* is one attention, MLP or stem; a *projection* says which weight row feeds which head and dimension;
+*keys* says which tokens a query sees; *bias* what is added to the scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .capture import ModuleCall
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tokens on a map: ``height * width`` in raster order after ``prefix_tokens`` (class, distillation, register)."""
+
+    height: int
+    width: int
+    prefix_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width + self.prefix_tokens
+
+    def __str__(self) -> str:
+        prefix = f"+{self.prefix_tokens}" if self.prefix_tokens else ""
+        return f"{self.height}x{self.width}{prefix}"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map by weight rows: ``rows[head, dim]`` is the row (for an output projection: column) of ``weight``."""
+
+    weight: Node
+    bias: Node | None
+    rows: Tensor
+
+    @property
+    def heads(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.rows.shape[1]
+
+
+@dataclass(frozen=True)
+class Global:
+    """Every query sees every token."""
+
+    def __str__(self) -> str:
+        return "global"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ``c`` of an axis is in block ``floor((c - shift) / size)``.
+
+    ``phantom``: the map is padded at its end to a multiple of ``size`` and the padded slots count as keys.
+    """
+
+    size: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+    phantom: bool = False
+
+    ABSENT: ClassVar[int] = -1
+    PHANTOM: ClassVar[int] = -2
+
+    def slots(self, grid: Grid) -> Tensor:
+        """``[blocks, slots]``: the token in every slot of every block, ``ABSENT`` or ``PHANTOM`` where there is none."""
+        rows = self._axis_slots(grid.height, 0)[:, None, :, None]
+        columns = self._axis_slots(grid.width, 1)[None, :, None, :]
+        inside = (rows >= 0) & (columns >= 0)
+        token = torch.where(inside, rows * grid.width + columns, self.PHANTOM)
+        token = torch.where((rows == self.ABSENT) | (columns == self.ABSENT), self.ABSENT, token)
+        return token.flatten(2).flatten(0, 1)
+
+    def _axis_slots(self, length: int, axis: int) -> Tensor:
+        size, shift = self.size[axis], self.shift[axis]
+        start = shift - size if shift else 0
+        padded = -(-length // size) * size
+        blocks = -(-(padded - start) // size)
+        place = start + torch.arange(blocks * size).view(blocks, size)
+        beyond = self.PHANTOM if self.phantom else self.ABSENT
+        return torch.where(place < length, place.clamp(min=self.ABSENT), torch.where(place < padded, beyond, self.ABSENT))
+
+    def __str__(self) -> str:
+        size = str(self.size[0]) if self.size[0] == self.size[1] else f"{self.size[0]}x{self.size[1]}"
+        shift = "" if self.shift == (0, 0) else f", shift {_pair(self.shift)}"
+        return f"window({size}{shift}{', phantom' if self.phantom else ''})"
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Every query sees a smaller map made from the tokens: by a strided convolution, or by pooling."""
+
+    height: int
+    width: int
+    reducer: str
+
+    def __str__(self) -> str:
+        return f"reduced({self.height}x{self.width}, {self.reducer})"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Every query sees ``count`` keys that are not simply the queries' own tokens."""
+
+    count: int
+
+    def __str__(self) -> str:
+        return f"tokens({self.count})"
+
+
+KeySet = Global | Window | Reduced | Tokens
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What is added to the scores: a ``table`` by relative index, an ``mlp`` on coordinates, a ``dense`` matrix.
+
+    ``nodes`` are the graph values that are added (they stay live and trainable); ``values`` is their sum at capture,
+    ``[heads or 1, queries, keys]`` of one group, float64. ``constant`` is the part that no parameter reaches.
+    """
+
+    kind: str
+    nodes: tuple[Node, ...]
+    values: Tensor = field(repr=False)
+    shape: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kind}({'x'.join(map(str, self.shape))})"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the attention product and its axes: group letters, then ``x`` query, ``y`` key, ``d``/``e`` dim."""
+
+    node: Node
+    axes: str
+
+
+@dataclass(frozen=True)
+class AttentionNodes:
+    """Where a site lies in the captured graph.
+
+    ``source`` and ``key_source`` feed the projections; ``product`` consumes query and key; ``output`` is the product with the values; ``result`` is the
+    first value after the output projection whose tokens lie as those of ``source``. ``groups`` are the letters of the
+    operands' batch-like axes, and ``head_groups`` those of them that run over heads. ``merged`` is the output
+    projection and ``linears`` the others; ``batch_axis`` is the axis of ``source`` that counts samples.
+    """
+
+    query: Operand
+    key: Operand
+    value: Operand
+    output: Operand
+    product: Node
+    groups: str
+    head_groups: str
+    source: Node | None = None
+    key_source: Node | None = None
+    merged: Node | None = None
+    result: Node | None = None
+    batch_axis: int = 0
+    linears: tuple[Node, ...] = ()
+
+    @property
+    def batch_groups(self) -> str:
+        return "".join(axis for axis in self.groups if axis not in self.head_groups)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One softmax attention.
+
+    ``scale`` multiplies the product of projected query and key; ``learned_scales`` are graph values that multiply it
+    too; ``scale_of_operands`` is what is left of ``scale`` after what acts on the operands before their product.
+    ``qk`` names what else acts on queries and keys between projection and product.
+    """
+
+    name: str
+    owner: ModuleCall
+    heads: int
+    head_dim: int
+    keys: KeySet
+    nodes: AttentionNodes
+    scale: float
+    grid: Grid | None = None
+    query: Projection | None = None
+    key: Projection | None = None
+    value: Projection | None = None
+    output: Projection | None = None
+    bias: Bias | None = None
+    mask: Tensor | None = field(default=None, repr=False)
+    learned_scales: tuple[Node, ...] = ()
+    qk: str = "none"
+    dropout: float = 0.0
+    scale_of_operands: float = 1.0
+    kind = "attention"
+
+    def describe(self) -> str:
+        grid = f" grid {self.grid}" if self.grid else ""
+        bias = f" bias {self.bias}" if self.bias else ""
+        mask = " mask" if self.mask is not None else ""
+        qk = "" if self.qk == "none" else f" qk {self.qk}"
+        return f"attention{grid} heads {self.heads}x{self.head_dim} keys {self.keys}{bias}{mask}{qk}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step between the two linear maps of an MLP, from graph value ``before`` to ``node``.
+
+    ``kind`` is ``activation``, ``gate`` (activation times ``rows`` of another linear map ``gate``), ``convolution``
+    (depthwise, on ``grid``) or ``norm``; ``name`` is the activation.
+    """
+
+    kind: str
+    node: Node
+    before: Node
+    name: str = ""
+    gate: Node | None = None
+    gate_value: Node | None = None
+    rows: Tensor | None = field(default=None, repr=False)
+    grid: tuple[int, int] = (0, 0)
+
+    def __str__(self) -> str:
+        return {"activation": self.name, "gate": f"{self.name} gate", "convolution": "depthwise", "norm": "norm"}[self.kind]
+
+
+@dataclass(frozen=True)
+class MlpSite:
+    """``second(stages(first(source)))``: two linear maps with activation, gate, depthwise convolution between.
+
+    ``rows`` are the rows of ``first``'s weight that the stages start from. ``result`` is ``second``'s value.
+    """
+
+    name: str
+    owner: ModuleCall
+    width: int
+    hidden_width: int
+    source: Node
+    first: Node
+    rows: Tensor = field(repr=False)
+    stages: tuple[Stage, ...]
+    second: Node
+    kind = "mlp"
+
+    @property
+    def result(self) -> Node:
+        return self.second
+
+    def describe(self) -> str:
+        return f"mlp {self.width}->{self.hidden_width} {', '.join(map(str, self.stages))}"
+
+
+@dataclass(frozen=True)
+class StemSite:
+    """Patches to tokens: a strided convolution, or (``patches``) a gather of patches with a linear map.
+
+    ``patches[..., place]`` are the tokens of one patch in channel order, -1 for padding. ``tokens`` is the value in
+    which the projected patches lie as tokens, if that is not ``result`` itself.
+    """
+
+    name: str
+    owner: ModuleCall
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    source: Node
+    result: Node
+    weight: Node
+    bias: Node | None
+    tokens: Node | None = None
+    patches: Tensor | None = field(default=None, repr=False)
+    norm_node: Node | None = None
+    kind = "stem"
+
+    def describe(self) -> str:
+        form = "stem" if self.patches is None else "merge"
+        padding = f" pad {_pair(self.padding)}" if any(self.padding) else ""
+        norm = " norm" if self.norm_node is not None else ""
+        sizes = f"kernel {_pair(self.kernel)} stride {_pair(self.stride)}"
+        return f"{form} {self.in_channels}->{self.out_channels} {sizes}{padding}{norm}"
+
+
+Site = AttentionSite | MlpSite | StemSite
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A place that looked like a site and was left alone, with the reason."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+def line(index: int, site: Site, certificate: Any = None) -> str:
+    """The IR's text: ``%3 = attention ... @ blocks.0.attn   certified 2e-07``."""
+    proof = f"   {certificate}" if certificate is not None else ""
+    return f"%{index} = {site.describe()} @ {site.name or '(root)'}{proof}"
+
+
+def _pair(values: tuple[int, ...]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
+
+
+__all__ = [
+    "AttentionNodes", "AttentionSite", "Bias", "Global", "Grid", "KeySet", "MlpSite", "Operand", "Projection",
+    "Reduced", "Refused", "Site", "Stage", "StemSite", "Tokens", "Window", "line",
+]  # fmt: skip

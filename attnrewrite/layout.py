@@ -1,0 +1,62 @@
+"""Operands in the axis letters of the site IR, to and from heads-last ``[batch, tokens, heads, dim]``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .lift.contraction import canonical
+
+
+def heads_last(value: Tensor, axes: str, batch_groups: str, head_groups: str, heads: int) -> Tensor:
+    """``[batch, tokens, heads, dim]`` of an operand; without ``batch_groups`` its head axis holds batch and heads.
+
+    An operand without head axis is the same for all heads.
+    """
+    position, dim = position_and_dim(axes)
+    flat = canonical(value, axes, batch_groups + head_groups + position + dim).flatten(0, -3)
+    if not set(head_groups) & set(axes):
+        return flat[:, :, None].expand(-1, -1, heads, -1)
+    return flat.unflatten(0, (-1, heads)).transpose(1, 2)
+
+
+def from_heads_last(value: Tensor, axes: str, batch_groups: str, head_groups: str, head_sizes: tuple[int, ...]) -> Tensor:
+    """The inverse of ``heads_last``; ``head_sizes`` are the extents of the ``head_groups``."""
+    position, dim = position_and_dim(axes)
+    value = value.transpose(1, 2)
+    if len(head_groups) > 1:
+        value = value.unflatten(1, head_sizes)
+    if not batch_groups:
+        value = value.flatten(0, 1)
+    for _ in batch_groups[1:]:
+        value = value.unsqueeze(1)
+    return canonical(value, batch_groups + head_groups + position + dim, axes)
+
+
+def position_and_dim(axes: str) -> tuple[str, str]:
+    """The letters of an operand's token axis (``x`` query, ``y`` key) and its summed or value axis (``d``, ``e``)."""
+    return next(axis for axis in axes if axis in "xy"), next(axis for axis in axes if axis in "de")
+
+
+def take_heads(projected: Tensor, start: int, heads: int, head_dim: int, head_step: int, dim_step: int) -> Tensor:
+    """``[..., heads, head_dim]``: channel ``start + head * head_step + dim * dim_step`` of the last axis."""
+    if (head_step, dim_step) == (head_dim, 1):
+        return projected.narrow(-1, start, heads * head_dim).unflatten(-1, (heads, head_dim))
+    head = torch.arange(heads, device=projected.device) * head_step
+    dim = torch.arange(head_dim, device=projected.device) * dim_step
+    return projected[..., start + head[:, None] + dim]
+
+
+def merge_heads(mixed: Tensor, head_step: int, dim_step: int) -> Tensor:
+    """``[..., heads * head_dim]`` with head ``h``, dim ``d`` at channel ``h * head_step + d * dim_step``."""
+    return (mixed if dim_step == 1 else mixed.transpose(-1, -2)).flatten(-2)
+
+
+def zero_token(source: Tensor) -> Tensor:
+    """What a padded slot holds before the projection, ``[1, channels]``."""
+    return source.new_zeros(1, source.shape[-1])
+
+
+def as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """A size per axis, or one for both."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

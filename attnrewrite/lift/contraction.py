@@ -1,0 +1,77 @@
+"""Products that sum over an axis (``matmul``, ``bmm``, ``einsum``) in one notation: a letter for every axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import Node
+
+from .values import operator_name, shape_of
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """``result[out] = sum over the rest of left[left_axes] * right[right_axes]``; one letter an axis."""
+
+    node: Node
+    left: Node
+    right: Node
+    left_axes: str
+    right_axes: str
+    out_axes: str
+
+    def axes_of(self, operand: Node) -> str:
+        return self.left_axes if operand is self.left else self.right_axes
+
+    @property
+    def summed(self) -> str:
+        both = set(self.left_axes) & set(self.right_axes)
+        return "".join(axis for axis in self.left_axes if axis in both and axis not in self.out_axes)
+
+    def size(self, axis: str) -> int:
+        sizes = [*zip(self.left_axes, shape_of(self.left)), *zip(self.right_axes, shape_of(self.right))]
+        return max(extent for letter, extent in sizes if letter == axis)
+
+
+def contraction(node: Node) -> Contraction | None:
+    """Read ``node`` as a contraction of two graph values, or None."""
+    name = operator_name(node)
+    if name in ("aten::matmul", "aten::bmm"):
+        left, right = node.args[:2]
+        assert isinstance(left, Node) and isinstance(right, Node)
+        if len(shape_of(left)) < 2 or len(shape_of(left)) != len(shape_of(right)):
+            return None
+        batch = _LETTERS[: len(shape_of(left)) - 2]
+        return Contraction(node, left, right, batch + "xy", batch + "yz", batch + "xz")
+    if name == "aten::einsum":
+        return _einsum(node)
+    return None
+
+
+def _einsum(node: Node) -> Contraction | None:
+    equation, operands = node.args[:2]
+    if len(operands) != 2:  # type: ignore[arg-type]
+        return None
+    left, right = operands  # type: ignore[misc]
+    inputs, _, out = str(equation).replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not out or len(terms) != 2 or any(len(set(term)) != len(term.replace("...", "")) for term in terms if "." not in term):
+        return None
+    free = [letter for letter in _LETTERS.upper() if letter not in str(equation)]
+    extra = [len(shape_of(operand)) - len(term.replace("...", "")) for operand, term in ((left, terms[0]), (right, terms[1]))]
+    most = max(extra) if "..." in inputs else 0
+    spelled = [term.replace("...", "".join(free[most - count : most])) for term, count in zip(terms, extra, strict=True)]
+    return Contraction(node, left, right, spelled[0], spelled[1], out.replace("...", "".join(free[:most])))
+
+
+def canonical(value: Tensor, axes: str, order: str) -> Tensor:
+    """``value`` with its axes in ``order``; axes it lacks become size 1."""
+    kept = [axes.index(axis) for axis in order if axis in axes]
+    value = value.permute(kept)
+    for position, axis in enumerate(order):
+        if axis not in axes:
+            value = value.unsqueeze(position)
+    return value

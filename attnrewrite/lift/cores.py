@@ -1,0 +1,205 @@
+"""The core of a softmax attention: product, affine scores, softmax, product with the values."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import Node
+
+from ..ir import Operand
+from .contraction import canonical, contraction
+from .dataflow import Dataflow
+from .movement import moved_operands
+from .scores import Addend, NotAffine, as_addend, score_chain
+from .values import operator_name, shape_of
+
+_FUSED = "aten::scaled_dot_product_attention"
+_SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
+_ROW_MAJOR = {
+    f"aten::{name}"
+    for name in "view reshape _unsafe_view unsqueeze squeeze flatten unflatten expand".split()
+}
+
+
+Added = tuple[tuple[Node, ...], Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Core:
+    """Operands carry one letter an axis: group letters in ``groups``, ``x`` query, ``y`` key, ``d`` and ``e`` dims.
+
+    ``bias`` is learned, ``mask`` constant; both are float64 ``[*groups or 1, queries, keys]`` or None. ``addends`` are
+    the learned bias values in the graph. ``anchor`` is the node that names the place, ``nodes`` all between operands
+    and output.
+    """
+
+    anchor: Node
+    query: Operand
+    key: Operand
+    value: Operand
+    output: Operand
+    product: Node
+    groups: str
+    scale: float
+    learned_scales: tuple[Node, ...]
+    addends: tuple[Node, ...]
+    bias: Tensor | None
+    mask: Tensor | None
+    nodes: tuple[Node, ...]
+
+
+def find_cores(flow: Dataflow) -> tuple[list[Core], list[tuple[Node, str]]]:
+    """Every core in graph order, and the anchors that are none with the reason."""
+    cores, refused = [], []
+    for anchor in flow.nodes(_FUSED, *_SOFTMAX):
+        if anchor in flow.constants:
+            continue
+        try:
+            found = _fused(anchor, flow) if operator_name(anchor) == _FUSED else _explicit(anchor, flow)
+        except NotAffine as reason:
+            refused.append((anchor, str(reason)))
+        else:
+            if found is not None:
+                cores.append(found)
+    return cores, refused
+
+
+def _fused(anchor: Node, flow: Dataflow) -> Core:
+    arguments = _bound(anchor)
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+    if arguments["is_causal"] or arguments["enable_gqa"]:
+        raise NotAffine("causal and grouped-query attention are not rewritten")
+    rank = len(shape_of(query))
+    if not rank == len(shape_of(key)) == len(shape_of(value)):
+        raise NotAffine("query, key and value differ in rank")
+    groups = "abcghijk"[: rank - 2]
+    scale = arguments["scale"]
+    scale = 1.0 / math.sqrt(shape_of(query)[-1]) if scale is None else float(scale)
+    scores = (*shape_of(query)[:-1], shape_of(key)[-2])
+    addends, bias, mask = _added(arguments["attn_mask"], scores, flow)
+    operands = [Operand(node, groups + axes) for node, axes in ((query, "xd"), (key, "yd"), (value, "ye"))]
+    output = Operand(anchor, groups + "xe")
+    return Core(anchor, *operands, output, anchor, groups, scale, (), addends, bias, mask, (anchor,))
+
+
+def _explicit(anchor: Node, flow: Dataflow) -> Core | None:
+    weighted = _product_with_values(anchor, flow)
+    if weighted is None:
+        return None
+    chain = score_chain(anchor.args[0], flow.constants, flow.learned)  # type: ignore[arg-type]
+    product, path_after, final = chain.product, *weighted
+    between = [*chain.path, *path_after]
+    scores, weights = shape_of(product.node), path_after[-1] if path_after else anchor
+    moves = [step for step in between if flow.is_movement(step) and not flow.is_copy(step)]
+    if shape_of(weights) != scores or any(operator_name(step) not in _ROW_MAJOR for step in moves):
+        raise NotAffine("the scores are rearranged between their product and the product with the values")
+    _require_last_axis(anchor, scores)
+    key_axis = product.out_axes[-1]
+    query_side = product.left if key_axis not in product.left_axes else product.right
+    key_side = product.right if query_side is product.left else product.left
+    own = [axis for axis in product.out_axes[:-1] if axis not in product.axes_of(key_side)]
+    if len(product.summed) != 1 or not own or key_axis in product.axes_of(query_side):
+        raise NotAffine("the product before the softmax is not one of queries with keys")
+    names = {own[-1]: "x", key_axis: "y", product.summed: "d"}
+    rest = [axis for axis in product.out_axes if axis not in names]
+    names |= dict(zip(rest, "abcghijk", strict=False))
+    value_side = final.right if final.left is weights else final.left
+    theirs = dict(zip(final.axes_of(weights), product.out_axes, strict=True))
+    last = [axis for axis in final.axes_of(value_side) if axis not in theirs]
+    if len(last) != 1 or theirs.get(final.summed) != key_axis:
+        raise NotAffine("the attention weights are not summed with the values over the keys")
+    renamed = {axis: names[letter] for axis, letter in theirs.items()} | {last[0]: "e"}
+
+    def operand(node: Node, axes: str, letters: dict[str, str]) -> Operand:
+        return Operand(node, "".join(letters[axis] for axis in axes))
+
+    letters = "".join(names[axis] for axis in product.out_axes)
+    groups = "".join(names[axis] for axis in rest)
+    addends, bias, mask = _separated(chain.addends, scores, flow)
+    bias, mask = (None if t is None else canonical(t, letters, groups + "xy") for t in (bias, mask))
+    return Core(
+        anchor,
+        operand(query_side, product.axes_of(query_side), names),
+        operand(key_side, product.axes_of(key_side), names),
+        operand(value_side, final.axes_of(value_side), renamed),
+        operand(final.node, final.out_axes, renamed),
+        product.node,
+        groups,
+        chain.factor,
+        tuple(chain.learned_scales),
+        addends,
+        bias,
+        mask,
+        (product.node, *chain.path, anchor, *path_after, final.node),
+    )
+
+
+def _product_with_values(anchor: Node, flow: Dataflow):  # type: ignore[no-untyped-def]
+    """The product that consumes the softmax, and the copies and views on the way to it."""
+    node, path = anchor, []
+    while True:
+        consumer = None
+        for user in flow.live_users(node):
+            final = contraction(user)
+            if final is not None and node in (final.left, final.right) and final.left is not final.right:
+                return path, final
+            if flow.is_movement(user) and moved_operands(user) == [node]:
+                consumer = user
+        if consumer is None:
+            return None
+        path.append(consumer)
+        node = consumer
+
+
+def _require_last_axis(anchor: Node, scores: tuple[int, ...]) -> None:
+    shape = shape_of(anchor)
+    axis = anchor.args[1] if len(anchor.args) > 1 else anchor.kwargs.get("dim", -1)
+    if axis % len(shape) != len(shape) - 1 or shape[-1] != scores[-1]:  # type: ignore[operator]
+        raise NotAffine("the softmax does not run over the last axis of the scores")
+
+
+def _separated(addends: list[Addend], scores: tuple[int, ...], flow: Dataflow) -> Added:
+    """Split what is added to the scores into the learned bias and the constant mask."""
+    learned = [addend for addend in addends if addend.node in flow.learned]
+    if any(addend.factor != 1.0 for addend in learned):
+        raise NotAffine("a learned bias is scaled after it was added to the scores")
+    constant = [addend for addend in addends if addend.node not in flow.learned]
+    bias, mask = _total(learned, scores), _total(constant, scores)
+    if mask is not None and not bool(mask.any()):
+        mask = None
+    return tuple(addend.node for addend in learned if addend.node is not None), bias, mask
+
+
+def _added(mask: Node | None, scores: tuple[int, ...], flow: Dataflow) -> Added:
+    """The same split for the additive mask of a fused attention."""
+    if mask is None:
+        return (), None, None
+    if mask not in flow.constants:
+        raise NotAffine("the attention mask depends on the input")
+    terms = [Addend(as_addend(flow.constants[term]), 1.0, scores, term) for term in _terms(mask)]
+    return _separated(terms, scores, flow)
+
+
+def _total(addends: list[Addend], scores: tuple[int, ...]) -> Tensor | None:
+    return functools.reduce(operator.add, (addend.on(scores) for addend in addends)) if addends else None
+
+
+def _terms(node: Node) -> list[Node]:
+    """The summands of a mask, as far as plain additions go."""
+    step = node
+    while operator_name(step) in ("aten::contiguous", "aten::clone", "aten::to", "aten::_to_copy", "aten::alias"):
+        step = step.args[0]  # type: ignore[assignment]
+    if operator_name(step) == "aten::add" and not step.kwargs and len(step.all_input_nodes) == 2:
+        return [term for used in step.all_input_nodes for term in _terms(used)]
+    return [node]
+
+
+def _bound(anchor: Node) -> dict:  # type: ignore[type-arg]
+    schema = anchor.target._schema  # type: ignore[union-attr]
+    names = [argument.name for argument in schema.arguments]
+    defaults = {argument.name: argument.default_value for argument in schema.arguments}
+    return defaults | dict(zip(names, anchor.args, strict=False)) | dict(anchor.kwargs)

@@ -1,0 +1,80 @@
+"""What recognisers ask of a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import Node
+
+from ..capture import Capture
+from . import movement
+from .movement import Provenance
+from .values import Values, fold_constants, is_call, operator_name
+
+_LINEAR = {"aten::linear"}
+
+
+class Dataflow:
+    """A capture with its constants folded.
+
+    ``constants`` are the values no input reaches, ``learned`` those among them that a parameter reaches.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+        self.constants: Values = fold_constants(capture)
+        self.learned = _reached_by_parameters(capture, self.constants)
+
+    def provenance(
+        self, node: Node, stop: Callable[[Node], bool] = lambda node: False, scaling: bool = False
+    ) -> Provenance:
+        return movement.provenance(node, self.constants, stop, scaling)
+
+    def is_movement(self, node: Node) -> bool:
+        return movement.is_movement(node, self.constants)
+
+    def is_copy(self, node: Node) -> bool:
+        return movement.is_copy(node, self.constants)
+
+    def is_linear(self, node: Node) -> bool:
+        """A linear map of the last axis by a constant weight."""
+        return operator_name(node) in _LINEAR and node.args[1] in self.constants
+
+    def nodes(self, *names: str) -> list[Node]:
+        return [node for node in self.capture.graph.nodes if operator_name(node) in names]
+
+    def provenance_of_constant(self, node: Node) -> Node:
+        """The nearest value behind a constant ``node`` that is more than a rearrangement of another."""
+        while movement.is_movement(node, {used: self.constants[used] for used in movement.index_operands(node)}):
+            node = movement.moved_operands(node)[0]
+        return node
+
+    def live_users(self, node: Node) -> list[Node]:
+        """Users that compute with the value (an assertion on its metadata does not)."""
+        return [user for user in node.users if operator_name(user) != "aten::_assert_tensor_metadata"]
+
+    def ancestors(self, node: Node, stop: Callable[[Node], bool]) -> list[Node]:
+        """Everything live that ``node`` depends on, nearest first, not looking behind nodes where ``stop`` holds."""
+        seen: dict[Node, None] = {}
+        pending = [node]
+        while pending:
+            step = pending.pop(0)
+            for used in step.all_input_nodes:
+                if used in self.constants or used in seen:
+                    continue
+                seen[used] = None
+                if not stop(used):
+                    pending.append(used)
+        return list(seen)
+
+
+def _reached_by_parameters(capture: Capture, constants: Values) -> frozenset[Node]:
+    parameters = {id(p) for p in capture.model.parameters()}
+    learned: set[Node] = set()
+    for node in capture.graph.nodes:
+        if node not in constants:
+            continue
+        own = node.op == "placeholder" and id(capture.tensors[node]) in parameters
+        if own or (is_call(node) and any(used in learned for used in node.all_input_nodes)):
+            learned.add(node)
+    return frozenset(learned)

@@ -1,0 +1,104 @@
+"""Where every token sits on the map: cell numbers, carried forward from the convolutions that made the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..ir import Grid
+from .contraction import contraction
+from .dataflow import Dataflow
+from .movement import move, moved_operands
+from .values import operator_name, shape_of
+
+_REGRIDDING = {
+    f"aten::{name}"
+    for name in "conv2d convolution avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d "
+    "upsample_bilinear2d upsample_bicubic2d upsample_nearest2d".split()
+}
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """One more than the cell of every element (0: none, as padding gives) on a map of ``size``.
+
+    Operators with several results have one tensor for each.
+    """
+
+    number: Any
+    size: tuple[int, int]
+
+
+def token_grids(flow: Dataflow, wanted: Iterable[Node]) -> dict[Node, Grid]:
+    """The grid of each wanted ``[batch, tokens, channels]`` value whose tokens lie in raster order after a prefix."""
+    wanted = set(wanted)
+    if not wanted:
+        return {}
+    last = max(wanted)
+    cells: dict[Node, _Cells] = {}
+    for node in flow.capture.graph.nodes:
+        if node.op == "call_function" and node not in flow.constants:
+            found = _cells(node, cells, flow)
+            if found is not None:
+                cells[node] = found
+        if node is last:
+            break
+    return {node: grid for node in wanted if node in cells and (grid := _raster(cells[node])) is not None}
+
+
+def _cells(node: Node, cells: dict[Node, _Cells], flow: Dataflow) -> _Cells | None:
+    if operator_name(node) in _REGRIDDING:
+        height, width = shape_of(node)[-2:]
+        number = torch.arange(1.0, height * width + 1.0).view(height, width)
+        return _Cells(number.expand(shape_of(node)), (height, width))
+    if flow.is_movement(node):
+        return _moved(node, cells, flow)
+    known = [used for used in node.all_input_nodes if used in cells]
+    if not known:
+        return None
+    if flow.is_linear(node):
+        return _projected(node, cells[known[0]])
+    if contraction(node) is not None or not isinstance(node.meta["val"], Tensor):
+        return None
+    alike = [used for used in known if shape_of(used) == shape_of(node)]
+    return cells[alike[0]] if alike else None
+
+
+def _moved(node: Node, cells: dict[Node, _Cells], flow: Dataflow) -> _Cells | None:
+    moved = moved_operands(node)
+    size = next((cells[used].size for used in moved if used in cells), None)
+    if size is None:
+        return None
+    values = {used: cells[used].number if used in cells else torch.zeros(shape_of(used)) for used in moved}
+    return _Cells(move(node, values, flow.constants), size)
+
+
+def _projected(node: Node, inputs: _Cells) -> _Cells | None:
+    """A linear map keeps tokens; where one token gathers several cells it makes a coarser map of them."""
+    number = inputs.number
+    if bool((number == number[..., :1]).all()):
+        return _Cells(number[..., :1].expand(shape_of(node)), inputs.size)
+    if bool((number == 0).any()):
+        return None
+    rows = ((number - 1) // inputs.size[1]).mean(-1)
+    columns = ((number - 1) % inputs.size[1]).mean(-1)
+    rows, row = torch.unique(rows, return_inverse=True)
+    columns, column = torch.unique(columns, return_inverse=True)
+    size = (len(rows), len(columns))
+    return _Cells((row * size[1] + column + 1.0)[..., None].expand(shape_of(node)), size)
+
+
+def _raster(cells: _Cells) -> Grid | None:
+    if cells.number.ndim < 3:
+        return None
+    number = cells.number[0, ..., 0].flatten().long() - 1
+    prefix = int((number >= 0).int().argmax())
+    height, width = cells.size
+    if not torch.equal(number[prefix:], torch.arange(height * width)):
+        return None
+    return Grid(height, width, prefix)

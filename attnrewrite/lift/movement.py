@@ -1,0 +1,165 @@
+"""Index propagation: what a chain of data movement does, read off by running it on addresses.
+
+An element's address is its flat position in the source tensor it was copied from. Running ``view, permute, roll,
+pad, index, ...`` on a tensor of addresses gives, for every element of the result, the element it came from; padding
+is the address -1. No spelling is matched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .values import Values, operator_name, run_node, shape_of
+
+_REARRANGING = {
+    f"aten::{name}"
+    for name in (
+        "view reshape _unsafe_view view_as reshape_as flatten unflatten permute transpose t numpy_T mT movedim moveaxis "
+        "swapaxes swapdims adjoint unsqueeze squeeze select slice narrow unbind split split_with_sizes chunk tensor_split "
+        "expand expand_as repeat tile repeat_interleave roll flip rot90 cat concat stack index index_select gather take "
+        "unfold im2col pixel_shuffle pixel_unshuffle channel_shuffle diagonal broadcast_to"
+    ).split()
+}
+_INDEXED = {"aten::index", "aten::index_select", "aten::gather", "aten::take"}
+_COPYING = {
+    f"aten::{name}"
+    for name in "contiguous clone alias detach lift_fresh_copy to _to_copy type_as dropout feature_dropout".split()
+}
+_PADDING = {"aten::pad", "aten::constant_pad_nd"}
+_SCALING = {"aten::mul", "aten::div"}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a tensor's elements came from.
+
+    ``address`` has the tensor's shape: for source ``s`` it holds ``offsets[s]`` plus the flat position in ``s``; -1 is
+    zero padding. ``factor`` is the number that every element was multiplied with on the way.
+    """
+
+    address: Tensor
+    offsets: dict[Node, int]
+    factor: float = 1.0
+    path: tuple[Node, ...] = field(default=(), repr=False)
+
+    @property
+    def source(self) -> Node | None:
+        """The only source, if there is only one."""
+        return next(iter(self.offsets)) if len(self.offsets) == 1 else None
+
+
+def provenance(
+    node: Node, constants: Values, stop: Callable[[Node], bool] = lambda node: False, scaling: bool = False
+) -> Provenance:
+    """Trace ``node`` back through data movement to its sources, the nearest nodes that are not movement.
+
+    ``constants`` gives the value of index tensors; ``stop`` ends the walk early at a node; with ``scaling``
+    multiplication by a number is walked through as well.
+    """
+    path, sources, factor = _walk_back(node, constants, stop, scaling)
+    offsets: dict[Node, int] = {}
+    values: dict[Node, Any] = {}
+    total = 0
+    for source in sources:
+        count = source.meta["val"].numel()
+        # one more than the address, so that every kind of zero padding comes out as address -1; float64 because some
+        # movement operators refuse integers, and it is exact up to 2**53
+        values[source] = torch.arange(total + 1, total + count + 1, dtype=torch.float64).view(shape_of(source))
+        offsets[source] = total
+        total += count
+    for step in path:
+        values[step] = move(step, values, constants)
+    return Provenance(values[node].round().long() - 1, offsets, factor, tuple(path))
+
+
+def is_movement(node: Node, constants: Values) -> bool:
+    """Every element of the result is an element of the operand, or zero padding."""
+    name = operator_name(node)
+    if node in constants:
+        return False
+    if name in _PADDING:
+        return _pads_with_zero(node)
+    if name in ("aten::dropout", "aten::feature_dropout"):
+        return node.args[2] is False
+    if any(used not in constants for used in index_operands(node)):
+        return False
+    return name in _REARRANGING or name in _COPYING or name == "getitem"
+
+
+def is_copy(node: Node, constants: Values) -> bool:
+    """The result equals the operand, element for element, in the operand's shape."""
+    return operator_name(node) in _COPYING and is_movement(node, constants)
+
+
+def moved_operands(node: Node) -> list[Node]:
+    """The operands whose elements end up in the result (not the index tensors)."""
+    first = node.args[0]
+    return [first] if isinstance(first, Node) else [used for used in first if isinstance(used, Node)]  # type: ignore[union-attr]
+
+
+def index_operands(node: Node) -> list[Node]:
+    """The operands that only say where elements go."""
+    if operator_name(node) not in _INDEXED:
+        return []
+    return [used for used in node.all_input_nodes if used not in moved_operands(node)]
+
+
+def scale_of(node: Node) -> float | None:
+    """The number that ``node`` multiplies its first operand with, if that is all it does."""
+    if operator_name(node) not in _SCALING or len(node.args) < 2 or node.kwargs:
+        return None
+    operand, number = node.args[:2]
+    if not isinstance(operand, Node) or isinstance(number, Node):
+        return None
+    value = float(number)  # type: ignore[arg-type]
+    return value if operator_name(node) == "aten::mul" else 1.0 / value
+
+
+def move(node: Node, values: Values, constants: Values) -> Any:
+    """Run one movement on ``values``, whatever numbers they are; copies and scalings hand them on."""
+    name = operator_name(node)
+    if name in _COPYING or name in _SCALING:
+        return values[moved_operands(node)[0]]
+    if name in ("aten::view", "aten::_unsafe_view"):  # the copy that made a view possible is not made here
+        return values[node.args[0]].reshape(node.args[1])
+    moved = moved_operands(node)
+    return run_node(node, {used: values[used] if used in moved else constants[used] for used in node.all_input_nodes})
+
+
+def _walk_back(
+    node: Node, constants: Values, stop: Callable[[Node], bool], scaling: bool
+) -> tuple[list[Node], list[Node], float]:
+    path: set[Node] = set()
+    sources: dict[Node, None] = {}
+    factor = 1.0
+    pending = [node]
+    while pending:
+        step = pending.pop()
+        if step in path or step in sources:
+            continue
+        scale = scale_of(step) if scaling else None
+        if stop(step) or not (is_movement(step, constants) or scale is not None):
+            sources[step] = None
+            continue
+        if scale is not None:
+            if pending or sources:  # a factor on one branch of several is no factor of the whole
+                sources[step] = None
+                continue
+            factor *= scale
+        path.add(step)
+        pending.extend(moved_operands(step))
+    return sorted(path), list(sources), factor
+
+
+def _pads_with_zero(node: Node) -> bool:
+    mode = node.args[2] if operator_name(node) == "aten::pad" and len(node.args) > 2 else "constant"
+    position = 3 if operator_name(node) == "aten::pad" else 2
+    value = node.args[position] if len(node.args) > position else node.kwargs.get("value", 0)
+    return mode == "constant" and value in (None, 0, 0.0)
+

@@ -1,0 +1,161 @@
+"""Between the product of query and key and the softmax: only scale, bias and mask may act.
+
+The chain is walked back from the softmax; every step must be an affine map of the scores whose coefficients no input
+reaches. What it adds is split into a learned bias and a constant mask.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .contraction import Contraction, contraction
+from .movement import is_movement
+from .values import Values, operator_name, shape_of
+
+MASKED = -50.0
+"""A constant score at or below this counts as no key at all: Swin masks with -100, others with -inf or the least float."""
+
+_ADDING = ("aten::add", "aten::sub", "aten::add_", "aten::sub_", "aten::rsub")
+_MASKING = ("aten::masked_fill", "aten::masked_fill_", "aten::where")
+
+
+class NotAffine(Exception):
+    """The softmax input is more than scale, bias and mask away from a product of two values."""
+
+
+@dataclass(frozen=True)
+class Addend:
+    """``factor * value`` is added to the scores; ``shape`` is what it is broadcast to. ``node`` is its graph value."""
+
+    value: Tensor
+    factor: float
+    shape: tuple[int, ...]
+    node: Node | None = None
+
+    def on(self, scores: tuple[int, ...]) -> Tensor:
+        """As float64 in the layout of the product; axes it does not depend on stay size 1 where that is possible."""
+        value = self.value.double() * self.factor if self.factor != 1.0 else self.value.double()
+        if self.shape != scores:
+            return value.expand(self.shape).reshape(scores)
+        return value.reshape((1,) * (len(scores) - value.ndim) + tuple(value.shape))
+
+
+@dataclass
+class ScoreChain:
+    """``softmax input = factor * product * learned_scales + addends``, all constant in the inputs."""
+
+    product: Contraction
+    factor: float = 1.0
+    learned_scales: list[Node] = field(default_factory=list)
+    addends: list[Addend] = field(default_factory=list)
+    path: list[Node] = field(default_factory=list)
+
+
+def score_chain(node: Node, constants: Values, learned: frozenset[Node]) -> ScoreChain:
+    """Walk back from the softmax input ``node``; ``learned`` are the constants that depend on parameters.
+
+    Raises:
+        NotAffine: naming the operator in the way.
+    """
+    path, factor = [], 1.0
+    scales: list[Node] = []
+    addends: list[Addend] = []
+    while (product := contraction(node)) is None:
+        if node.op != "call_function":
+            raise NotAffine("the softmax input is not a product of a query and a key")
+        path.append(node)
+        name, following = operator_name(node), _operand(node, constants)
+        if name in ("aten::mul", "aten::div", "aten::mul_", "aten::div_"):
+            number = _number(node, following, constants, learned)
+            if number is None:
+                scales += [used for used in node.all_input_nodes if used is not following]
+            factor *= 1.0 if number is None else number if "mul" in name else 1.0 / number
+        elif name in (*_ADDING, *_MASKING) and scales:
+            raise NotAffine("a learned scale acts on biased scores")
+        elif name in _ADDING:
+            if not _subtracts_maximum(node):
+                addends.append(_addend(node, following, factor, constants))
+        elif name in _MASKING:
+            addends.append(_masking(node, following, factor, constants))
+        elif not is_movement(node, constants):
+            raise NotAffine(f"{name} acts between the product of query and key and the softmax")
+        node = following
+    return ScoreChain(product, factor, scales, addends, path[::-1])
+
+
+def excluded(bias: Tensor) -> Tensor:
+    """Where a constant bias rules a key out."""
+    return bias <= MASKED
+
+
+def as_addend(value: Tensor) -> Tensor:
+    """A boolean mask (true: may attend) as what it adds to the scores."""
+    if value.dtype == torch.bool:
+        return torch.zeros(value.shape, dtype=torch.float64).masked_fill(~value, -math.inf)
+    return value.double()
+
+
+def _operand(node: Node, constants: Values) -> Node:
+    """The one operand that the inputs reach."""
+    if _subtracts_maximum(node):
+        return node.args[0]  # type: ignore[return-value]
+    live = [used for used in node.all_input_nodes if used not in constants]
+    if len(live) != 1:
+        raise NotAffine(f"{operator_name(node)} combines the scores with another value that depends on the input")
+    return live[0]
+
+
+def _number(node: Node, following: Node, constants: Values, learned: frozenset[Node]) -> float | None:
+    """The other factor as a number, or None if it is a learned one."""
+    left, right = node.args[:2]
+    if "div" in operator_name(node) and (left is not following or right in learned):
+        raise NotAffine("the scores are divided by, or divide, a tensor")
+    other = right if left is following else left
+    if not isinstance(other, Node):
+        return float(other)  # type: ignore[arg-type]
+    if other in learned:
+        return None
+    value = constants[other]
+    if value.numel() != 1 and not bool((value == value.flatten()[0]).all()):
+        raise NotAffine("the scores are multiplied with a constant that differs from key to key")
+    return float(value.flatten()[0])
+
+
+def _addend(node: Node, following: Node, factor: float, constants: Values) -> Addend:
+    name, (left, right) = operator_name(node), node.args[:2]
+    if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+        raise NotAffine(f"{name} scales what it adds")
+    sign = -1.0 if "sub" in name else 1.0
+    if sign < 0 and (left is not following or name == "aten::rsub"):
+        raise NotAffine("the scores are subtracted from a constant")
+    other = right if left is following else left
+    value = constants[other] if isinstance(other, Node) else torch.tensor(float(other))  # type: ignore[arg-type]
+    return Addend(value, sign * factor, shape_of(node), other if isinstance(other, Node) else None)
+
+
+def _masking(node: Node, following: Node, factor: float, constants: Values) -> Addend:
+    if operator_name(node) == "aten::where":
+        condition, yes, no = node.args
+        mask, fill = (~constants[condition], no) if yes is following else (constants[condition], yes)
+    else:
+        mask, fill = constants[node.args[1]], node.args[2]
+    number = float(constants[fill]) if isinstance(fill, Node) else float(fill)
+    value = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, number)
+    return Addend(value, factor, shape_of(node))
+
+
+def _subtracts_maximum(node: Node) -> bool:
+    """``x - max(x)`` over the keys: shifts a softmax's input without changing its result."""
+    if operator_name(node) != "aten::sub":
+        return False
+    scores, maximum = node.args[:2]
+    if isinstance(maximum, Node) and operator_name(maximum) == "getitem":
+        maximum = maximum.args[0]
+    if not isinstance(maximum, Node) or operator_name(maximum) not in ("aten::max", "aten::amax"):
+        return False
+    return maximum.args[0] is scores and maximum.args[1] in (-1, [-1], len(shape_of(node)) - 1)

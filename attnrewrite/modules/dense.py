@@ -1,0 +1,30 @@
+"""Attention of every query to every key."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DenseAttention(nn.Module):
+    """``softmax(scale * q k^T + bias) v`` (Vaswani et al. 2017).
+
+    Args:
+        scale: multiplies the scores.
+        dropout: rate on the attention weights, in training.
+    """
+
+    def __init__(self, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Heads-last ``[batch, queries, heads, dim]`` and keys likewise; ``bias`` broadcasts over
+        ``[batch, heads, queries, keys]``. Returns ``[batch, queries, heads, value_dim]``."""
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        bias = None if bias is None else bias.to(query.dtype)
+        rate = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, bias, rate, scale=self.scale).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:.4g}, dropout={self.dropout}"

@@ -1,0 +1,172 @@
+"""Attention of every token to its neighbourhood, and to the prefix tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConversionError
+from ..functional import neighborhood_attention
+from ..ir import Grid
+from ..operators.index_rule import AxisRule
+
+Pair = tuple[int, int]
+
+
+class NeighborhoodAttention(nn.Module):
+    """Neighborhood attention (Hassani et al. 2023; dilated: Hassani and Shi 2022) for ``[prefix, map]`` sequences.
+
+    Map tokens see their neighbourhood and all prefix tokens; prefix tokens see everything. Where the kernel covers the
+    whole map this is dense attention. A kernel that does not fit a map (``kernel_size * dilation`` above its side) is
+    clamped to the largest that does.
+
+    Args:
+        kernel_size, dilation: per axis.
+        grid: the map and prefix at conversion; other sizes keep its aspect ratio unless they are given as a map.
+        scale: multiplies the scores.
+        dropout: rate on the attention weights, in training.
+        entries: positions in a flattened dense bias ``[heads, tokens, tokens]`` that hold its relative table.
+    """
+
+    def __init__(
+        self, kernel_size: Pair, dilation: Pair, grid: Grid, scale: float, dropout: float = 0.0, entries: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.dilation, self.grid = kernel_size, dilation, grid
+        self.scale, self.dropout = scale, dropout
+        self.register_buffer("entries", entries, persistent=False)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Heads-last ``[batch, tokens, heads, dim]``; ``bias`` ``[1, heads, tokens, tokens]`` at the converted grid."""
+        grid = grid_of(query.shape[1], self.grid)
+        kernel = clamped_kernel(self.kernel_size, self.dilation, grid)
+        if covers(kernel, self.dilation, grid) or (self.training and self.dropout > 0.0):
+            return self._dense(query, key, value, bias, kernel, grid)
+        prefix = grid.prefix_tokens
+        maps = [part[:, prefix:].unflatten(1, (grid.height, grid.width)) for part in (query, key, value)]
+        table = None if bias is None else self._table(bias, kernel)
+        extra = (key[:, :prefix], value[:, :prefix]) if prefix else (None, None)
+        mixed = neighborhood_attention(
+            *maps, kernel, self.dilation, scale=self.scale, bias=table, additional_keys=extra[0], additional_values=extra[1]
+        )
+        assert isinstance(mixed, Tensor)
+        if not prefix:
+            return mixed.flatten(1, 2)
+        return torch.cat([self._attend(query[:, :prefix], key, value, None, 0.0), mixed.flatten(1, 2)], dim=1)
+
+    def _table(self, bias: Tensor, kernel: Pair) -> Tensor:
+        """The central part of the relative table, ``[heads, 2k-1, 2k-1]``, that the kernel reaches."""
+        assert isinstance(self.entries, Tensor)
+        sides = (2 * self.grid.height - 1, 2 * self.grid.width - 1)
+        table = bias[0].flatten(1)[:, self.entries].unflatten(1, sides)
+        for axis, (side, reach) in enumerate(zip(sides, kernel, strict=True)):
+            table = table.narrow(axis + 1, side // 2 - reach + 1, 2 * reach - 1)
+        return table.contiguous()
+
+    def _dense(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Pair, grid: Grid
+    ) -> Tensor:
+        """All scores at once: where the kernel covers the map, and in training with dropout on the weights."""
+        mask = bias
+        if not covers(kernel, self.dilation, grid):
+            outside = ~neighborhood_mask(kernel, self.dilation, grid).to(query.device)
+            mask = torch.zeros(outside.shape, dtype=query.dtype, device=query.device).masked_fill(outside, -math.inf)
+            mask = mask if bias is None else mask + bias
+        return self._attend(query, key, value, mask, self.dropout if self.training else 0.0)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=self.scale).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, dilation={self.dilation}, grid={self.grid}, scale={self.scale:.4g}"
+
+
+class ReducedNeighborhoodAttention(nn.Module):
+    """Every query sees the ``kernel_size`` nearest cells of a reduced key map (PVT's spatial reduction kept).
+
+    The cell above a query is ``floor(position * reduced side / side)``; windows slide inward at the border as in
+    neighborhood attention. It runs as dense attention with a mask: the reduced map is small.
+
+    Args:
+        kernel_size: in cells of the reduced map, per axis; clamped to that map.
+        grid, reduced: the query and the key map at conversion.
+    """
+
+    def __init__(self, kernel_size: Pair, grid: Grid, reduced: Grid, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.kernel_size, self.grid, self.reduced = kernel_size, grid, reduced
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Heads-last ``[batch, tokens, heads, dim]`` queries and keys of their own maps."""
+        grid, reduced = grid_of(query.shape[1], self.grid), grid_of(key.shape[1], self.reduced)
+        mask = bias
+        if any(k < side for k, side in zip(self.kernel_size, (reduced.height, reduced.width), strict=True)):
+            mask = reduced_mask(self.kernel_size, grid, reduced).to(query.device)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        rate = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, mask, rate, scale=self.scale).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, grid={self.grid}, reduced={self.reduced}, scale={self.scale:.4g}"
+
+
+def grid_of(tokens: int, converted: Grid) -> Grid:
+    """The map of a sequence: the converted one, or one of its aspect ratio.
+
+    Raises:
+        ConversionError: no map of that aspect ratio has so many tokens.
+    """
+    if tokens == converted.tokens:
+        return converted
+    count = tokens - converted.prefix_tokens
+    height = round(math.sqrt(count * converted.height / converted.width)) if count > 0 else 0
+    if height < 1 or count % height or height * converted.width != count // height * converted.height:
+        raise ConversionError(
+            f"a sequence of {tokens} tokens is no map of the converted aspect ratio {converted}; convert the model with "
+            "example inputs of this size"
+        )
+    return Grid(height, count // height, converted.prefix_tokens)
+
+
+def clamped_kernel(kernel_size: Pair, dilation: Pair, grid: Grid) -> Pair:
+    """The largest kernel up to ``kernel_size`` that the map holds at this dilation."""
+    sides = (grid.height, grid.width)
+    height, width = (max(1, min(k, side // d)) for k, d, side in zip(kernel_size, dilation, sides, strict=True))
+    return height, width
+
+
+def covers(kernel_size: Pair, dilation: Pair, grid: Grid) -> bool:
+    """Whether every query sees the whole map."""
+    sides = (grid.height, grid.width)
+    return all(k >= side and d == 1 for k, d, side in zip(kernel_size, dilation, sides, strict=True))
+
+
+def neighborhood_mask(kernel_size: Pair, dilation: Pair, grid: Grid) -> Tensor:
+    """``[tokens, tokens]``: which keys each query sees, prefix tokens included."""
+    rows, columns = (
+        axis_mask(side, side, k, d)
+        for side, k, d in zip((grid.height, grid.width), kernel_size, dilation, strict=True)
+    )
+    seen = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(grid.height * grid.width, -1)
+    return F.pad(seen, (grid.prefix_tokens, 0, grid.prefix_tokens, 0), value=True)
+
+
+def reduced_mask(kernel_size: Pair, grid: Grid, reduced: Grid) -> Tensor:
+    """``[queries, cells]``: which cells of the reduced map each query sees."""
+    rows = axis_mask(grid.height, reduced.height, min(kernel_size[0], reduced.height), 1)
+    columns = axis_mask(grid.width, reduced.width, min(kernel_size[1], reduced.width), 1)
+    return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(grid.height * grid.width, -1)
+
+
+def axis_mask(queries: int, keys: int, kernel_size: int, dilation: int) -> Tensor:
+    """``[queries, keys]``: the neighbourhood rule along one axis; ``keys`` may be a coarser axis than ``queries``."""
+    rule = AxisRule(keys, kernel_size, dilation=dilation)
+    seen = torch.zeros(queries, keys, dtype=torch.bool)
+    for query in range(queries):
+        seen[query, list(rule.window(query * keys // queries))] = True
+    return seen

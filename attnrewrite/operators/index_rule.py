@@ -1,0 +1,130 @@
+"""Which keys a query of neighborhood attention sees, axis by axis.
+
+The rule is NATTEN's (Hassani et al. 2023, Neighborhood Attention Transformer; Hassani and Shi 2022, dilation;
+Hassani et al. 2025, Generalized Neighborhood Attention, stride). Axes are independent: a query's neighborhood
+on a map is the Cartesian product of its windows on the axes. Unlike NATTEN a kernel size of 1 is legal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+from ..errors import ArgumentError
+
+Scalar = TypeVar("Scalar", int, bool)
+
+
+@dataclass(frozen=True)
+class AxisRule:
+    """The neighborhood along `length` tokens: keys `dilation` apart, `stride` queries a window."""
+
+    length: int
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+    is_causal: bool = False
+
+    def window(self, query: int) -> range:
+        """Keys of one query, ascending: `kernel_size` of them, as windows slide inward; fewer if causal."""
+        group, position = query % self.dilation, query // self.dilation
+        group_length = -(-(self.length - group) // self.dilation)
+        shared = position // self.stride * self.stride
+        if self.is_causal:
+            leader = min(shared + self.stride - 1, group_length - 1)
+            first, stop = max(leader - self.kernel_size + 1, 0), position + 1
+        else:
+            leader = min(shared + self.stride // 2, group_length - 1)
+            first = min(max(leader - self.kernel_size // 2, 0), group_length - self.kernel_size)
+            stop = first + self.kernel_size
+        return range(first * self.dilation + group, stop * self.dilation + group, self.dilation)
+
+
+@dataclass(frozen=True)
+class AxisTable:
+    """An `AxisRule` as int64 (and bool) tensors of shape `[length, kernel_size]`.
+
+    Causal windows shrink; their unused slots have `valid` False and repeat the last key, so every index is
+    legal. `bias_index` is the entry of the relative position bias: (key - query) / dilation + kernel_size -
+    1.
+    """
+
+    keys: torch.Tensor
+    valid: torch.Tensor
+    bias_index: torch.Tensor
+
+
+@lru_cache(maxsize=256)
+def windows(rule: AxisRule) -> tuple[range, ...]:
+    """The window of every query of an axis."""
+    return tuple(rule.window(query) for query in range(rule.length))
+
+
+@lru_cache(maxsize=256)
+def axis_table(rule: AxisRule, device: torch.device) -> AxisTable:
+    """The windows of an axis as index tensors on `device`."""
+    bounds = torch.tensor([(window[0], window[-1]) for window in windows(rule)], device=device)
+    first, last = bounds[:, :1], bounds[:, 1:]
+    reach = first + torch.arange(rule.kernel_size, device=device) * rule.dilation
+    keys = torch.minimum(reach, last)
+    steps = (keys - torch.arange(rule.length, device=device)[:, None]) // rule.dilation
+    return AxisTable(keys=keys, valid=reach <= last, bias_index=steps + rule.kernel_size - 1)
+
+
+def axis_rules(
+    grid: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    is_causal: tuple[bool, ...],
+) -> tuple[AxisRule, ...]:
+    """One rule an axis; the tuples have one entry an axis, already checked by `check_rules`."""
+    return tuple(map(AxisRule, grid, kernel_size, stride, dilation, is_causal))
+
+
+def attended_pairs(rule: AxisRule) -> int:
+    """Number of (query, key) pairs along an axis; on a map the counts of its axes multiply."""
+    if not rule.is_causal:
+        return rule.length * rule.kernel_size
+    return sum(map(len, windows(rule)))
+
+
+def check_rules(rules: tuple[AxisRule, ...]) -> None:
+    """Raise `ArgumentError` for an axis on which the rule has no meaning."""
+    for axis, rule in enumerate(rules):
+        for name in ("kernel_size", "stride", "dilation"):
+            if getattr(rule, name) < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {getattr(rule, name)} for axis {axis}")
+        if rule.stride > rule.kernel_size:
+            raise ArgumentError(
+                f"stride {rule.stride} exceeds kernel_size {rule.kernel_size} on axis {axis}, so that some "
+                f"keys would belong to no window: use a stride of at most {rule.kernel_size}"
+            )
+        if rule.kernel_size * rule.dilation > rule.length:
+            raise ArgumentError(_too_long(axis, rule))
+
+
+def per_axis(value: Scalar | Sequence[Scalar], rank: int, name: str) -> tuple[Scalar, ...]:
+    """Spread one value over the axes, or check that there is one value an axis."""
+    if not isinstance(value, Sequence):
+        return (value,) * rank
+    if len(value) != rank:
+        raise ArgumentError(f"{name} has {len(value)} entries for a {rank}-D map: give one, or one an axis")
+    return tuple(value)
+
+
+def _too_long(axis: int, rule: AxisRule) -> str:
+    fitting = rule.length // rule.dilation
+    remedy = (
+        f"a kernel_size of at most {fitting}"
+        if fitting
+        else f"a dilation of at most {max(1, rule.length // rule.kernel_size)}"
+    )
+    return (
+        f"kernel_size {rule.kernel_size} x dilation {rule.dilation} exceeds the {rule.length} tokens of axis "
+        f"{axis}: use {remedy}"
+    )

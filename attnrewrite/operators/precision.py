@@ -1,0 +1,24 @@
+"""In which precision attention is computed, and what autocast makes of its operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax statistics: float32 for half precision, else the dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast to the autocast dtype where autocast is on; as everywhere in torch it leaves float64 alone."""
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor if tensor is None or tensor.dtype is torch.float64 else tensor.to(dtype) for tensor in tensors
+    )

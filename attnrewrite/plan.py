@@ -1,0 +1,192 @@
+"""A plan: which sites become what, as data. ``apply`` matches nothing and decides nothing."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .capture import Capture, NodeRef
+from .certify import Certificate
+from .certify.certificate import relative_error
+from .errors import ArgumentError, ConversionError
+from .ir import Refused, Site, line
+from .lift.values import Values
+from .report import ConversionReport, SiteReport, nearest
+from .rewrite.owners import OwnerProgram, build_programs
+from .rewrite.rewritten import restore_module, rewrite_module
+from .targets import Conversion, Exactness, Target
+
+END_TO_END = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""What an exact conversion may move the output by; half precision: 5e-2. Certification is far stricter, site by site."""
+
+
+@dataclass
+class PlannedSite:
+    """One site and what becomes of it: ``status`` is convert, kept, refused or untouched, ``why`` says why."""
+
+    site: Site
+    status: str = "untouched"
+    why: str = ""
+    target: Target | None = None
+    conversion: Conversion | None = None
+    certificate: Certificate | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def refuse(self, reason: str) -> None:
+        self.status, self.why = "refused", reason
+
+    def keep(self, reason: str) -> None:
+        self.status, self.why = "kept", reason
+
+
+@dataclass
+class Plan:
+    """What ``apply`` will do to ``model``; ``drop`` and ``limit`` edit it. ``print`` shows it.
+
+    ``refused`` are places that looked like sites and could not be lifted; ``values`` what the example input gave.
+    """
+
+    model: nn.Module
+    capture: Capture
+    sites: list[PlannedSite]
+    refused: list[Refused]
+    programs: list[OwnerProgram] = field(default_factory=list)
+    values: Values = field(repr=False, default_factory=dict)
+
+    @property
+    def converting(self) -> list[PlannedSite]:
+        return [planned for planned in self.sites if planned.status == "convert"]
+
+    def drop(self, *globs: str) -> Plan:
+        """Leave sites alone after all; returns the plan."""
+        for glob in globs:
+            for planned in matching(glob, self.sites, "drop"):
+                if planned.status == "convert":
+                    planned.keep("dropped from the plan")
+        self.build()
+        return self
+
+    def limit(self, max_rewrites: int) -> Plan:
+        """Keep the first ``max_rewrites`` conversions only: a wrong result can be bisected to the guilty one."""
+        if max_rewrites < 0:
+            raise ArgumentError(f"max_rewrites: must not be negative, got {max_rewrites}")
+        for planned in self.converting[max_rewrites:]:
+            planned.keep(f"max_rewrites={max_rewrites}")
+        self.build()
+        return self
+
+    def apply(self, inplace: bool = False) -> nn.Module:
+        """The converted model: a copy, or with ``inplace`` the model itself. A failure leaves the model as it was."""
+        if not self.converting:
+            raise ConversionError(f"nothing to convert in {type(self.model).__name__}:\n{self}")
+        model = self.model if inplace else copy.deepcopy(self.model)
+        rewritten: list[nn.Module] = []
+        try:
+            for owner in self.programs:
+                module = model.get_submodule(owner.path)
+                rewrite_module(module, owner.program, copy.deepcopy(owner.modules), copy.deepcopy(owner.buffers))
+                rewritten.append(module)
+            error = self._output_error(model)
+        except Exception:
+            for module in rewritten:
+                restore_module(module)  # type: ignore[arg-type]
+            raise
+        model.attnrewrite_report = self.report(error)  # type: ignore[assignment]
+        return model
+
+    def report(self, output_error: float | None = None) -> ConversionReport:
+        """What is planned, as a report; ``output_error`` is known after ``apply``."""
+        rows = [_row(planned) for planned in self.sites]
+        rows += [SiteReport(r.name, r.kind, "", "refused", why=r.reason) for r in self.refused]
+        inputs = (self.capture.tensors[node] for node in self.capture.inputs)
+        shapes = [list(value.shape) for value in inputs if isinstance(value, Tensor)]
+        tied = [f"{owner.path or '(root)'} ({', '.join(sorted(set(owner.fixed_to)))})" for owner in self.programs if owner.fixed_to]
+        return ConversionReport(type(self.model).__name__, shapes, rows, output_error, tied)
+
+    def __str__(self) -> str:
+        rows = [line(i, p.site, p.certificate) + _fate(p) for i, p in enumerate(self.sites)]
+        rows += [f"refused {site.kind} @ {site.name or '(root)'}: {site.reason}" for site in self.refused]
+        return "\n".join(rows)
+
+    def build(self) -> None:
+        """Make the programs of the sites that are to be converted; those that cannot be rewritten are refused."""
+        cores = {id(p.site): p.conversion.core for p in self.converting if p.conversion is not None}
+        sites = [planned.site for planned in self.converting]
+        self.programs, failed = build_programs(sites, self.capture, lambda site: cores[id(site)])
+        reasons = {id(site): reason for site, reason in failed}
+        for planned in self.converting:
+            if id(planned.site) in reasons:
+                planned.refuse(reasons[id(planned.site)])
+
+    def _output_error(self, model: nn.Module) -> float:
+        """Relative error of the outputs on the example input; an exact conversion must not change them.
+
+        Raises:
+            ConversionError: it did.
+        """
+        actual = _outputs(model, *self.capture.example)
+        references = [leaf for leaf in tree_leaves(self.capture.root.output) if isinstance(leaf, NodeRef)]
+        expected = [self.values[reference.node] for reference in references if reference.node is not None]
+        errors = [relative_error(a.double(), e.double()) for a, e in zip(actual, expected, strict=True)]
+        error = max(errors, default=0.0)
+        exact = all(p.conversion.exactness is Exactness.EXACT for p in self.converting if p.conversion)
+        if exact and not error <= END_TO_END.get(actual[0].dtype, 5e-2):
+            raise ConversionError(
+                f"the converted {type(model).__name__} differs from the original by {error:.1e} although every "
+                "conversion is exact; the model was left as it was. Find the site with max_rewrites and `keep` it"
+            )
+        return error
+
+
+def matching(glob: str, sites: list[PlannedSite], argument: str) -> list[PlannedSite]:
+    """Sites whose name matches ``glob``.
+
+    Raises:
+        ArgumentError: none does; the nearest names are suggested.
+    """
+    found = [planned for planned in sites if fnmatchcase(planned.site.name, glob)]
+    if not found:
+        names = [planned.site.name for planned in sites]
+        raise ArgumentError(f"{argument}: {glob!r} matches no site; {nearest(glob, names)}")
+    return found
+
+
+def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            output = model.eval()(*args, **kwargs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _row(planned: PlannedSite) -> SiteReport:
+    site, conversion = planned.site, planned.conversion
+    status = "converted" if planned.status == "convert" else planned.status
+    certificate = str(planned.certificate) if planned.certificate else ""
+    row = SiteReport(site.name, site.kind, site.describe(), status, why=planned.why, certificate=certificate)
+    if conversion is None or planned.status != "convert":
+        return row
+    return replace(
+        row,
+        target=str(planned.target),
+        exactness=conversion.exactness.name,
+        why=conversion.why,
+        benefit=conversion.benefit,
+        settings=dict(conversion.settings),
+        **planned.measured,
+    )
+
+
+def _fate(planned: PlannedSite) -> str:
+    if planned.status == "convert" and planned.conversion is not None:
+        return f"   -> {planned.target} {planned.conversion.exactness.name}: {planned.conversion.why}"
+    return f"   {planned.status}: {planned.why}" if planned.why else ""

@@ -1,0 +1,210 @@
+"""Make a plan: capture, lift, choose, certify, classify, build, check, measure. The model is not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from .capture import ModuleCall, NodeRef, capture
+from .certify import certify, collect_values
+from .certify.certificate import relative_error, wanted_nodes
+from .certify.forms import operand_heads_last
+from .errors import ArgumentError, ConversionError
+from .ir import AttentionSite, Global, Reduced, Refused, Site
+from .lift.dataflow import Dataflow
+from .plan import Plan, PlannedSite, matching
+from .rewrite.check import misbehaviour
+from .rewrite.owners import build_programs
+from .targets import Exactness, NotConvertible, Target, recognise_all, target_of
+
+Selector = str | Iterable[str] | Callable[[Site], bool]
+
+
+def plan(
+    model: nn.Module,
+    to: str | Target | Mapping[str, str | Target],
+    example_inputs: Any | None = None,
+    *,
+    sites: Selector | None = None,
+    keep: Selector | None = None,
+    fidelity: str = "projected",
+    max_rewrites: int | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Plan:
+    """Decide, certify and measure a conversion without changing the model; arguments and errors as for ``convert``.
+
+    The plan prints, can be edited (``drop``, ``limit``) and applied later.
+    """
+    least = _fidelity(fidelity)
+    targets = _targets(to, options)
+    made, flow = lifted(model, example_inputs)
+    _choose(made, targets, sites, keep)
+    chosen = [planned for planned in made.sites if planned.target is not None]
+    _prove(made, chosen, flow, progress)
+    _classify(chosen, least)
+    made.build()
+    if max_rewrites is not None:
+        made.limit(max_rewrites)
+    _check_behaviour(made, flow)
+    _measure(made)
+    return made
+
+
+def lifted(model: nn.Module, example_inputs: Any | None) -> tuple[Plan, Dataflow]:
+    """Everything recognised in ``model``, with nothing decided yet."""
+    flow = Dataflow(capture(model, example_inputs))
+    found = recognise_all(flow)
+    sites = [PlannedSite(site) for site in found if not isinstance(site, Refused)]
+    return Plan(model, flow.capture, sites, [site for site in found if isinstance(site, Refused)]), flow
+
+
+def _fidelity(name: str) -> Exactness:
+    known = [level.name.lower() for level in Exactness]
+    if name not in known:
+        raise ArgumentError(f"fidelity: expected one of {', '.join(known)}, got {name!r}")
+    return Exactness[name.upper()]
+
+
+def _targets(to: Any, options: dict[str, Any]) -> dict[str, Target]:
+    """Targets by site glob; first match wins."""
+    if not isinstance(to, Mapping):
+        return {"*": target_of(to, options)}
+    if options:
+        raise ArgumentError(f"to: options {sorted(options)} belong into the mapping's target objects")
+    if not to:
+        raise ArgumentError("to: the mapping is empty; give at least one site glob and its target")
+    return {glob: target_of(target) for glob, target in to.items()}
+
+
+def _choose(made: Plan, targets: dict[str, Target], sites: Selector | None, keep: Selector | None) -> None:
+    if not made.sites:
+        reasons = "".join(f"\n  {r.name or '(root)'}: {r.reason}" for r in made.refused)
+        raise ConversionError(
+            f"no attention, MLP or stem was recognised in {type(made.model).__name__}"
+            + (f"; what came near:{reasons}" if reasons else "; is it a vision transformer?")
+        )
+    if not any(isinstance(planned.site, AttentionSite) for planned in made.sites) and not _covers_kind(made, targets):
+        reasons = "".join(f"\n  {r.name or '(root)'}: {r.reason}" for r in made.refused) or " it has no softmax attention"
+        raise ConversionError(f"no attention was found in {type(made.model).__name__}:{reasons}")
+    wanted, kept = _selector(sites, made, "sites"), _selector(keep, made, "keep")
+    for glob in targets:
+        if glob != "*":
+            matching(glob, made.sites, "to")
+    for planned in made.sites:
+        target = next((t for glob, t in targets.items() if fnmatchcase(planned.site.name, glob)), None)
+        if target is None or planned.site.kind not in target.kinds:
+            continue
+        if sites is not None and not wanted(planned.site):
+            planned.keep("not in sites")
+        elif keep is not None and kept(planned.site):
+            planned.keep("keep")
+        else:
+            planned.target = target
+
+
+def _covers_kind(made: Plan, targets: dict[str, Target]) -> bool:
+    kinds = {kind for target in targets.values() for kind in target.kinds}
+    return any(planned.site.kind in kinds for planned in made.sites)
+
+
+def _selector(selector: Selector | None, made: Plan, argument: str) -> Callable[[Site], bool]:
+    if selector is None:
+        return lambda site: False
+    if selector == "auto":
+        raise ArgumentError(f'{argument}: "auto" is not available yet; name the sites to keep, e.g. keep=["blocks.0.*"]')
+    if callable(selector):
+        return selector
+    globs = [selector] if isinstance(selector, str) else list(selector)
+    names = {id(p.site) for glob in globs for p in matching(glob, made.sites, argument)}
+    return lambda site: id(site) in names
+
+
+def _prove(made: Plan, chosen: list[PlannedSite], flow: Dataflow, progress: bool) -> None:
+    """Certify the chosen sites, from one run of the captured graph; sites that fail are refused."""
+    wanted = wanted_nodes(planned.site for planned in chosen)
+    wanted |= {node for planned in chosen for node in (*_arguments(planned.site.owner), *_operands(planned.site))}
+    wanted |= _references(made.capture.root.output)
+    made.values = collect_values(flow, wanted)
+    with torch.no_grad():
+        for planned in tqdm(chosen, desc="certify", disable=None if progress else True, leave=False):
+            planned.certificate = certify(planned.site, flow, made.values)
+            if not planned.certificate.passed:
+                planned.refuse(f"{planned.certificate}: its lifted form does not reproduce the model")
+
+
+def _classify(chosen: list[PlannedSite], least: Exactness) -> None:
+    converted: dict[int, int] = {}
+    for planned in chosen:
+        if planned.status == "refused":
+            continue
+        assert planned.target is not None
+        index = converted.get(id(planned.target), 0)
+        try:
+            conversion = planned.target.convert(planned.site, index)
+        except NotConvertible as reason:
+            planned.refuse(str(reason))
+            continue
+        if conversion.exactness < least:
+            planned.keep(f"{conversion.exactness.name} is below fidelity={least.name.lower()!r}: {conversion.why}")
+            continue
+        planned.status, planned.conversion = "convert", conversion
+        converted[id(planned.target)] = index + 1
+
+
+def _check_behaviour(made: Plan, flow: Dataflow) -> None:
+    """Run one rewritten module of every structure, with cores that keep the function, beside its donor."""
+    exact = target_of("identity")
+    sites = [planned.site for planned in made.converting]
+    cores = {id(site): exact.convert(site, 0).core for site in sites}
+    twins, _ = build_programs(sites, made.capture, lambda site: cores[id(site)])
+    verdicts: dict[str, str] = {}
+    for twin in twins:
+        structure = f"{type(twin.call.module)} {twin.program.source}"
+        if structure not in verdicts:
+            verdicts[structure] = misbehaviour(twin, flow.constants | made.values, made.capture.batch)
+        for planned in made.converting if verdicts[structure] else ():
+            if any(planned.site is site for site in twin.sites):
+                planned.refuse(verdicts[structure])
+    if any(verdicts.values()):
+        made.build()
+
+
+def _measure(made: Plan) -> None:
+    """The local error of every new core on the example input, and what the target can say of what is lost."""
+    with torch.no_grad():
+        for planned in made.converting:
+            site, conversion = planned.site, planned.conversion
+            if not isinstance(site, AttentionSite) or conversion is None or conversion.exactness is Exactness.EXACT:
+                continue
+            if not isinstance(site.keys, Global | Reduced):
+                continue
+            nodes = site.nodes
+            parts = [operand_heads_last(made.values[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
+            expected = operand_heads_last(made.values[nodes.output.node], nodes.output, site)
+            bias = () if site.bias is None else (site.bias.values[None].to(parts[0].dtype),)
+            planned.measured["error"] = relative_error(conversion.core.eval()(*parts, *bias), expected)
+            assert planned.target is not None
+            planned.measured |= planned.target.measure(conversion, site, (parts[0], parts[1], parts[2]))
+
+
+def _operands(site: Site) -> list[Node]:
+    if not isinstance(site, AttentionSite) or not isinstance(site.keys, Global | Reduced):
+        return []
+    nodes = site.nodes
+    return [operand.node for operand in (nodes.query, nodes.key, nodes.value, nodes.output)]
+
+
+def _arguments(call: ModuleCall) -> set[Node]:
+    return _references(call.arguments)
+
+
+def _references(tree: Any) -> set[Node]:
+    return {leaf.node for leaf in tree_leaves(tree) if isinstance(leaf, NodeRef) and leaf.node is not None}

@@ -1,0 +1,137 @@
+"""What a conversion did, or would do: one row a site, and the whole model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site. ``status`` is converted, kept, refused or untouched; ``why`` is one clause.
+
+    ``certificate`` is the text of the proof that the site was read right; ``error`` the measured local error of the new
+    core on the example input (None: not measured); ``dropped_mass`` the share of attention per head that is lost.
+    """
+
+    name: str
+    kind: str
+    source: str
+    status: str
+    target: str = ""
+    exactness: str = ""
+    why: str = ""
+    certificate: str = ""
+    benefit: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    error: float | None = None
+    dropped_mass: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """All sites of a model, and what the conversion did to its output (None: not measured)."""
+
+    model: str
+    input_shapes: list[list[int]]
+    sites: list[SiteReport]
+    output_error: float | None = None
+    fixed_to: list[str] = field(default_factory=list)
+    new_parameters: list[str] = field(default_factory=list)
+
+    @property
+    def converted(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.status == "converted"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    def to_json(self) -> str:
+        """JSON with a schema version; unmeasured errors are null."""
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
+    def to_markdown(self) -> str:
+        rows = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+        rows += ["| " + " | ".join(_cells(names, site)) + " |" for names, site in folded(self.sites)]
+        return "\n".join([f"**{self.headline()}**", "", *rows])
+
+    def headline(self) -> str:
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
+        error = f"; output error {number(self.output_error)}" if self.converted else ""
+        return f"{self.model} at {shapes}: {len(self.converted)} of {len(self.sites)} sites converted{error}"
+
+    def table(self) -> Table:
+        table = Table(title=self.headline(), title_justify="left", box=None, header_style="bold")
+        for column in _COLUMNS:
+            table.add_column(column, overflow="fold")
+        for names, site in folded(self.sites):
+            table.add_row(*_cells(names, site))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=160, record=True, file=None, quiet=False, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self.table(), markup=False)
+            for note in self.notes():
+                console.print(note, markup=False)
+        return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+    def notes(self) -> list[str]:
+        notes = []
+        if self.fixed_to:
+            notes.append(f"tied to this input size: {', '.join(self.fixed_to)}")
+        if self.new_parameters:
+            notes.append(f"new parameters, not in an optimizer made before: {', '.join(self.new_parameters)}")
+        return notes
+
+
+_COLUMNS = ("site", "status", "class", "source", "error", "mass kept", "why")
+
+
+def number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1e}"
+
+
+def folded(sites: list[SiteReport]) -> Iterator[tuple[str, SiteReport]]:
+    """Consecutive sites that differ only in numbers of their names share a row: ``blocks.{0...11}.attn``."""
+
+    def alike(site: SiteReport) -> tuple[Any, ...]:
+        return (re.sub(r"\d+", "#", site.name), site.status, site.exactness, site.source, site.target, site.why)
+
+    for _, group in groupby(sites, key=alike):
+        members = list(group)
+        worst = max(members, key=lambda site: site.error or 0.0)
+        yield _folded_name([site.name for site in members]), worst
+
+
+def _folded_name(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0] or "(root)"
+    first, last = (re.split(r"(\d+)", name) for name in (names[0], names[-1]))
+    return "".join(a if a == b else f"{{{a}...{b}}}" for a, b in zip(first, last, strict=True))
+
+
+def _cells(names: str, site: SiteReport) -> tuple[str, ...]:
+    kept = ""
+    if site.dropped_mass:
+        kept = f"{1 - sum(site.dropped_mass) / len(site.dropped_mass):.2f}"
+    error = number(site.error) if site.status == "converted" else ""
+    return (names, site.status, site.exactness, site.source, error, kept, site.why)
+
+
+def nearest(wanted: str, names: list[str]) -> str:
+    """A suggestion for a name that is not known, or the names there are."""
+    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
+    if close:
+        return f"did you mean {', '.join(map(repr, close))}?"
+    return f"there are: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "there are none"

@@ -1,0 +1,83 @@
+"""Does a rewritten module behave as its donor where capture did not look: another batch, and training mode?"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..capture import NodeRef
+from ..capture.snapshot import untouched
+from ..certify.certificate import relative_error
+from ..lift.values import Values
+from .owners import OwnerProgram
+from .rewritten import rewrite_module
+
+TOLERANCE = 1e-3
+"""Relative to the largest value: float32 leaves 1e-6, a wrong axis or a swapped batch far more."""
+
+
+def misbehaviour(owner: OwnerProgram, captured: Values, batch: int) -> str:
+    """Compare donor and twin on two different samples, in eval and, if nothing in it is random by element, in training.
+
+    ``owner`` must hold cores that keep the function. Returns the reason, or an empty string.
+    """
+    donor = owner.call.module
+    twin = twin_of(donor)
+    rewrite_module(twin, owner.program, owner.modules, owner.buffers)
+    with torch.no_grad():
+        doubled: Values = {}  # an argument given twice stays one tensor
+        arguments = tree_map(lambda leaf: _doubled(leaf, captured, batch, doubled), owner.call.arguments)
+        for training in (False, True):
+            if training and _is_random(donor):
+                continue
+            try:
+                expected = _run(donor, donor, arguments, training)
+            except Exception:  # the donor itself takes no other batch: there is nothing to compare with
+                continue
+            try:
+                actual = _run(twin, donor, arguments, training)
+            except Exception as cause:
+                return f"it does not take a batch of {2 * batch}: {str(cause).splitlines()[0]}"
+            error = max((relative_error(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
+            if not error <= TOLERANCE:
+                mode = "in training" if training else f"at a batch of {2 * batch}"
+                return f"the rewritten module differs from the original {mode} (error {error:.0e})"
+    return ""
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    """Another module object on the same children, parameters and buffers."""
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(
+        {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+    )
+    return twin
+
+
+def _run(module: nn.Module, donor: nn.Module, arguments: dict[str, Any], training: bool) -> list[Tensor]:
+    bound = inspect.BoundArguments(inspect.signature(donor.forward), arguments)  # type: ignore[arg-type]
+    with untouched(module):
+        module.train(training)
+        torch.manual_seed(0)
+        output = module.forward(*bound.args, **bound.kwargs)
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _doubled(leaf: Any, captured: Values, batch: int, doubled: Values) -> Any:
+    """The captured samples and as many others; what is no per-sample value stays."""
+    if not isinstance(leaf, NodeRef) or leaf.node is None:
+        return leaf
+    if leaf.node not in doubled:
+        value = captured[leaf.node]
+        axis = next((axis for axis in (0, 1) if value.ndim > 1 and value.shape[axis] == batch), None)
+        per_sample = axis is not None and value.is_floating_point() and not isinstance(value, nn.Parameter)
+        doubled[leaf.node] = torch.cat([value, value.flip(-1)], dim=axis) if per_sample else value
+    return doubled[leaf.node]
+
+
+def _is_random(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.modules())

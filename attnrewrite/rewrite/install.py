@@ -1,0 +1,239 @@
+"""Put new cores where sites were, in an outlined graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Node
+
+from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
+from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
+from ..lift.values import shape_of
+from .outline import NotOutlinable, Outlined
+
+
+def install(outlined: Outlined, site: Site, core: nn.Module) -> None:
+    """Replace what ``site`` computes in the graph by a call of ``core``, a new child of the module.
+
+    Raises:
+        NotOutlinable: the site's values are not where the graph can replace them.
+    """
+    if isinstance(site, AttentionSite):
+        _attention(outlined, site, core)
+    elif isinstance(site, MlpSite):
+        _mlp(outlined, site, core)
+    else:
+        _stem(outlined, site, core)
+
+
+def must_open(site: Site) -> tuple[list[Node], list[Node]]:
+    """Captured nodes that a graph must show itself, and those it may also show as the result of a child."""
+    if isinstance(site, MlpSite):
+        return [stage.node for stage in site.stages if stage.kind in ("activation", "gate")], []
+    if isinstance(site, StemSite):
+        return [site.tokens or site.result], [site.source if site.patches is not None else site.result]
+    nodes = site.nodes
+    if isinstance(site.keys, Window):
+        return [], [n for n in (*nodes.linears, nodes.merged, nodes.source, nodes.result) if n is not None]
+    return [nodes.product, nodes.output.node], []
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Drop what nothing uses any more. Calls of children that nothing uses go too: the new core does their work."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+
+
+def _attention(outlined: Outlined, site: AttentionSite, core: nn.Module) -> None:
+    if isinstance(site.keys, Window):
+        _windowed(outlined, site, core)
+    else:
+        _operands(outlined, site, core)
+
+
+def _operands(outlined: Outlined, site: AttentionSite, core: nn.Module) -> None:
+    """Query, key and value stay as they are computed; the product with the values is replaced."""
+    nodes, graph = site.nodes, outlined.graph
+    old = outlined.first(nodes.output.node)
+    consumers = ((nodes.query, nodes.product), (nodes.key, nodes.product), (nodes.value, nodes.output.node))
+    with graph.inserting_before(old):
+        parts = [
+            graph.call_function(
+                heads_last,
+                (outlined.argument(consumer, part.node), part.axes, nodes.batch_groups, nodes.head_groups, site.heads),
+            )
+            for part, consumer in consumers
+        ]
+        for scale in site.learned_scales:
+            per_head = graph.call_method("reshape", (outlined.latest(scale), [-1, 1]))
+            parts[0] = graph.call_function(operator.mul, (parts[0], per_head))
+        bias = _dense_bias(outlined, site)
+        new = graph.call_module(outlined.add_module("attention", core), (*parts, *bias))
+        sizes = dict(zip(nodes.output.axes, shape_of(nodes.output.node), strict=True))
+        head_sizes = tuple(sizes[axis] for axis in nodes.head_groups)
+        new = graph.call_function(
+            from_heads_last, (new, nodes.output.axes, nodes.batch_groups, nodes.head_groups, head_sizes)
+        )
+    _replace(old, new)
+
+
+def _dense_bias(outlined: Outlined, site: AttentionSite) -> tuple[Node, ...]:
+    """``[1, heads, queries, keys]``: the learned addends, still computed from their parameters, and a constant mask."""
+    graph = outlined.graph
+    terms = []
+    if site.bias is not None:
+        shape = [1, *site.bias.values.shape]
+        terms = [graph.call_method("reshape", (_addend(outlined, n, shape), shape)) for n in site.bias.nodes]
+    if site.mask is not None:
+        dtype = site.nodes.query.node.meta["val"].dtype
+        terms.append(outlined.add_constant(site.mask[None].to(dtype)))
+    if not terms:
+        return ()
+    total = terms[0]
+    for term in terms[1:]:
+        total = graph.call_function(operator.add, (total, term))
+    return (total,)
+
+
+def _windowed(outlined: Outlined, site: AttentionSite, core: nn.Module) -> None:
+    """The projections act on the map itself, and the blocks are cut in the core: no roll, no partition, no mask."""
+    nodes, graph = site.nodes, outlined.graph
+    assert site.query and site.key and site.value and site.output and site.grid and nodes.source and nodes.merged
+    old = outlined.latest(nodes.result)  # type: ignore[arg-type]
+    with graph.inserting_before(old):
+        source = outlined.latest(nodes.source)
+        project = _projector(outlined, site, source)
+        arguments = [project(part, source) for part in (site.query, site.key, site.value)]
+        arguments += _block_bias(outlined, site)
+        if site.keys.phantom:  # type: ignore[union-attr]
+            zero = graph.call_function(zero_token, (source,))
+            padded = [graph.call_function(operator.getitem, (project(p, zero), 0)) for p in (site.key, site.value)]
+            arguments += ([None] if site.bias is None else []) + padded
+        mixed = graph.call_module(outlined.add_module("attention", core), tuple(arguments))
+        head_step, start, dim_step = _steps(site.output.rows)
+        if start or (head_step, dim_step) not in ((site.output.head_dim, 1), (1, site.heads)):
+            raise NotOutlinable("the heads are merged in an irregular order")
+        mixed = graph.call_function(merge_heads, (mixed, head_step, dim_step))
+        if len(shape_of(nodes.source)) == 3:
+            mixed = graph.call_method("flatten", (mixed, 1, 2))
+        new = _after_projection(outlined, site, mixed)
+    _replace(old, new)
+
+
+def _projector(outlined: Outlined, site: AttentionSite, source: Node) -> Callable[[Projection, Node], Node]:
+    """Calls the projections' own modules on whole maps, each once for each value."""
+    calls: dict[tuple[Node, Node], Node] = {}
+    graph = outlined.graph
+    linears = {made.args[1]: made for made in site.nodes.linears}
+
+    def project(part: Projection, value: Node) -> Node:
+        linear = linears[part.weight]
+        if (linear, value) not in calls:
+            calls[linear, value] = _again(outlined, outlined.first(linear), value)
+        head_step, start, dim_step = _steps(part.rows)
+        taken = graph.call_function(
+            take_heads, (calls[linear, value], start, part.heads, part.head_dim, head_step, dim_step)
+        )
+        if value is source and len(shape_of(site.nodes.source)) == 3:  # type: ignore[arg-type]
+            return graph.call_method("unflatten", (taken, 1, _sides(outlined, site)))
+        return taken
+
+    return project
+
+
+def _sides(outlined: Outlined, site: AttentionSite) -> tuple[Node | int, Node | int]:
+    """Height and width: from the module's own arguments if it is given them, else the captured ones."""
+    assert site.grid is not None
+    numbers = [leaf for leaf in outlined.leaves if type(leaf.meta.get("value")) is int]
+    if [leaf.meta["value"] for leaf in numbers[:2]] == [site.grid.height, site.grid.width]:
+        return numbers[0], numbers[1]
+    return site.grid.height, site.grid.width
+
+
+def _block_bias(outlined: Outlined, site: AttentionSite) -> list[Node]:
+    if site.bias is None:
+        return []
+    graph, shape = outlined.graph, [site.heads, *site.bias.values.shape[1:]]
+    terms = [graph.call_method("reshape", (_addend(outlined, node, shape), shape)) for node in site.bias.nodes]
+    total = terms[0]
+    for term in terms[1:]:
+        total = graph.call_function(operator.add, (total, term))
+    return [total]
+
+
+def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
+    if captured.meta["val"].numel() != torch.Size(shape).numel():
+        raise NotOutlinable("the learned bias is not given once for every head, query and key")
+    return outlined.value(captured)
+
+
+def _after_projection(outlined: Outlined, site: AttentionSite, mixed: Node) -> Node:
+    """The output projection and what follows it up to the result, without the rearrangement of tokens."""
+    nodes = site.nodes
+    assert nodes.merged is not None and nodes.result is not None
+    first, step = outlined.first(nodes.merged), outlined.latest(nodes.result)
+    follow = []
+    while step is not first:
+        if step.op == "call_module":
+            follow.append(step)
+        if not step.all_input_nodes:
+            raise NotOutlinable("the result does not come from the output projection")
+        step = step.all_input_nodes[0]
+    new = _again(outlined, first, mixed)
+    for step in reversed(follow):
+        new = _again(outlined, step, new)
+    return new
+
+
+def _again(outlined: Outlined, made: Node, value: Node) -> Node:
+    """The same call on another value: the first operand is exchanged."""
+    if made.op == "call_module":
+        if len(made.all_input_nodes) != 1:
+            raise NotOutlinable("a projection is given more than its input")
+        swapped = fx.node.map_arg((made.args, made.kwargs), lambda _: value)
+        return outlined.graph.call_module(made.target, *swapped)  # type: ignore[arg-type]
+    return outlined.graph.call_function(made.target, (value, *made.args[1:]), dict(made.kwargs))  # type: ignore[arg-type]
+
+
+def _mlp(outlined: Outlined, site: MlpSite, core: nn.Module) -> None:
+    """The activations become the core's; linear maps, convolution and dropout stay live."""
+    graph = outlined.graph
+    for number, stage in enumerate(site.stages):
+        if stage.kind not in ("activation", "gate"):
+            continue
+        old = outlined.first(stage.node)
+        with graph.inserting_before(old):
+            operands = [outlined.latest(stage.before)]
+            if stage.gate_value is not None:
+                operands.append(outlined.latest(stage.gate_value))
+            new = graph.call_module(f"{outlined.add_module('mlp', core[number])}", tuple(operands))  # type: ignore[index]
+        _replace(old, new)
+
+
+def _stem(outlined: Outlined, site: StemSite, core: nn.Module) -> None:
+    old = outlined.latest(site.tokens or site.result)
+    with outlined.graph.inserting_before(old):
+        origin = site.source if site.patches is not None else site.result
+        new = outlined.graph.call_module(outlined.add_module("stem", core), (outlined.latest(origin),))
+    _replace(old, new)
+
+
+def _replace(old: Node, new: Node) -> None:
+    new.meta["val"] = old.meta["val"]
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def _steps(rows: Tensor) -> tuple[int, int, int]:
+    """``(head step, start, dim step)`` of weight rows that are an arithmetic progression in head and dim."""
+    heads, dims = rows.shape
+    start = int(rows[0, 0])
+    head_step = int(rows[1, 0]) - start if heads > 1 else dims
+    dim_step = int(rows[0, 1]) - start if dims > 1 else 1
+    expected = start + torch.arange(heads)[:, None] * head_step + torch.arange(dims) * dim_step
+    if not torch.equal(rows, expected):
+        raise NotOutlinable("the heads are packed in an irregular order")
+    return head_step, start, dim_step

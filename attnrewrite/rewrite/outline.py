@@ -1,0 +1,226 @@
+"""One module call as a graph of its own, in which its children are still live calls under their own names."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Node
+from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_map
+
+from ..capture import Capture, ModuleCall, NodeRef
+from ..lift.values import is_call, operator_name
+
+
+class NotOutlinable(Exception):
+    """A module's own code cannot be restated as a graph over its children."""
+
+
+@dataclass
+class Outlined:
+    """``graph`` restates the module of ``call``.
+
+    ``made[node]`` are the values that stand for captured ``node``, in the order they were made: a child that hands its
+    input on (an inactive DropPath) makes a second one. ``constants`` and ``modules`` are to be added to the module.
+    """
+
+    call: ModuleCall
+    graph: fx.Graph
+    made: dict[Node, list[Node]] = field(default_factory=dict)
+    leaves: list[Node] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    value: Callable[[Node], Node] = field(init=False)
+    """The value of a captured node, computed here if it is a constant that was not needed before."""
+
+    def first(self, captured: Node) -> Node:
+        """What computes ``captured``."""
+        if captured not in self.made:
+            raise NotOutlinable(f"{captured.name} is computed inside a child that stays a whole")
+        return self.made[captured][0]
+
+    def latest(self, captured: Node) -> Node:
+        """What later code uses for ``captured``."""
+        self.first(captured)
+        return self.made[captured][-1]
+
+    def argument(self, consumer: Node, captured: Node) -> Node:
+        """The value that stands for ``captured`` where ``consumer`` uses it."""
+        before, _ = tree_flatten((consumer.args, consumer.kwargs))
+        after, _ = tree_flatten((self.first(consumer).args, self.first(consumer).kwargs))
+        return next(new for old, new in zip(before, after, strict=True) if old is captured)
+
+    def add_module(self, stem: str, module: nn.Module) -> str:
+        taken = {*self.modules, *dict(self.call.module.named_children())}
+        name = next(n for n in _numbered(f"attnrewrite_{stem}") if n not in taken)
+        self.modules[name] = module
+        return name
+
+    def add_constant(self, value: Tensor) -> Node:
+        name = f"attnrewrite_constant_{len(self.constants)}"
+        self.constants[name] = value
+        return self.graph.get_attr(name)
+
+
+def outline(call: ModuleCall, capture: Capture, opened: Callable[[ModuleCall], bool]) -> Outlined:
+    """Restate ``call`` as a graph; children for which ``opened`` holds are dissolved into it.
+
+    Raises:
+        NotOutlinable: with the reason.
+    """
+    return _Outliner(call, capture, opened).run()
+
+
+class _Outliner:
+    def __init__(self, call: ModuleCall, capture: Capture, opened: Callable[[ModuleCall], bool]) -> None:
+        self.capture, self.opened = capture, opened
+        self.result = Outlined(call, fx.Graph())
+        self.graph = self.result.graph
+        self.result.value = self._value
+        self.ordered = sorted(capture.position, key=capture.position.__getitem__)
+        self.attributes = _attributes(call.module)
+        self.dropouts: dict[float, str] = {}
+
+    def run(self) -> Outlined:
+        call = self.result.call
+        leaves, _ = tree_flatten(call.arguments)
+        for number, leaf in enumerate(leaves):
+            placeholder = self.graph.placeholder(f"argument_{number}")
+            self.result.leaves.append(placeholder)
+            if isinstance(leaf, NodeRef):
+                self._require(leaf.node is not None, "a tensor argument was made outside the traced model")
+                if leaf.node not in self.result.made:  # the same tensor given twice is one value
+                    self._made(leaf.node, placeholder)  # type: ignore[arg-type]
+            else:
+                placeholder.meta["value"] = leaf
+        self._body(call)
+        self.graph.output(tree_map(self._reference, call.output))
+        return self.result
+
+    def _body(self, call: ModuleCall) -> None:
+        position = call.enter
+        for child in call.children:
+            self._nodes(position, child.enter)
+            if self.opened(child):
+                self._body(child)
+            else:
+                self._call(child)
+            position = child.exit
+        self._nodes(position, call.exit)
+
+    def _nodes(self, start: int, stop: int) -> None:
+        for node in self.ordered:
+            if start <= self.capture.position[node] < stop and is_call(node):
+                self._node(node)
+
+    def _node(self, node: Node) -> None:
+        name = operator_name(node)
+        if name == "aten::_assert_tensor_metadata" or node in self.result.made:
+            return
+        if name == "aten::dropout" and node.args[2] is False:
+            self._made(node, self._dropout(self._value(node.args[0]), float(node.args[1])))  # type: ignore[arg-type]
+            return
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
+        self._made(node, self.graph.call_function(node.target, args, kwargs))  # type: ignore[arg-type]
+
+    def _dropout(self, value: Node, rate: float) -> Node:
+        """The captured graph has an inactive dropout; a module makes it follow train() and eval() again."""
+        if rate == 0.0:
+            return value
+        if rate not in self.dropouts:
+            self.dropouts[rate] = self.result.add_module("dropout", nn.Dropout(rate))
+        return self.graph.call_module(self.dropouts[rate], (value,))
+
+    def _call(self, child: ModuleCall) -> None:
+        signature = inspect.signature(child.module.forward)
+        bound = inspect.BoundArguments(signature, tree_map(self._reference, child.arguments))  # type: ignore[arg-type]
+        called = self.graph.call_module(self._relative(child.path), bound.args, bound.kwargs)
+        if isinstance(child.output, NodeRef):
+            if child.output.node is not None:
+                self._made(child.output.node, called)
+            return
+        for path, leaf in tree_flatten_with_path(child.output)[0]:
+            if isinstance(leaf, NodeRef) and leaf.node is not None:
+                value = called
+                for key in path:
+                    value = self._item(value, key)
+                self._made(leaf.node, value)
+
+    def _item(self, value: Node, key: Any) -> Node:
+        if isinstance(key, SequenceKey):
+            return self.graph.call_function(operator.getitem, (value, key.idx))
+        if isinstance(key, MappingKey):
+            return self.graph.call_function(operator.getitem, (value, key.key))
+        assert isinstance(key, GetAttrKey)
+        return self.graph.call_function(getattr, (value, key.name))
+
+    def _reference(self, leaf: Any) -> Any:
+        if not isinstance(leaf, NodeRef):
+            self._require(leaf is None or isinstance(leaf, str | int | float | bool | torch.dtype), f"it passes {leaf!r}")
+            return leaf
+        self._require(leaf.node is not None, "a child is given a tensor made outside the traced model")
+        return self._value(leaf.node)  # type: ignore[arg-type]
+
+    def _value(self, node: Node) -> Node:
+        """The value of a captured node: made before, a parameter, or a constant to be computed here as well."""
+        if node in self.result.made:
+            return self.result.latest(node)
+        if node.op == "placeholder":
+            self._made(node, self._tensor(node))
+        else:
+            self._require(_is_constant(node, self.capture), "it uses a value from outside")
+            self._node(node)
+        return self.result.latest(node)
+
+    def _tensor(self, node: Node) -> Node:
+        self._require(node not in self.capture.inputs, "it uses a model input that it is not given")
+        value = self.capture.tensors[node]
+        if id(value) in self.attributes:
+            return self.graph.get_attr(self.attributes[id(value)])
+        self._require(not isinstance(value, nn.Parameter), f"it uses {self.capture.names[node]}, which it does not own")
+        return self.result.add_constant(value)
+
+    def _made(self, captured: Node, value: Node) -> None:
+        if "val" not in value.meta and value.op != "get_attr":
+            value.meta["val"] = captured.meta["val"]
+        self.result.made.setdefault(captured, []).append(value)
+
+    def _relative(self, path: str) -> str:
+        own = self.result.call.path
+        return path.removeprefix(f"{own}.") if own else path
+
+    def _require(self, condition: bool, reason: str) -> None:
+        if not condition:
+            raise NotOutlinable(reason)
+
+
+def _is_constant(node: Node, capture: Capture) -> bool:
+    pending, seen = [node], set()
+    while pending:
+        step = pending.pop()
+        if step in capture.inputs:
+            return False
+        if step not in seen:
+            seen.add(step)
+            pending.extend(step.all_input_nodes)
+    return True
+
+
+def _attributes(module: nn.Module) -> dict[int, str]:
+    named: Iterator[tuple[str, Tensor]] = iter(
+        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    )
+    return {id(value): name for name, value in named}
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    yield stem
+    number = 1
+    while True:
+        yield f"{stem}_{number}"
+        number += 1

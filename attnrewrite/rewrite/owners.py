@@ -1,0 +1,158 @@
+"""From converted sites to the programs of the modules that own them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ..capture import Capture, ModuleCall, NodeRef
+from ..ir import Site
+from .install import install, must_open, remove_dead_code
+from .outline import NotOutlinable, outline
+from .program import Program, program_of
+from .shapes import free_sizes
+
+Core = nn.Module | list[nn.Module]
+
+
+@dataclass
+class OwnerProgram:
+    """The new forward of one module: at ``path``, replacing ``sites``, with the children and buffers it needs."""
+
+    call: ModuleCall
+    sites: list[Site]
+    program: Program
+    modules: dict[str, nn.Module]
+    buffers: dict[str, Tensor]
+    fixed_to: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        return self.call.path
+
+
+def build_programs(
+    sites: list[Site], capture: Capture, core_of: Callable[[Site], Core]
+) -> tuple[list[OwnerProgram], list[tuple[Site, str]]]:
+    """One program for every owning module, and the sites that could not be rewritten, with the reason."""
+    programs: list[OwnerProgram] = []
+    failed: list[tuple[Site, str]] = []
+    for calls in _by_module(_owners(sites)):
+        built = []
+        for call, owned in calls:
+            program, without = _build(call, owned, capture, core_of)
+            failed += without
+            built += [program] if program is not None else []
+        count = sum(1 for other in _calls(capture.root) if other.module is calls[0][0].module)
+        reason = _disagreement(built, count)
+        if reason:
+            failed += [(site, reason) for program in built for site in program.sites]
+        elif built:
+            programs.append(built[0])
+    return programs, failed
+
+
+def _build(
+    call: ModuleCall, sites: list[Site], capture: Capture, core_of: Callable[[Site], Core]
+) -> tuple[OwnerProgram | None, list[tuple[Site, str]]]:
+    """Leave out, one by one, the sites that cannot be installed."""
+    failed: list[tuple[Site, str]] = []
+    while sites:
+        site = sites[0]
+        try:
+            outlined = outline(call, capture, _opener(sites))
+            for site in sites:
+                install(outlined, site, core_of(site))
+            remove_dead_code(outlined.graph)
+            tied = free_sizes(outlined.graph, outlined.leaves)
+            remove_dead_code(outlined.graph)
+            program = program_of(outlined, tied)
+        except NotOutlinable as reason:
+            failed.append((site, f"{type(call.module).__name__} cannot be rewritten: {reason}"))
+            sites = [other for other in sites if other is not site]
+            continue
+        used = {node.target for node in outlined.graph.nodes if node.op in ("call_module", "get_attr")}
+        modules = {name: module for name, module in outlined.modules.items() if name in used}
+        buffers = {name: value for name, value in outlined.constants.items() if name in used}
+        return OwnerProgram(call, sites, program, modules, buffers, tied), failed
+    return None, failed
+
+
+def _opener(sites: list[Site]) -> Callable[[ModuleCall], bool]:
+    inner: list[Node] = []
+    shown: list[Node] = []
+    for site in sites:
+        inside, either = must_open(site)
+        inner += inside
+        shown += either
+
+    def opened(call: ModuleCall) -> bool:
+        return any(_holds(call, node) for node in inner) or any(
+            _holds(call, node) and not (isinstance(call.output, NodeRef) and call.output.node is node) for node in shown
+        )
+
+    positions: dict[Node, int] = {}
+
+    def _holds(call: ModuleCall, node: Node) -> bool:
+        if node not in positions:
+            positions[node] = node.meta["custom"]["attnrewrite_position"]
+        return call.encloses(positions[node])
+
+    return opened
+
+
+def _owners(sites: list[Site]) -> list[tuple[ModuleCall, list[Site]]]:
+    """Sites by the call that owns them; a site inside a child that another site dissolves joins that one's owner."""
+    owners: dict[int, tuple[ModuleCall, list[Site]]] = {}
+    for site in sites:
+        owners.setdefault(id(site.owner), (site.owner, []))[1].append(site)
+    for outer, owned in sorted(owners.values(), key=lambda entry: entry[0].enter - entry[0].exit):
+        for inner, theirs in list(owners.values()):
+            if inner is outer or not theirs or not _is_inside(inner, outer):
+                continue
+            opened = _opener(owned)
+            if all(opened(step) for step in _steps_between(inner, outer)):
+                owned += theirs
+                del owners[id(inner)]
+    return [entry for entry in owners.values() if entry[1]]
+
+
+def _steps_between(inner: ModuleCall, outer: ModuleCall) -> Iterator[ModuleCall]:
+    while inner is not outer:
+        yield inner
+        assert inner.parent is not None
+        inner = inner.parent
+
+
+def _is_inside(inner: ModuleCall, outer: ModuleCall) -> bool:
+    call: ModuleCall | None = inner
+    while call is not None and call is not outer:
+        call = call.parent
+    return call is outer
+
+
+def _by_module(
+    owners: list[tuple[ModuleCall, list[Site]]],
+) -> list[list[tuple[ModuleCall, list[Site]]]]:
+    modules: dict[int, list[tuple[ModuleCall, list[Site]]]] = {}
+    for call, sites in owners:
+        modules.setdefault(id(call.module), []).append((call, sites))
+    return list(modules.values())
+
+
+def _disagreement(built: list[OwnerProgram], calls: int) -> str:
+    """A module that is called several times must be the same rewritten module every time."""
+    if not built or calls == 1:
+        return ""
+    if len(built) != calls or any(program.program.source != built[0].program.source for program in built):
+        return f"its module is called {calls} times and would have to be rewritten differently each time"
+    return ""
+
+
+def _calls(call: ModuleCall) -> Iterator[ModuleCall]:
+    yield call
+    for child in call.children:
+        yield from _calls(child)

@@ -1,0 +1,177 @@
+"""A rewritten module's forward, as source code generated from its graph.
+
+Source rather than a graph object, because it pickles, it reads, ``torch.compile`` sees ordinary Python, and the
+signature stays the donor's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path
+
+from ..capture import ModuleCall, NodeRef
+from ..errors import ConversionError
+from .outline import NotOutlinable, Outlined
+
+_ALLOWED = (type(None), bool, int, float, str)
+
+
+@dataclass
+class Program:
+    """``forward(module, *args, **kwargs)`` of a rewritten module. ``names`` are the globals its source refers to."""
+
+    source: str
+    names: dict[str, Any]
+    forward: FunctionType = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        scope = dict(self.names)
+        exec(compile(self.source, "<attnrewrite program>", "exec"), scope)
+        self.forward = scope["forward"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        modules = {name: value.__name__ for name, value in self.names.items() if isinstance(value, ModuleType)}
+        others = {name: value for name, value in self.names.items() if name not in modules}
+        return {"source": self.source, "modules": modules, "others": others}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.source = state["source"]
+        modules = {name: __import__(path, fromlist=["_"]) for name, path in state["modules"].items()}
+        self.names = modules | state["others"]
+        self.__post_init__()
+
+
+def program_of(outlined: Outlined, fixed_to: list[str]) -> Program:
+    """Generate the program of ``outlined``; ``fixed_to`` names the operators that tie it to the captured sizes."""
+    code = _ForwardCode(outlined, fixed_to)
+    outlined.graph.set_codegen(code)
+    generated = outlined.graph.python_code("self")
+    return Program(generated.src, {**generated.globals, **code.names})
+
+
+def expect_same(what: str, given: Any, captured: Any) -> None:
+    """An argument that was a plain value at capture must have that value again.
+
+    Raises:
+        ConversionError: naming the argument.
+    """
+    if type(given) is not type(captured) or given != captured:
+        raise ConversionError(
+            f"{what} was {captured!r} when this module was converted and is {given!r} now; the rewritten forward holds "
+            "for the captured call only: convert the model with example inputs that make this call, or use `keep`"
+        )
+
+
+def expect_alias(what: str, first: Any, other: Any) -> None:
+    """Two arguments that were one tensor at capture must be one again.
+
+    Raises:
+        ConversionError: naming the arguments.
+    """
+    if first is not other:
+        raise ConversionError(
+            f"{what} were the same tensor when this module was converted and differ now; attention of one value to "
+            "another is not what was converted: use `keep` for this site"
+        )
+
+
+def expect_shape(what: str, shape: torch.Size, captured: tuple[int, ...]) -> None:
+    """A graph that could not be freed of its sizes takes the captured ones only (any batch).
+
+    Raises:
+        ConversionError: naming the argument.
+    """
+    if tuple(shape[1:]) != captured[1:]:
+        raise ConversionError(
+            f"{what} has shape {list(shape)}, but this module could only be converted for {list(captured)} (any batch); "
+            "convert the model again with example inputs of the new size"
+        )
+
+
+class _ForwardCode(CodeGen):
+    """Writes the donor's signature, unpacks its arguments, and packs the result as the donor does."""
+
+    def __init__(self, outlined: Outlined, fixed_to: list[str]) -> None:
+        super().__init__()
+        self.outlined, self.fixed_to = outlined, fixed_to
+        self.names: dict[str, Any] = {
+            "expect_same": expect_same, "expect_alias": expect_alias, "expect_shape": expect_shape,
+        }  # fmt: skip
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
+        call = self.outlined.call
+        lines = [f"def forward(self, {self._signature(call)}):"]
+        seen: dict[Any, str] = {}
+        for placeholder, (path, leaf) in zip(
+            self.outlined.leaves, tree_flatten_with_path(call.arguments)[0], strict=True
+        ):
+            spelled = _spelled(path)
+            if isinstance(leaf, NodeRef):
+                lines.append(f"    {placeholder.name} = {spelled}")
+                if leaf.node in seen:
+                    lines.append(f"    expect_alias({f'{seen[leaf.node]} and {spelled}'!r}, {seen[leaf.node]}, {spelled})")
+                elif self.fixed_to:
+                    shape = tuple(leaf.node.meta["val"].shape)  # type: ignore[union-attr]
+                    lines.append(f"    expect_shape({spelled!r}, {spelled}.shape, {shape})")
+                seen[leaf.node] = spelled
+            elif placeholder.users:
+                lines.append(f"    {placeholder.name} = {spelled}")
+            else:
+                lines.append(f"    expect_same({spelled!r}, {spelled}, {self._constant(leaf)})")
+        return "\n".join(lines)
+
+    def generate_output(self, output_args: Any, *args: Any, **options: Any) -> str:
+        return f"return {self._packed(output_args)}"
+
+    def _packed(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return value.name
+        if isinstance(value, dict) and type(value) is not dict:
+            name = f"result_type_{len(self.names)}"
+            self.names[name] = type(value)
+            return f"{name}({', '.join(f'{key}={self._packed(item)}' for key, item in value.items())})"
+        if isinstance(value, tuple | list):
+            inner = ", ".join(map(self._packed, value))
+            return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key!r}: {self._packed(item)}" for key, item in value.items()) + "}"
+        return self._constant(value)
+
+    def _signature(self, call: ModuleCall) -> str:
+        spelled = []
+        for parameter in inspect.signature(call.module.forward).parameters.values():
+            default = ""
+            if parameter.default is not parameter.empty:
+                default = f"={self._constant(parameter.default)}"
+            star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+            if parameter.kind == parameter.KEYWORD_ONLY and "*" not in "".join(spelled):
+                spelled.append("*")
+            spelled.append(f"{star}{parameter.name}{default}")
+        return ", ".join(spelled)
+
+    def _constant(self, value: Any) -> str:
+        if isinstance(value, _ALLOWED) and value == value and value not in (float("inf"), float("-inf")):
+            return repr(value)
+        name = f"constant_{len(self.names)}"
+        self.names[name] = value
+        return name
+
+
+def _spelled(path: tuple[Any, ...]) -> str:
+    """``arguments['x'][0]`` as the expression ``x[0]``."""
+    text = path[0].key
+    for key in path[1:]:
+        if isinstance(key, SequenceKey):
+            text += f"[{key.idx}]"
+        elif isinstance(key, MappingKey):
+            text += f"[{key.key!r}]"
+        else:
+            raise NotOutlinable(f"its argument {text} is a structure that cannot be unpacked")
+    return text

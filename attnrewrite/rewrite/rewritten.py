@@ -1,0 +1,75 @@
+"""A module whose forward was rewritten: the donor object itself, in a subclass of its own class.
+
+The object stays, so its children, parameters, hooks, names and everything that refers to it stay. The class is made
+from the donor's, so ``isinstance`` and the donor's methods stay. ``torch.nn.utils.parametrize`` works the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .program import Program
+
+
+@dataclass
+class Rewriting:
+    """What was done to one module: its program, and the children and buffers that were added for it."""
+
+    program: Program
+    donor_class: type[nn.Module]
+    modules: list[str] = field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
+
+
+class RewrittenModule(nn.Module):
+    """Mixin of every rewritten class. ``attnrewrite_rewriting`` says what was done."""
+
+    attnrewrite_rewriting: Rewriting
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.attnrewrite_rewriting.program.forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time: restore it from the donor's class, which can be imported."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_empty_rewritten, (self.attnrewrite_rewriting.donor_class,), *state)
+
+
+def rewrite_module(
+    module: nn.Module, program: Program, modules: dict[str, nn.Module], buffers: dict[str, Tensor]
+) -> None:
+    """Give ``module`` the new forward, in place."""
+    donor_class = type(module)
+    parameter = next(module.parameters(), None)
+    for name, child in modules.items():
+        child.train(module.training)
+        module.add_module(name, child if parameter is None else child.to(parameter.device))
+    for name, value in buffers.items():
+        module.register_buffer(name, value, persistent=False)
+    module.attnrewrite_rewriting = Rewriting(program, donor_class, list(modules), list(buffers))
+    module.__class__ = rewritten_class(donor_class)
+
+
+def restore_module(module: RewrittenModule) -> None:
+    """Undo ``rewrite_module``."""
+    done = module.attnrewrite_rewriting
+    for name in (*done.modules, *done.buffers):
+        delattr(module, name)
+    del module.attnrewrite_rewriting
+    module.__class__ = done.donor_class
+
+
+@functools.cache
+def rewritten_class(donor_class: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of the donor's class with the rewritten forward."""
+    name = f"Rewritten{donor_class.__name__}"
+    return type(name, (RewrittenModule, donor_class), {"__module__": __name__, "__doc__": donor_class.__doc__})
+
+
+def _empty_rewritten(donor_class: type[nn.Module]) -> nn.Module:
+    kind = rewritten_class(donor_class)
+    return kind.__new__(kind)

@@ -1,0 +1,227 @@
+"""Free an outlined graph of the sizes it was captured at.
+
+Sizes in ``view``, ``reshape`` and ``expand`` are restated as products of the runtime extents of earlier values: the
+factors of the operand's axes are matched with the wanted sizes in row-major order. What cannot be restated ties the
+graph to the captured size, and is reported.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from ..lift.values import is_call, operator_name
+
+_VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
+_EXPANDS = {"aten::expand"}
+_SIZED = {
+    f"aten::{name}"
+    for name in (
+        "unflatten repeat arange zeros ones full empty linspace new_zeros new_ones new_full new_empty "
+        "upsample_bilinear2d upsample_bicubic2d upsample_nearest2d repeat_interleave index gather split_with_sizes"
+    ).split()
+}
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A part of an axis: a fixed ``size``, or ``axis`` of ``node`` at run time divided by ``divisor``, or an argument."""
+
+    size: int
+    node: Node | None = None
+    axis: int | None = None
+    divisor: int = 1
+
+
+Axis = tuple[Factor, ...]
+
+
+def free_sizes(graph: fx.Graph, leaves: list[Node]) -> list[str]:
+    """Restate sizes in place; returns the names of operators that stay tied to the captured size."""
+    return _Freeing(graph, leaves).run()
+
+
+class _Freeing:
+    def __init__(self, graph: fx.Graph, leaves: list[Node]) -> None:
+        self.graph = graph
+        self.axes: dict[Node, tuple[Axis, ...]] = {}
+        self.sizes = [leaf for leaf in leaves if type(leaf.meta.get("value")) is int]
+        self.tied: list[str] = []
+        self.first = next((leaf for leaf in leaves if isinstance(leaf.meta.get("val"), Tensor)), None)
+
+    def run(self) -> list[str]:
+        live: set[Node] = set()
+        for node in list(self.graph.nodes):
+            name = operator_name(node)
+            if node.op == "placeholder" or any(used in live for used in node.all_input_nodes):
+                live.add(node)
+            if node not in live:  # made of parameters alone: its sizes are the model's, not the image's
+                value = node.meta.get("val")
+                self.axes[node] = tuple((Factor(n),) for n in value.shape) if isinstance(value, Tensor) else ()
+                continue
+            if node.op == "call_module":
+                self._share_sizes(node)
+            elif name in _VIEWS:
+                self._view(node)
+                continue
+            elif name in _EXPANDS:
+                self._expand(node)
+            elif is_call(node) and self._is_tied(node, name):
+                self.tied.append(name)
+            self.axes[node] = self._axes(node)
+        return self.tied
+
+    def _view(self, node: Node) -> None:
+        source: Node = node.args[0]  # type: ignore[assignment]
+        wanted = _split(_flat(self.axes[source]), _shape(node))
+        if wanted is None:
+            self.tied.append(operator_name(node))
+            self.axes[node] = self._own_axes(node)
+            return
+        self.axes[node] = wanted
+        with self.graph.inserting_before(node):
+            node.args = (source, [self._extent(axis) for axis in wanted])
+
+    def _expand(self, node: Node) -> None:
+        source: Node = node.args[0]  # type: ignore[assignment]
+        given = (1,) * (len(_shape(node)) - len(_shape(source))) + _shape(source)
+        sizes: list[Any] = []
+        with self.graph.inserting_before(node):
+            for axis, (before, after) in enumerate(zip(given, _shape(node), strict=True)):
+                if before == after and axis >= len(given) - len(_shape(source)):
+                    sizes.append(-1)
+                elif axis == 0 and self.first is not None and after == _shape(self.first)[0]:
+                    sizes.append(self._extent((Factor(after, self.first, 0),)))
+                else:
+                    sizes.append(after)
+        node.args = (source, sizes)
+
+    def _axes(self, node: Node) -> tuple[Axis, ...]:
+        if not isinstance(node.meta.get("val"), Tensor):
+            return ()
+        name, operands = operator_name(node), [used for used in node.all_input_nodes if used in self.axes]
+        if name in ("aten::transpose", "aten::permute"):
+            return self._permuted(node, name)
+        for used in operands:
+            if self.axes[used] and _shape(used) == _shape(node) and (is_call(node) or node.op == "call_module"):
+                return self.axes[used]
+        return self._own_axes(node)
+
+    def _permuted(self, node: Node, name: str) -> tuple[Axis, ...]:
+        axes = list(self.axes[node.args[0]])  # type: ignore[index]
+        if name == "aten::permute":
+            return tuple(axes[axis] for axis in node.args[1])  # type: ignore[union-attr, index]
+        one, other = node.args[1:3]
+        axes[one], axes[other] = axes[other], axes[one]  # type: ignore[index]
+        return tuple(axes)
+
+    def _own_axes(self, node: Node) -> tuple[Axis, ...]:
+        return tuple((Factor(size, node, axis),) for axis, size in enumerate(_shape(node)))
+
+    def _extent(self, axis: Axis) -> Any:
+        """A graph value, or a number, for the runtime extent of an axis."""
+        extent: Any = 1
+        for factor in axis:
+            part: Any = factor.size
+            if factor.node is not None:
+                part = self._runtime(factor)
+            extent = part if extent == 1 and not isinstance(extent, Node) else self._times(extent, part)
+        return extent
+
+    def _runtime(self, factor: Factor) -> Node:
+        assert factor.node is not None
+        part = factor.node
+        if factor.axis is not None:
+            part = self.graph.call_method("size", (part, factor.axis))
+        return part if factor.divisor == 1 else self.graph.call_function(operator.floordiv, (part, factor.divisor))
+
+    def _times(self, left: Any, right: Any) -> Any:
+        if not isinstance(left, Node) and not isinstance(right, Node):
+            return left * right
+        return left if right == 1 and not isinstance(right, Node) else self.graph.call_function(operator.mul, (left, right))
+
+    def _share_sizes(self, call: Node) -> None:
+        """A child that is given the map's sides as numbers gets this call's own, if it was given them too."""
+        given = [leaf.meta["value"] for leaf in self.sizes]
+        numbers = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if type(leaf) is int]
+        if not given or numbers[: len(given)] != given:
+            return
+        remaining = iter(self.sizes)
+
+        def shared(leaf: Any) -> Any:
+            return next(remaining, leaf) if type(leaf) is int else leaf
+
+        call.args, call.kwargs = _map_numbers(call.args, shared), _map_numbers(call.kwargs, shared)
+
+    def _is_tied(self, node: Node, name: str) -> bool:
+        if name == "aten::pad":
+            return any(amount != 0 for amount in node.args[1])  # type: ignore[union-attr]
+        if name == "aten::slice":
+            source: Node = node.args[0]  # type: ignore[assignment]
+            axis, start, stop = (*node.args[1:4], *(0, 0, None)[len(node.args) - 1 :])
+            if start in (0, None) and stop is not None and stop >= _shape(source)[axis]:  # type: ignore[operator, index]
+                node.args = (source, axis, 0)
+                return False
+            return isinstance(stop, int) and 0 < stop < 2**31 and not self._is_prefix(start, stop)
+        return name in _SIZED
+
+    @staticmethod
+    def _is_prefix(start: Any, stop: int) -> bool:
+        """A few leading tokens: the class token and its like, whose number does not change with the image."""
+        return stop <= 16
+
+
+def _map_numbers(arguments: Any, change: Any) -> Any:
+    if isinstance(arguments, tuple | list):
+        return type(arguments)(_map_numbers(value, change) for value in arguments)
+    if isinstance(arguments, dict):
+        return {name: _map_numbers(value, change) for name, value in arguments.items()}
+    return change(arguments)
+
+
+def _split(factors: list[Factor], sizes: tuple[int, ...]) -> tuple[Axis, ...] | None:
+    """Distribute row-major ``factors`` over ``sizes``, cutting a factor where a boundary falls into it.
+
+    A factor of extent 1 (a batch of one) between two axes goes to the later one, unless that is the last: channels are
+    not merged with samples.
+    """
+    pending = list(reversed(factors))
+    axes: list[Axis] = []
+    for number, size in enumerate(sizes):
+        axis: list[Factor] = []
+        extent = 1
+        if size == 1 and pending and pending[-1].size == 1:
+            axis.append(pending.pop())
+        while extent < size:
+            if not pending:
+                return None
+            factor, need = pending.pop(), size // extent
+            if need % factor.size:
+                if factor.size % need:
+                    return None
+                inner = factor.size // need
+                pending.append(Factor(inner))
+                factor = Factor(need, factor.node, factor.axis, factor.divisor * inner)
+            axis.append(factor)
+            extent *= factor.size
+        while number == len(sizes) - 2 and size > 1 and pending and pending[-1].size == 1:
+            axis.append(pending.pop())
+        axes.append(tuple(axis))
+    if any(factor.size != 1 for factor in pending):
+        return None
+    if pending and axes:
+        axes[-1] = (*axes[-1], *reversed(pending))
+    return tuple(axes)
+
+
+def _flat(axes: tuple[Axis, ...]) -> list[Factor]:
+    return [factor for axis in axes for factor in axis]
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)

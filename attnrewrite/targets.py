@@ -1,0 +1,135 @@
+"""What a site can become: the interface of a target, and the registry of targets and recognisers."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from torch import Tensor
+
+from .errors import ArgumentError
+from .ir import Refused, Site
+from .lift.dataflow import Dataflow
+
+
+class Exactness(IntEnum):
+    """How much of the function a conversion keeps; a higher one keeps more."""
+
+    FRESH = 0
+    PROJECTED = 1
+    CONTINUOUS = 2
+    EXACT = 3
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One site's conversion: ``core`` takes the place of the site's computation.
+
+    ``why`` is one clause; ``benefit`` says whether the target is cheaper as soon as it is converted.
+    """
+
+    exactness: Exactness
+    why: str
+    core: Any
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    benefit: str = ""
+
+
+class NotConvertible(Exception):
+    """A site has no meaning in a target: the reason, and what would work instead."""
+
+
+class Target:
+    """A family of conversions. Subclasses are dataclasses of options, registered by ``register_target``."""
+
+    name: str = ""
+    kinds: tuple[str, ...] = ("attention",)
+
+    def convert(self, site: Site, index: int) -> Conversion:
+        """The conversion of ``site``, the ``index``-th of its kind that is converted.
+
+        Raises:
+            NotConvertible: with reason and remedy.
+        """
+        raise NotImplementedError
+
+    def measure(self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
+        """What can be said of an inexact conversion from heads-last query, key and value of the example input."""
+        return {}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Recogniser = Callable[[Dataflow, list[Site]], list[Site | Refused]]
+
+_TARGETS: dict[str, type[Target]] = {}
+_RECOGNISERS: list[tuple[int, Recogniser]] = []
+
+
+def register_target(target: type[Target]) -> type[Target]:
+    """Make a target known under its name. Usable as a class decorator."""
+    _TARGETS[target.name] = target
+    return target
+
+
+def register_recogniser(order: int) -> Callable[[Recogniser], Recogniser]:
+    """Make a recogniser known; lower ``order`` runs earlier, and each is given the sites found before it."""
+
+    def register(recogniser: Recogniser) -> Recogniser:
+        _RECOGNISERS.append((order, recogniser))
+        _RECOGNISERS.sort(key=lambda entry: entry[0])
+        return recogniser
+
+    return register
+
+
+def known_targets() -> dict[str, type[Target]]:
+    _discover()
+    return dict(_TARGETS)
+
+
+def recognise_all(flow: Dataflow) -> list[Site | Refused]:
+    """Run every recogniser, in order."""
+    _discover()
+    found: list[Site | Refused] = []
+    for _, recogniser in _RECOGNISERS:
+        found += recogniser(flow, [site for site in found if not isinstance(site, Refused)])
+    return found
+
+
+def target_of(to: str | Target, options: Mapping[str, Any] | None = None) -> Target:
+    """A target by name with options, or a target object as it is.
+
+    Raises:
+        ArgumentError: unknown name (the nearest known one is suggested) or unknown option.
+    """
+    if isinstance(to, Target):
+        if options:
+            raise ArgumentError(f"to: options {sorted(options)} go into the target object {to}, not beside it")
+        return to
+    known = known_targets()
+    if not isinstance(to, str) or to not in known:
+        near = difflib.get_close_matches(str(to), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ArgumentError(f"to: unknown target {to!r}{hint} Known targets: {', '.join(sorted(known))}")
+    try:
+        return known[to](**(options or {}))
+    except TypeError as cause:
+        names = ", ".join(getattr(known[to], "__dataclass_fields__", {}))
+        raise ArgumentError(f"to: target {to!r} does not take {sorted(options or {})}; it takes: {names or 'nothing'}") from cause
+
+
+def _discover() -> None:
+    """Patterns register themselves when they are imported; the core does not know which there are."""
+    importlib.import_module(".patterns", __package__)
+
+
+__all__ = [
+    "Conversion", "Exactness", "NotConvertible", "Recogniser", "Target", "known_targets", "recognise_all",
+    "register_recogniser", "register_target", "target_of",
+]  # fmt: skip

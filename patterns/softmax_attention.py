@@ -1,0 +1,343 @@
+"""Softmax attention, in any spelling: fused or explicit, any packing of query, key and value, any token layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..ir import AttentionNodes, AttentionSite, Bias, Global, Grid, KeySet, Projection, Refused, Site, Tokens
+from ..lift.contraction import canonical
+from ..lift.cores import Core, find_cores
+from ..lift.dataflow import Dataflow
+from ..lift.grid import token_grids
+from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, grouping, projected, projection, source_tokens
+from ..lift.scores import excluded
+from ..lift.values import needed_nodes, operator_name, shape_of
+from ..targets import register_recogniser
+from .spatial_reduction import reduced_keys
+from .windows import recognise_window, relative_table
+
+
+@register_recogniser(order=0)
+def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
+    """Every softmax attention of the graph, lifted, or refused with the reason."""
+    cores, failed = find_cores(flow)
+    refused = [Refused(_path(flow, [anchor]), "attention", reason) for anchor, reason in failed]
+    sites: list[AttentionSite] = []
+    for core in cores:
+        try:
+            sites.append(_lift(core, flow))
+        except NotSeparable as reason:
+            refused.append(Refused(_path(flow, list(core.nodes)), "attention", str(reason)))
+    return [*_with_grids(sites, flow), *refused]
+
+
+def _lift(core: Core, flow: Dataflow) -> AttentionSite:
+    query, key, value = (projected(operand, core, flow) for operand in (core.query, core.key, core.value))
+    if query is None or key is None or value is None:
+        return _lift_live(core, flow)
+    grouped = grouping(query, key, value)
+    bias, mask = _bias(core, grouped, flow), _mask(core, grouped)
+    if grouped.queries.shape[0] > 1:
+        return _windowed(core, flow, (query, key, value), grouped, bias, mask)
+    merged = _merge(core, query, shape_of(query.source)[:-1], grouped, flow)
+    keys = _whole_map_keys(query, key, grouped, flow)
+    linears = (query.linear, key.linear, value.linear)
+    nodes = _nodes(core, _head_groups(core, query, key, value), query.source, key.source, merged, grouped.batch_axis, linears)
+    return AttentionSite(
+        name=_path(flow, [*linears, *core.nodes]),
+        owner=flow.capture.enclosing_call(list(core.nodes)),
+        heads=len(grouped.group_of_head),
+        head_dim=query.channel.shape[1],
+        keys=keys,
+        nodes=nodes,
+        scale=core.scale * query.factor * key.factor,
+        query=projection(query, grouped),
+        key=projection(key, grouped),
+        value=projection(value, grouped),
+        output=merged.projection if merged else None,
+        bias=bias,
+        mask=mask,
+        learned_scales=core.learned_scales,
+        dropout=_dropout(core),
+        scale_of_operands=core.scale,
+    )
+
+
+def _windowed(
+    core: Core,
+    flow: Dataflow,
+    parts: tuple[Projected, Projected, Projected],
+    grouped: Grouping,
+    bias: Bias | None,
+    mask: Tensor | None,
+) -> AttentionSite:
+    """Several groups of tokens: they must be the windows of a map, and come back to it after the projection."""
+    query, key, value = parts
+    source, grid = _map_of(query, flow)
+    merged = _merge(core, query, shape_of(source)[:-1], grouped, flow)
+    if merged is None or key.source is not query.source:
+        raise NotSeparable("grouped attention whose result does not come back to its map through a linear map")
+    if core.learned_scales:
+        raise NotSeparable("windows with a learned scale are not rewritten")
+    window = recognise_window(grouped.queries, grouped.keys, None if mask is None else excluded(mask), grid.height, grid.width)
+    if window is None:
+        raise NotSeparable("the groups of tokens are not the windows of the map")
+    if mask is not None and bool(mask[~excluded(mask)].any()):
+        raise NotSeparable("a constant bias that is not a mask acts inside the windows")
+    if bias is not None and (table := relative_table(bias.values, window.size)) is not None:
+        bias = replace(bias, kind=bias.kind if bias.kind != "dense" else "table", shape=tuple(table[0].shape[1:]))
+    region = [n for n in needed_nodes([merged.result], {source: 0}) if n not in flow.constants]
+    linears = (query.linear, key.linear, value.linear)
+    nodes = _nodes(core, _head_groups(core, *parts), source, source, merged, 0, linears)
+    return AttentionSite(
+        name=_path(flow, [*linears, *core.nodes, merged.linear]),
+        owner=flow.capture.enclosing_call(region),
+        heads=len(grouped.group_of_head),
+        head_dim=query.channel.shape[1],
+        keys=window,
+        nodes=nodes,
+        scale=core.scale * query.factor * key.factor,
+        grid=grid,
+        query=projection(query, grouped),
+        key=projection(key, grouped),
+        value=projection(value, grouped),
+        output=merged.projection,
+        bias=bias,
+        dropout=_dropout(core),
+        scale_of_operands=core.scale,
+    )
+
+
+def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
+    """Something acts on queries or keys after the projection: it stays in the graph, and the core alone is the site."""
+    operands = (core.query, core.key, core.value)
+    above = [node for operand in operands for node in flow.ancestors(operand.node, stop=flow.is_linear)]
+    linears = [node for node in above if flow.is_linear(node)]
+    sizes, batch = group_sizes(core), shape_of(flow.capture.inputs[0])[0]
+    if not linears or math.prod(sizes) % batch:
+        raise NotSeparable("query, key and value do not come from linear maps")
+    source, _ = source_tokens(linears[0].args[0], flow)  # type: ignore[arg-type]
+    queries = shape_of(core.query.node)[core.query.axes.index("x")]
+    if queries * batch != math.prod(shape_of(source)[:-1]):
+        raise NotSeparable("windowed queries and keys are transformed between projection and product")
+    acting = {operator_name(n).removeprefix("aten::") for n in above if not flow.is_movement(n) and n not in linears}
+    heads = math.prod(sizes) // batch
+    head_groups = "".join(g for g, size in zip(core.groups, sizes, strict=True) if size > 1 or len(sizes) == 1)
+    first = torch.arange(heads)
+    values = None if core.bias is None else _at_groups(core.bias, core, first)
+    return AttentionSite(
+        name=_path(flow, [*linears, *core.nodes]),
+        owner=flow.capture.enclosing_call(list(core.nodes)),
+        heads=heads,
+        head_dim=shape_of(core.query.node)[core.query.axes.index("d")],
+        keys=Global() if _same_length(core) else Tokens(shape_of(core.key.node)[core.key.axes.index("y")]),
+        nodes=_nodes(core, head_groups, source, None, None, 0, tuple(linears)),
+        scale=core.scale,
+        bias=None if values is None else Bias("dense", core.addends, values, tuple(values.shape)),
+        mask=None if core.mask is None else _at_groups(core.mask, core, first),
+        learned_scales=core.learned_scales,
+        qk=f"live({', '.join(sorted(acting))})",
+        dropout=_dropout(core),
+        scale_of_operands=core.scale,
+    )
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """The output projection, and the first value after it whose tokens lie as those of the source."""
+
+    linear: Node
+    result: Node
+    projection: Projection
+
+
+def _merge(
+    core: Core, query: Projected, source_shape: tuple[int, ...], grouped: Grouping, flow: Dataflow
+) -> _Merged | None:
+    """Follow the product with the values through data movement to a linear map and on to the source's token order."""
+    linear = _follow(core.output.node, flow, flow.is_linear)
+    if linear is None:
+        return None
+    found = flow.provenance(linear.args[0], stop=lambda node: node is core.output.node)  # type: ignore[arg-type]
+    if found.source is not core.output.node or bool((found.address < 0).any()):
+        return None
+    shape = shape_of(core.output.node)
+    element = canonical(torch.arange(math.prod(shape)).view(shape), core.output.axes, core.groups + "xe").flatten(0, -3)
+    place = torch.empty(element.numel(), dtype=torch.long)
+    place[element.flatten()] = torch.arange(element.numel())
+    place = place[found.address.reshape(-1, found.address.shape[-1])]
+    positions, dims = element.shape[1:]
+    head_of_group = torch.empty(element.shape[0], dtype=torch.long)
+    heads = len(grouped.group_of_head)
+    per_sample = grouped.group_of_head
+    samples = element.shape[0] // per_sample.numel()
+    head_of_group[:] = _heads_of_groups(query, per_sample, samples)
+    column = head_of_group[place // (positions * dims)] * dims + place % dims
+    token = query.token[place // (positions * dims), place // dims % positions]
+    if bool((column != column[:1]).any()) or bool((token != token[:, :1]).any()) or column.shape[1] != heads * dims:
+        return None
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    columns = torch.argsort(column[0]).view(heads, dims)
+    result = _in_source_order(linear, token[:, 0], source_shape, flow)
+    return None if result is None else _Merged(linear, result, Projection(linear.args[1], bias, columns))  # type: ignore[arg-type]
+
+
+def _heads_of_groups(query: Projected, group_of_head: Tensor, samples: int) -> Tensor:
+    """The head of every flat group, of all samples: heads are told apart by their weight rows."""
+    rows = query.channel[group_of_head[:, 0]]
+    if len(torch.unique(rows, dim=0)) != len(rows):
+        raise NotSeparable("heads share their queries")
+    return (query.channel[:, None] == rows[None]).all(-1).long().argmax(1)
+
+
+def _in_source_order(linear: Node, token: Tensor, shape: tuple[int, ...], flow: Dataflow) -> Node | None:
+    """The first value at or after ``linear`` whose tokens are the source's, each once and in order.
+
+    One that has the source's ``shape`` is preferred.
+    """
+    count = math.prod(shape)
+    expected = torch.arange(count)
+
+    def restored(node: Node) -> bool:
+        if node.meta["val"].numel() != count * shape_of(linear)[-1]:
+            return False
+        address = flow.provenance(node, stop=lambda n: n is linear).address.reshape(count, -1)
+        width = address.shape[1]
+        in_order = bool((address == address[:, :1] + torch.arange(width)).all())
+        return in_order and torch.equal(token[address[:, 0] // width], expected)
+
+    def restored_map(node: Node) -> bool:
+        return shape_of(node)[:-1] == shape and restored(node)
+
+    for wanted in (restored_map, restored):
+        result = linear if wanted(linear) else _follow(linear, flow, wanted)
+        if result is not None:
+            return result
+    return None
+
+
+def _follow(node: Node, flow: Dataflow, reached) -> Node | None:  # type: ignore[no-untyped-def]
+    """Go forward through single uses and data movement until ``reached``."""
+    while True:
+        users = [user for user in flow.live_users(node) if user.op == "call_function"]
+        for user in users:
+            if reached(user):
+                return user
+        onward = [user for user in users if flow.is_movement(user)]
+        if len(onward) != 1:
+            return None
+        node = onward[0]
+
+
+def _whole_map_keys(query: Projected, key: Projected, grouped: Grouping, flow: Dataflow) -> KeySet:
+    if key.source is not query.source:
+        return reduced_keys(key.source, query.source, flow) or Tokens(grouped.keys.shape[1])
+    tokens = torch.arange(math.prod(shape_of(query.source)[:-1]) // shape_of(query.source)[grouped.batch_axis])
+    if torch.equal(grouped.queries[0], tokens) and torch.equal(grouped.keys[0], tokens):
+        return Global()
+    if len(tokens) > 1 and grouped.keys.shape[1] == 1:
+        raise NotSeparable("every query sees a single key: attention runs over an axis of length one")
+    return Tokens(grouped.keys.shape[1])
+
+
+def _map_of(query: Projected, flow: Dataflow) -> tuple[Node, Grid]:
+    """The first value that holds the map the windows are cut from as a map, and its grid."""
+    found = flow.provenance(query.linear.args[0], stop=lambda node: node is query.source)  # type: ignore[arg-type]
+    count = math.prod(shape_of(query.source))
+    for node in (query.source, *found.path):
+        shape = shape_of(node)
+        if len(shape) == 4 and math.prod(shape) == count and shape[-1] == shape_of(query.source)[-1]:
+            address = flow.provenance(node, stop=lambda n: n is query.source).address
+            if torch.equal(address.flatten(), torch.arange(count)):
+                return node, Grid(shape[1], shape[2])
+    grid = token_grids(flow, [query.source]).get(query.source)
+    if grid is None or grid.prefix_tokens:
+        raise NotSeparable("the map that the windows are cut from is not known")
+    return query.source, grid
+
+
+def _nodes(
+    core: Core,
+    head_groups: str,
+    source: Node,
+    key_source: Node | None,
+    merged: _Merged | None,
+    batch_axis: int,
+    linears: tuple[Node, ...],
+) -> AttentionNodes:
+    return AttentionNodes(
+        core.query, core.key, core.value, core.output, core.product, core.groups, head_groups, source, key_source,
+        merged.linear if merged else None, merged.result if merged else None, batch_axis, linears,
+    )  # fmt: skip
+
+
+def _head_groups(core: Core, *parts: Projected) -> str:
+    """The group axes along which the weight rows change."""
+    sizes = group_sizes(core)
+    letters = []
+    for position, letter in enumerate(core.groups):
+        rows = [part.channel.view(*sizes, -1) for part in parts]
+        if any(bool((row != row.narrow(position, 0, 1)).any()) for row in rows) or len(core.groups) == 1:
+            letters.append(letter)
+    return "".join(letters) or core.groups[-1:]
+
+
+def _at_groups(values: Tensor, core: Core, groups: Tensor) -> Tensor:
+    """``[len(groups), queries, keys]`` of a tensor given per group axis; one row if it is the same for all."""
+    if all(size == 1 for size in values.shape[:-2]):
+        return values.flatten(0, -3)
+    return values.expand(*group_sizes(core), -1, -1).flatten(0, -3)[groups]
+
+
+def _bias(core: Core, grouped: Grouping, flow: Dataflow) -> Bias | None:
+    if core.bias is None:
+        return None
+    values = _at_groups(core.bias, core, grouped.group_of_head[:, 0])
+    if len(values) > 1:
+        for column in grouped.group_of_head.T[1:]:
+            if not torch.equal(_at_groups(core.bias, core, column), values):
+                raise NotSeparable("the learned bias differs from window to window")
+    sources = [flow.provenance_of_constant(node) for node in core.addends]
+    kind = "dense" if all(source.op == "placeholder" for source in sources) else "mlp"
+    return Bias(kind, core.addends, values, tuple(values.shape))
+
+
+def _mask(core: Core, grouped: Grouping) -> Tensor | None:
+    """The constant mask of every group, ``[groups, queries, keys]``."""
+    if core.mask is None:
+        return None
+    masks = _at_groups(core.mask, core, grouped.group_of_head[0])
+    for groups in grouped.group_of_head[1:]:
+        if len(masks) > 1 and not torch.equal(_at_groups(core.mask, core, groups), masks):
+            raise NotSeparable("the mask differs from head to head")
+    return masks.expand(grouped.queries.shape[0], -1, -1)
+
+
+def _dropout(core: Core) -> float:
+    rates = [float(node.args[1]) for node in core.nodes if operator_name(node) == "aten::dropout"]  # type: ignore[arg-type]
+    return max(rates, default=0.0)
+
+
+def _same_length(core: Core) -> bool:
+    lengths = (
+        shape_of(operand.node)[operand.axes.index(axis)] for operand, axis in ((core.query, "x"), (core.key, "y"))
+    )
+    return len(set(lengths)) == 1
+
+
+def _with_grids(sites: list[AttentionSite], flow: Dataflow) -> list[AttentionSite]:
+    wanted = [site.nodes.source for site in sites if site.grid is None and site.nodes.source is not None]
+    grids = token_grids(flow, wanted)
+    return [
+        replace(site, grid=grids.get(site.nodes.source)) if site.grid is None and site.nodes.source else site
+        for site in sites
+    ]
+
+
+def _path(flow: Dataflow, nodes: list[Node]) -> str:
+    return flow.capture.enclosing_call(nodes).path

@@ -1,0 +1,92 @@
+"""Windows: attention inside the blocks of a partition of the map, shifted or not, padded or not.
+
+Recognised from which tokens see which: whether a library rolls and masks, pads before or after the roll, or cuts the
+blocks directly makes no difference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ir import Grid, Window
+
+
+def recognise_window(
+    queries: Tensor, keys: Tensor, excluded: Tensor | None, height: int, width: int
+) -> Window | None:
+    """The window whose blocks are the given groups, or None.
+
+    Args:
+        queries, keys: ``[groups, slots]`` tokens in raster order, -1 for padding.
+        excluded: ``[groups, slots, slots]`` true where a constant mask rules the key out.
+    """
+    if not torch.equal(queries, keys):
+        return None
+    seen = _seen(queries, keys, excluded, height * width)
+    if seen is None:
+        return None
+    slot_of_token = torch.full((height * width,), -1)
+    group, slot = torch.nonzero(queries >= 0, as_tuple=True)
+    slot_of_token[queries[group, slot]] = slot
+    count = queries.shape[1]
+    for rows in (n for n in range(1, count + 1) if count % n == 0):
+        first = int(slot_of_token[0])
+        columns = count // rows
+        shift = (-(first // columns) % rows, -(first % columns) % columns)
+        for phantom in (True, False):
+            window = Window((rows, columns), shift, phantom)
+            if torch.equal(seen, _seen_in(window, height, width)):
+                padded = any(side % size for side, size in zip((height, width), window.size, strict=True))
+                return Window(window.size, window.shift, phantom and padded)
+    return None
+
+
+def relative_table(values: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """A dense bias of one block as a table by relative offset, if that is what it is.
+
+    Args:
+        values: ``[heads, n, n]``, rows queries, columns keys, slots in raster order of ``size``.
+
+    Returns:
+        ``(table [heads, 2h-1, 2w-1], entry [(2h-1)(2w-1)])`` in key-minus-query order, where ``entry`` is a flat
+        position in ``n*n`` from which the table's value can be taken; None if the bias is not relative.
+    """
+    offset = relative_offset(size)
+    entries = (2 * size[0] - 1) * (2 * size[1] - 1)
+    entry = torch.zeros(entries, dtype=torch.long)
+    entry[offset.flatten()] = torch.arange(offset.numel())
+    table = values.flatten(1)[:, entry]
+    if not torch.equal(table[:, offset.flatten()], values.flatten(1)):
+        return None
+    return table.unflatten(1, (2 * size[0] - 1, 2 * size[1] - 1)), entry
+
+
+def relative_offset(size: tuple[int, int]) -> Tensor:
+    """``[n, n]`` flat index of key minus query in a ``(2h-1) x (2w-1)`` table."""
+    rows, columns = torch.arange(size[0]), torch.arange(size[1])
+    vertical = rows[None, :] - rows[:, None] + size[0] - 1
+    horizontal = columns[None, :] - columns[:, None] + size[1] - 1
+    index = vertical[:, None, :, None] * (2 * size[1] - 1) + horizontal[None, :, None, :]
+    return index.reshape(size[0] * size[1], -1)
+
+
+def _seen(queries: Tensor, keys: Tensor, excluded: Tensor | None, tokens: int) -> Tensor | None:
+    """``[tokens, slots]``: what every token sees in every slot; None unless each token queries exactly once."""
+    visible = torch.where(keys < 0, Window.PHANTOM, keys)[:, None, :].expand(-1, queries.shape[1], -1)
+    if excluded is not None:
+        visible = torch.where(excluded, Window.ABSENT, visible)
+    real = queries >= 0
+    if not torch.equal(queries[real].sort().values, torch.arange(tokens)):
+        return None
+    seen = torch.empty(tokens, keys.shape[1], dtype=torch.long)
+    seen[queries[real]] = visible[real]
+    return seen
+
+
+def _seen_in(window: Window, height: int, width: int) -> Tensor:
+    slots = window.slots(Grid(height, width))
+    seen = torch.empty(height * width, slots.shape[1], dtype=torch.long)
+    block, slot = torch.nonzero(slots >= 0, as_tuple=True)
+    seen[slots[block, slot]] = slots[block]
+    return seen

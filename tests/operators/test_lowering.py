@@ -1,0 +1,161 @@
+"""The backend registry and its rules of choice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attention_cases import assert_same, random
+
+from attnrewrite import lowering
+from attnrewrite.errors import BackendError
+from attnrewrite.functional import neighborhood_attention
+from attnrewrite.lowering import (
+    Backend,
+    Request,
+    available_backends,
+    refusals,
+    register_backend,
+    select_backend,
+    use_backend,
+)
+
+REQUEST = Request(
+    "local_attention", "cpu", torch.float32, 1, (56, 56), 4, 32, 32, (7, 7), (1, 1), (1, 1), (False, False)
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_registry(monkeypatch):
+    monkeypatch.delenv(lowering.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(lowering, "_backends", {name: lowering._named(name) for name in available_backends()})
+    lowering._selected.cache_clear()
+    yield
+    lowering._selected.cache_clear()
+
+
+def picky(
+    name="picky", reason=None, implementations=("local_attention", "local_attention_backward"), cost=1e-9
+):
+    """A cheap backend that supports everything, or nothing for a reason."""
+    return Backend(name, dict.fromkeys(implementations, _seven), lambda _: cost, lambda _: reason)
+
+
+def _seven(query, key, value, *_):
+    return query.new_full((*query.shape[:-1], value.shape[-1]), 7.0), query.new_zeros(query.shape[:-1])
+
+
+def test_built_in_backends():
+    assert {"reference", "tiled"} <= set(available_backends())
+    assert REQUEST.rank == 2
+
+
+def test_the_cheapest_that_supports_the_request_is_chosen():
+    assert select_backend(REQUEST).name == "tiled"
+    register_backend(picky("free"))
+    register_backend(picky("unable", "it is tired", cost=0.0))
+    assert select_backend(REQUEST).name == "free"
+    assert refusals(REQUEST)["unable"] == "it is tired"
+    assert refusals(REQUEST)["tiled"] is None
+
+
+def test_argument_before_context_before_environment_before_cost(monkeypatch):
+    register_backend(picky("free"))
+    monkeypatch.setenv(lowering.ENVIRONMENT_VARIABLE, "tiled")
+    assert select_backend(REQUEST).name == "tiled"
+    with use_backend("reference"):
+        assert select_backend(REQUEST).name == "reference"
+        with use_backend("free"):
+            assert select_backend(REQUEST).name == "free"
+        assert select_backend(REQUEST, "tiled").name == "tiled"
+    assert select_backend(REQUEST).name == "tiled"
+
+
+def test_unknown_names_are_answered_with_the_nearest(monkeypatch):
+    with pytest.raises(BackendError, match=r"unknown backend 'tilde', known are .*did you mean 'tiled'"):
+        select_backend(REQUEST, "tilde")
+    with (
+        pytest.raises(BackendError, match=r"unknown backend 'xyz', known are .*reference, tiled$"),
+        use_backend("xyz"),
+    ):
+        pass
+    monkeypatch.setenv(lowering.ENVIRONMENT_VARIABLE, "nowhere")
+    with pytest.raises(BackendError, match="unknown backend 'nowhere'"):
+        select_backend(REQUEST)
+
+
+def test_a_chosen_backend_that_cannot_says_why():
+    register_backend(picky(reason="it is tired"))
+    with pytest.raises(BackendError, match="backend 'picky' cannot run local_attention: it is tired"):
+        select_backend(REQUEST, "picky")
+    with pytest.raises(BackendError, match="cannot run soft_split: it does not implement soft_split"):
+        select_backend(replace(REQUEST, operator="soft_split"), "tiled")
+
+
+def test_a_backend_without_backward_serves_only_inference():
+    register_backend(picky("forward_only", implementations=("local_attention",)))
+    assert select_backend(REQUEST).name == "forward_only"
+    training = replace(REQUEST, needs_gradient=True)
+    assert select_backend(training).name == "tiled"
+    with pytest.raises(BackendError, match="it has no backward of local_attention"):
+        select_backend(training, "forward_only")
+
+
+def test_when_nobody_can_everybody_says_why():
+    with pytest.raises(
+        BackendError, match=r"no backend can run soft_split \(reference: it does not implement"
+    ):
+        select_backend(replace(REQUEST, operator="soft_split"))
+
+
+def test_names_are_unique():
+    with pytest.raises(
+        BackendError, match="a backend named 'tiled' is already registered: choose another name"
+    ):
+        register_backend(picky("tiled"))
+
+
+def test_plugins_are_found_by_their_entry_point(monkeypatch):
+    entry = SimpleNamespace(load=lambda: picky("plugin"))
+    monkeypatch.setattr(
+        lowering, "entry_points", lambda group: [entry] if group == "attnrewrite.backends" else []
+    )
+    lowering._discover.cache_clear()
+    assert "plugin" in available_backends()
+
+
+def test_functions_run_where_they_are_told_forward_and_backward():
+    register_backend(picky())
+    x = random(1, 9, 9, 2, 4).float()
+    with use_backend("picky"):
+        assert neighborhood_attention(x, x, x, 3).eq(7).all()
+        expected = neighborhood_attention(x, x, x, 3, backend="reference")
+    assert_same([neighborhood_attention(x, x, x, 3, backend="tiled")], [expected], 1e-6)
+
+
+def test_backward_stays_on_the_backend_of_the_forward():
+    x = random(1, 9, 9, 2, 4).requires_grad_()
+    reference, calls = lowering._named("reference"), []
+
+    def spied(name, implementation):
+        return lambda *arguments: (calls.append(name), implementation(*arguments))[1]
+
+    spies = {name: spied(name, implementation) for name, implementation in reference.implementations.items()}
+    register_backend(replace(reference, name="spy", implementations=spies))
+    with use_backend("spy"):
+        output = neighborhood_attention(x, x, x, 3)
+    output.sum().backward()
+    assert calls == ["local_attention", "local_attention_backward"]
+
+
+def test_a_compiled_graph_chooses_when_it_runs():
+    register_backend(picky(cost=1e9))
+    compiled = torch.compile(
+        lambda x: neighborhood_attention(x, x, x, 3), fullgraph=True, backend="aot_eager"
+    )
+    x = random(1, 9, 9, 2, 4).float()
+    assert_same([compiled(x)], [neighborhood_attention(x, x, x, 3)], 1e-6)
+    with use_backend("picky"):
+        assert compiled(x).eq(7).all()
