@@ -60,14 +60,17 @@ class Global:
 
 @dataclass(frozen=True)
 class Window:
-    """Token ``c`` of an axis is in block ``floor((c - shift) / size)``.
+    """Token ``c`` of an axis is in block ``floor((c - shift) / size)``; border blocks are truncated, nothing wraps.
 
-    ``phantom``: the map is padded at its end to a multiple of ``size`` and the padded slots count as keys.
+    ``phantom``: the map is padded at its end to a multiple of ``size`` and the padded slots count as keys. ``cyclic``:
+    the map is rolled before it is padded, so that on a padded map the rolled-over tokens join the last real ones; on a
+    map that ``size`` divides it makes no difference. An axis that fits into one block is not shifted.
     """
 
     size: tuple[int, int]
     shift: tuple[int, int] = (0, 0)
     phantom: bool = False
+    cyclic: bool = False
 
     ABSENT: ClassVar[int] = -1
     PHANTOM: ClassVar[int] = -2
@@ -81,19 +84,33 @@ class Window:
         token = torch.where((rows == self.ABSENT) | (columns == self.ABSENT), self.ABSENT, token)
         return token.flatten(2).flatten(0, 1)
 
+    def divides(self, grid: Grid) -> bool:
+        return grid.height % self.size[0] == 0 and grid.width % self.size[1] == 0
+
     def _axis_slots(self, length: int, axis: int) -> Tensor:
-        size, shift = self.size[axis], self.shift[axis]
-        start = shift - size if shift else 0
+        size = self.size[axis]
         padded = -(-length // size) * size
+        shift = self.shift[axis] if padded > size else 0
+        beyond = self.PHANTOM if self.phantom else self.ABSENT
+        if self.cyclic and shift:
+            return self._rolled_slots(length, padded, size, shift, beyond)
+        start = shift - size if shift else 0
         blocks = -(-(padded - start) // size)
         place = start + torch.arange(blocks * size).view(blocks, size)
-        beyond = self.PHANTOM if self.phantom else self.ABSENT
         return torch.where(place < length, place.clamp(min=self.ABSENT), torch.where(place < padded, beyond, self.ABSENT))
 
+    def _rolled_slots(self, length: int, padded: int, size: int, shift: int, beyond: int) -> Tensor:
+        """The blocks of the rolled map; the last one is two, cut ``shift`` slots before the end of the padded map."""
+        place = torch.arange(padded).view(-1, size)
+        token = torch.where(place < length, (place + shift) % length, beyond)
+        last = place[-1] < padded - shift
+        parts = (torch.where(last, token[-1], self.ABSENT), torch.where(last, self.ABSENT, token[-1]))
+        return torch.cat([token[:-1], torch.stack(parts)])
+
     def __str__(self) -> str:
-        size = str(self.size[0]) if self.size[0] == self.size[1] else f"{self.size[0]}x{self.size[1]}"
         shift = "" if self.shift == (0, 0) else f", shift {_pair(self.shift)}"
-        return f"window({size}{shift}{', phantom' if self.phantom else ''})"
+        flags = "".join(f", {name}" for name in ("phantom", "cyclic") if getattr(self, name))
+        return f"window({_pair(self.size)}{shift}{flags})"
 
 
 @dataclass(frozen=True)
@@ -203,6 +220,12 @@ class AttentionSite:
     dropout: float = 0.0
     scale_of_operands: float = 1.0
     kind = "attention"
+
+    @property
+    def map_grid(self) -> Grid:
+        """The grid of a site that is known to have one, as windows do."""
+        assert self.grid is not None
+        return self.grid
 
     def describe(self) -> str:
         grid = f" grid {self.grid}" if self.grid else ""

@@ -22,7 +22,7 @@ from .lift.dataflow import Dataflow
 from .plan import Plan, PlannedSite, matching
 from .rewrite.check import misbehaviour
 from .rewrite.owners import build_programs
-from .targets import Exactness, NotConvertible, Target, recognise_all, target_of
+from .targets import Exactness, NotConvertible, NothingToDo, Target, recognise_all, target_of
 
 Selector = str | Iterable[str] | Callable[[Site], bool]
 
@@ -149,6 +149,9 @@ def _classify(chosen: list[PlannedSite], least: Exactness) -> None:
         index = converted.get(id(planned.target), 0)
         try:
             conversion = planned.target.convert(planned.site, index)
+        except NothingToDo as reason:
+            planned.why = str(reason)
+            continue
         except NotConvertible as reason:
             planned.refuse(str(reason))
             continue

@@ -43,6 +43,10 @@ class NotConvertible(Exception):
     """A site has no meaning in a target: the reason, and what would work instead."""
 
 
+class NothingToDo(NotConvertible):
+    """A site is already what the target would make of it."""
+
+
 class Target:
     """A family of conversions. Subclasses are dataclasses of options, registered by ``register_target``."""
 
@@ -130,6 +134,6 @@ def _discover() -> None:
 
 
 __all__ = [
-    "Conversion", "Exactness", "NotConvertible", "Recogniser", "Target", "known_targets", "recognise_all",
+    "Conversion", "Exactness", "NotConvertible", "NothingToDo", "Recogniser", "Target", "known_targets", "recognise_all",
     "register_recogniser", "register_target", "target_of",
 ]  # fmt: skip

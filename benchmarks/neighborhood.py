@@ -8,7 +8,6 @@ Every method gets its operands in the layout it likes best, so no transposition 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads disturb each other on shared cores
 
 import torch
 from measure import Timing, interleaved

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from typing import Any
 
-from ..ir import AttentionSite, MlpSite, Site, Window
-from ..modules import DenseAttention, WindowAttention
-from ..targets import Conversion, Exactness, Target, register_target
+from torch import Tensor, nn
+
+from ..ir import MlpSite, Site, StemSite, Window
+from ..modules import Activation, DenseAttention, GatherPatches, MapToTokens, WindowAttention
+from ..targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, register_target
 
 
 @register_target
@@ -23,14 +25,48 @@ class Identity(Target):
         return Conversion(Exactness.EXACT, "the site rebuilt from its lifted form", identity_core(site))
 
 
-def identity_core(site: Site) -> nn.Module:
+def identity_core(site: Site) -> Any:
     """A core that computes what the site computes."""
-    if not isinstance(site, AttentionSite):
-        return _other_core(site)
+    if isinstance(site, MlpSite):
+        return _mlp_core(site)
+    if isinstance(site, StemSite):
+        return _stem_core(site)
     if isinstance(site.keys, Window):
-        return WindowAttention(site.keys, site.scale, site.dropout)
+        return WindowAttention(site.keys, site.map_grid, site.scale, site.dropout)
     return DenseAttention(site.scale_of_operands, site.dropout)
 
 
-def _other_core(site: Site) -> nn.Module:
-    raise NotImplementedError(MlpSite)
+def _mlp_core(site: MlpSite) -> list[nn.Module | None]:
+    """One activation for every stage that has one."""
+    return [Activation(stage.name) if stage.kind in ("activation", "gate") else None for stage in site.stages]
+
+
+def _stem_core(site: StemSite) -> nn.Module:
+    if site.tokens is None:
+        raise NothingToDo("its map is used as a map: the convolution is all there is")
+    flat = len(site.tokens.meta["val"].shape) == 3
+    if site.patches is None:
+        return MapToTokens(flat)
+    source = site.source.meta["val"].shape
+    width = source[2] if len(source) == 4 else None
+    grid, order = patch_geometry(site.patches, site.kernel, width)
+    return GatherPatches(site.kernel, order, grid, flat)
+
+
+def patch_geometry(
+    patches: Tensor, size: tuple[int, int], width: int | None
+) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """The map the patches are cut from, and the channel order of a patch's places.
+
+    Raises:
+        NotConvertible: they are no non-overlapping patches of a map.
+    """
+    rows, columns = size
+    first = patches.flatten(0, -2)[0].tolist()
+    if width is None:  # the second row of a patch starts one map row after the first
+        width = sorted(first)[columns]
+    place = {token: (token // width) * columns + token % width for token in first}
+    if sorted(place.values()) != list(range(rows * columns)):
+        raise NotConvertible("its patches are not cut from a map in rows and columns")
+    height = (int(patches.max()) // width) + 1
+    return (height, width), tuple(place[token] for token in first)

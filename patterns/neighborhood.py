@@ -150,7 +150,7 @@ class DilatedNeighborhood(Neighborhood):
 
 
 def _blocks(site: AttentionSite, window: Window) -> Conversion:
-    core = WindowAttention(window, site.scale, site.dropout)
+    core = WindowAttention(window, site.map_grid, site.scale, site.dropout)
     form = f"{window} is neighborhood attention with stride = kernel = {_text(window.size)}"
     offset = f", offset {_text(window.shift)} and truncated border blocks" if any(window.shift) else ""
     settings = {"kernel_size": window.size, "stride": window.size, "offset": window.shift}

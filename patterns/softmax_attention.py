@@ -42,7 +42,8 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
         return _lift_live(core, flow)
     grouped = grouping(query, key, value)
     bias, mask = _bias(core, grouped, flow), _mask(core, grouped)
-    if grouped.queries.shape[0] > 1:
+    padded = bool((grouped.queries < 0).any() or (grouped.keys < 0).any())
+    if grouped.queries.shape[0] > 1 or padded or _is_one_block(query, key, grouped, bias):
         return _windowed(core, flow, (query, key, value), grouped, bias, mask)
     merged = _merge(core, query, shape_of(query.source)[:-1], grouped, flow)
     keys = _whole_map_keys(query, key, grouped, flow)
@@ -84,7 +85,8 @@ def _windowed(
         raise NotSeparable("grouped attention whose result does not come back to its map through a linear map")
     if core.learned_scales:
         raise NotSeparable("windows with a learned scale are not rewritten")
-    window = recognise_window(grouped.queries, grouped.keys, None if mask is None else excluded(mask), grid.height, grid.width)
+    outside = None if mask is None else excluded(mask)
+    window = recognise_window(grouped.queries, grouped.keys, outside, grid, _likely_border(query, flow))
     if window is None:
         raise NotSeparable("the groups of tokens are not the windows of the map")
     if mask is not None and bool(mask[~excluded(mask)].any()):
@@ -243,6 +245,24 @@ def _whole_map_keys(query: Projected, key: Projected, grouped: Grouping, flow: D
     if len(tokens) > 1 and grouped.keys.shape[1] == 1:
         raise NotSeparable("every query sees a single key: attention runs over an axis of length one")
     return Tokens(grouped.keys.shape[1])
+
+
+def _is_one_block(query: Projected, key: Projected, grouped: Grouping, bias: Bias | None) -> bool:
+    """A map that is one window, which on a larger map would be one of several: its bias is a table on that map."""
+    shape = shape_of(query.source)
+    if bias is None or len(shape) != 4 or key.source is not query.source or grouped.batch_axis:
+        return False
+    return len(grouped.keys[0]) == shape[1] * shape[2] and relative_table(bias.values, shape[1:3]) is not None
+
+
+def _likely_border(query: Projected, flow: Dataflow) -> tuple[bool, bool]:
+    """Whether the map is padded before the projection, and rolled before it is padded: a padding of nothing shows it."""
+    path = flow.provenance(query.linear.args[0], stop=lambda node: node is query.source).path  # type: ignore[arg-type]
+    names = [operator_name(node) for node in path]
+    if "aten::pad" not in names:
+        return False, False
+    rolled = names.index("aten::roll") if "aten::roll" in names else len(names)
+    return True, rolled < names.index("aten::pad")
 
 
 def _map_of(query: Projected, flow: Dataflow) -> tuple[Node, Grid]:

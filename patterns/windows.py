@@ -13,32 +13,30 @@ from ..ir import Grid, Window
 
 
 def recognise_window(
-    queries: Tensor, keys: Tensor, excluded: Tensor | None, height: int, width: int
+    queries: Tensor, keys: Tensor, excluded: Tensor | None, grid: Grid, likely: tuple[bool, bool] = (False, False)
 ) -> Window | None:
     """The window whose blocks are the given groups, or None.
 
     Args:
         queries, keys: ``[groups, slots]`` tokens in raster order, -1 for padding.
         excluded: ``[groups, slots, slots]`` true where a constant mask rules the key out.
+        likely: whether it is phantom and cyclic, for maps on which that cannot be seen.
     """
     if not torch.equal(queries, keys):
         return None
-    seen = _seen(queries, keys, excluded, height * width)
+    tokens, count = grid.height * grid.width, queries.shape[1]
+    seen = _seen(queries, keys, excluded, tokens)
     if seen is None:
         return None
-    slot_of_token = torch.full((height * width,), -1)
-    group, slot = torch.nonzero(queries >= 0, as_tuple=True)
-    slot_of_token[queries[group, slot]] = slot
-    count = queries.shape[1]
+    slot, corner = int(torch.nonzero(queries == 0)[0, 1]), int(queries[0, 0])
     for rows in (n for n in range(1, count + 1) if count % n == 0):
-        first = int(slot_of_token[0])
         columns = count // rows
-        shift = (-(first // columns) % rows, -(first % columns) % columns)
-        for phantom in (True, False):
-            window = Window((rows, columns), shift, phantom)
-            if torch.equal(seen, _seen_in(window, height, width)):
-                padded = any(side % size for side, size in zip((height, width), window.size, strict=True))
-                return Window(window.size, window.shift, phantom and padded)
+        offset = (-(slot // columns) % rows, -(slot % columns) % columns)
+        rolled = (corner // grid.width % rows, corner % grid.width % columns)
+        for phantom, cyclic in (likely, (True, False), (True, True), (False, False), (False, True)):
+            window = Window((rows, columns), rolled if cyclic else offset, phantom, cyclic)
+            if torch.equal(seen, _seen_in(window, grid)):
+                return window
     return None
 
 
@@ -84,9 +82,9 @@ def _seen(queries: Tensor, keys: Tensor, excluded: Tensor | None, tokens: int) -
     return seen
 
 
-def _seen_in(window: Window, height: int, width: int) -> Tensor:
-    slots = window.slots(Grid(height, width))
-    seen = torch.empty(height * width, slots.shape[1], dtype=torch.long)
+def _seen_in(window: Window, grid: Grid) -> Tensor:
+    slots = window.slots(grid)
+    seen = torch.empty(grid.height * grid.width, slots.shape[1], dtype=torch.long)
     block, slot = torch.nonzero(slots >= 0, as_tuple=True)
     seen[slots[block, slot]] = slots[block]
     return seen

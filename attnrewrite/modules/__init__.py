@@ -1,7 +1,12 @@
-"""The attention cores that sites are rewritten to: modules of heads-last query, key and value, without parameters."""
+"""The cores that sites are rewritten to: modules without parameters, on heads-last queries, keys and values."""
 
 from .dense import DenseAttention
+from .mlp import Activation
 from .neighborhood import NeighborhoodAttention, ReducedNeighborhoodAttention
+from .stem import GatherPatches, MapToTokens
 from .window import WindowAttention
 
-__all__ = ["DenseAttention", "NeighborhoodAttention", "ReducedNeighborhoodAttention", "WindowAttention"]
+__all__ = [
+    "Activation", "DenseAttention", "GatherPatches", "MapToTokens", "NeighborhoodAttention",
+    "ReducedNeighborhoodAttention", "WindowAttention",
+]  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConversionError
 from ..functional import grouped_attention
 from ..ir import Grid, Window
 
@@ -18,14 +19,16 @@ class WindowAttention(nn.Module):
     It is neighborhood attention with a stride equal to the kernel size, with an offset and truncated border blocks.
 
     Args:
-        window: block size, shift, and whether padded slots count as keys.
+        window: block size, shift, and what stands beyond the border.
+        grid: the map at conversion. What a border would hold on a map that needs padding is only known if the window
+            is ``phantom``, or on this map.
         scale: multiplies the scores.
         dropout: rate on the attention weights, in training.
     """
 
-    def __init__(self, window: Window, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, window: Window, grid: Grid, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.window, self.scale, self.dropout = window, scale, dropout
+        self.window, self.grid, self.scale, self.dropout = window, grid, scale, dropout
 
     def forward(
         self,
@@ -39,15 +42,24 @@ class WindowAttention(nn.Module):
         """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` by slots of a block; ``pad_key`` and
         ``pad_value`` ``[heads, dim]`` stand in padded slots. Returns the map of mixed values."""
         bias = None if bias is None else bias.to(query.dtype)
-        if self.training and self.dropout > 0.0:
-            return self._with_dropout(query, key, value, bias, pad_key, pad_value)
-        mixed = grouped_attention(
-            query, key, value, self.window.size, self.window.shift, self.scale, bias, pad_key, pad_value
+        grid = Grid(query.shape[1], query.shape[2])
+        divides = self.window.divides(grid)
+        if not divides and not self.window.phantom and grid != self.grid:
+            raise ConversionError(
+                f"a {grid} map is no multiple of the window {self.window.size}, and how the original would pad it was not "
+                f"seen at {self.grid}; convert the model with example inputs of this size"
+            )
+        if (self.training and self.dropout > 0.0) or (self.window.cyclic and not divides):
+            return self._gathered(query, key, value, bias, pad_key, pad_value)
+        shift = tuple(
+            s if side > size else 0
+            for s, size, side in zip(self.window.shift, self.window.size, (grid.height, grid.width), strict=True)
         )
+        mixed = grouped_attention(query, key, value, self.window.size, shift, self.scale, bias, pad_key, pad_value)
         assert isinstance(mixed, Tensor)
         return mixed
 
-    def _with_dropout(
+    def _gathered(
         self,
         query: Tensor,
         key: Tensor,
@@ -56,7 +68,7 @@ class WindowAttention(nn.Module):
         pad_key: Tensor | None,
         pad_value: Tensor | None,
     ) -> Tensor:
-        """The fused operators have no dropout: gather the blocks and use dense attention."""
+        """Any blocks, and dropout on the weights, neither of which the fused operator has: gather, and attend densely."""
         grid = Grid(query.shape[1], query.shape[2])
         slots = self.window.slots(grid).to(query.device)
         blocks = [part.flatten(1, 2)[:, slots.clamp(min=0)] for part in (query, key, value)]
@@ -67,7 +79,7 @@ class WindowAttention(nn.Module):
         mask = mask.masked_fill(slots == Window.ABSENT, -math.inf)[:, None, None, :]
         mask = mask if bias is None else mask + bias
         mixed = F.scaled_dot_product_attention(
-            *(part.transpose(2, 3) for part in blocks), mask, self.dropout, scale=self.scale
+            *(part.transpose(2, 3) for part in blocks), mask, self.dropout if self.training else 0.0, scale=self.scale
         ).transpose(2, 3)
         order = torch.argsort(slots.flatten(), stable=True)[-grid.tokens :]
         return mixed.flatten(1, 2)[:, order].unflatten(1, (grid.height, grid.width))

@@ -22,7 +22,7 @@ _EXPANDS = {"aten::expand"}
 _SIZED = {
     f"aten::{name}"
     for name in (
-        "unflatten repeat arange zeros ones full empty linspace new_zeros new_ones new_full new_empty "
+        "repeat arange zeros ones full empty linspace new_zeros new_ones new_full new_empty "
         "upsample_bilinear2d upsample_bicubic2d upsample_nearest2d repeat_interleave index gather split_with_sizes"
     ).split()
 }
@@ -60,6 +60,8 @@ class _Freeing:
             name = operator_name(node)
             if node.op == "placeholder" or any(used in live for used in node.all_input_nodes):
                 live.add(node)
+            if node not in live and name in _EXPANDS | {"aten::repeat"}:
+                self._per_sample(node, name)
             if node not in live:  # made of parameters alone: its sizes are the model's, not the image's
                 value = node.meta.get("val")
                 self.axes[node] = tuple((Factor(n),) for n in value.shape) if isinstance(value, Tensor) else ()
@@ -96,10 +98,23 @@ class _Freeing:
                 if before == after and axis >= len(given) - len(_shape(source)):
                     sizes.append(-1)
                 elif axis == 0 and self.first is not None and after == _shape(self.first)[0]:
-                    sizes.append(self._extent((Factor(after, self.first, 0),)))
+                    sizes.append(self._samples())
                 else:
                     sizes.append(after)
         node.args = (source, sizes)
+
+    def _per_sample(self, node: Node, name: str) -> None:
+        """A parameter spread over the samples, as a class token is: its first axis follows the batch."""
+        counts = list(node.args[1])  # type: ignore[arg-type]
+        grown = [axis for axis, count in enumerate(counts) if count != (1 if name == "aten::repeat" else -1)]
+        if self.first is None or not set(grown) <= {0} or _shape(node)[0] != _shape(self.first)[0]:
+            return
+        with self.graph.inserting_before(node):
+            node.args = (node.args[0], [self._samples(), *counts[1:]])
+
+    def _samples(self) -> Any:
+        assert self.first is not None
+        return self._extent((Factor(_shape(self.first)[0], self.first, 0),))
 
     def _axes(self, node: Node) -> tuple[Axis, ...]:
         if not isinstance(node.meta.get("val"), Tensor):
@@ -168,6 +183,8 @@ class _Freeing:
                 node.args = (source, axis, 0)
                 return False
             return isinstance(stop, int) and 0 < stop < 2**31 and not self._is_prefix(start, stop)
+        if name == "aten::unflatten":  # channels split into heads are the model's numbers, not the image's
+            return node.args[1] % len(_shape(node.args[0])) != len(_shape(node.args[0])) - 1  # type: ignore
         return name in _SIZED
 
     @staticmethod

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..logit_terms import FIRST_BIAS
 from .tiles import Index, Tiling, accumulate, chunks, lead_shape, read, tile_view, write
 
-RUN_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+RUN_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
 @dataclass(frozen=True)

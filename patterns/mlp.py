@@ -1,0 +1,180 @@
+"""MLPs: two linear maps with pointwise activation, gate, depthwise convolution or norm between, in any spelling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..ir import AttentionSite, MlpSite, Refused, Site, Stage
+from ..lift.activations import ACTIVATIONS, probe_points, recognise_activation
+from ..lift.dataflow import Dataflow
+from ..lift.movement import moved_operands
+from ..lift.values import operator_name, run_node, shape_of
+from ..targets import register_recogniser
+
+_POINTWISE = {
+    f"aten::{name}"
+    for name in (
+        "gelu silu relu relu6 relu_ silu_ gelu_ hardswish hardswish_ hardtanh hardtanh_ hardsigmoid sigmoid tanh mish elu "
+        "leaky_relu leaky_relu_ softplus erf exp pow square mul div add sub neg clamp clamp_min abs rsub sqrt"
+    ).split()
+}
+
+
+@register_recogniser(order=1)
+def recognise_mlps(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
+    """Every linear map that is fed, through an activation, by another one."""
+    taken = {n for site in found if isinstance(site, AttentionSite) for n in (*site.nodes.linears, site.nodes.merged)}
+    results: list[Site | Refused] = []
+    for second in flow.nodes("aten::linear"):
+        if second in flow.constants or second in taken or not flow.is_linear(second):
+            continue
+        walked = _walk(second.args[0], flow)  # type: ignore[arg-type]
+        if walked is not None and walked.stages:
+            results.append(_site(second, walked, flow))
+    return results
+
+
+@dataclass
+class _Walked:
+    """What lies between the two maps, from back to front reversed: ``value`` is a movement of ``first``'s result."""
+
+    first: Node
+    rows: Tensor
+    stages: list[Stage]
+
+
+def _walk(node: Node, flow: Dataflow) -> _Walked | None:
+    """Go back from the second map's operand through the stages to the first map."""
+    stages: list[Stage] = []
+    while True:
+        linear = _linear_behind(node, flow)
+        if linear is not None:
+            return _Walked(*linear, stages[::-1])
+        step = _through_movement(node, flow)
+        name = operator_name(step)
+        if name in _POINTWISE:
+            stage = _activation(step, flow)
+            if stage is None:
+                return None
+        elif name == "aten::layer_norm" and len(step.args[1]) == 1:  # type: ignore[arg-type]
+            stage = Stage("norm", step, step.args[0])  # type: ignore[arg-type]
+        elif name == "aten::conv2d" and _is_depthwise(step):
+            stage = Stage("convolution", step, step.args[0], grid=shape_of(step)[2:])  # type: ignore[arg-type]
+        else:
+            return None
+        stages.append(stage)
+        node = stage.before
+
+
+def _site(second: Node, walked: _Walked, flow: Dataflow) -> MlpSite:
+    nodes = [walked.first, second, *(stage.node for stage in walked.stages)]
+    gates = [stage.gate for stage in walked.stages if stage.gate is not None]
+    call = flow.capture.enclosing_call([*nodes, *gates])
+    inner = [stage.node for stage in walked.stages if stage.kind in ("activation", "gate")]
+    values = [stage.gate_value for stage in walked.stages if stage.gate_value is not None]
+    owner = flow.capture.enclosing_call([*inner, *(stage.before for stage in walked.stages), *values, second])
+    source: Node = walked.first.args[0]  # type: ignore[assignment]
+    return MlpSite(
+        name=call.path,
+        owner=owner,
+        width=shape_of(source)[-1],
+        hidden_width=len(walked.rows),
+        source=source,
+        first=walked.first,
+        rows=walked.rows,
+        stages=tuple(walked.stages),
+        second=second,
+    )
+
+
+def _linear_behind(node: Node, flow: Dataflow) -> tuple[Node, Tensor] | None:
+    """The linear map that ``node`` rearranges without touching tokens, and which of its rows it holds."""
+    found = flow.provenance(node, stop=flow.is_linear)
+    linear = found.source
+    if linear is None or not flow.is_linear(linear) or bool((found.address < 0).any()):
+        return None
+    width = shape_of(linear)[-1]
+    layouts = [found.address]
+    if found.address.ndim == 4:  # a map with its channels first, as a convolution takes it
+        layouts.append(found.address.movedim(1, -1))
+    for address in layouts:
+        tokens = address.reshape(-1, address.shape[-1])
+        rows = tokens[0]
+        if len(tokens) * width == linear.meta["val"].numel():
+            if torch.equal(tokens, rows + torch.arange(len(tokens))[:, None] * width):
+                return linear, rows
+    return None
+
+
+def _through_movement(node: Node, flow: Dataflow) -> Node:
+    while flow.is_movement(node):
+        operands = moved_operands(node)
+        if len(operands) != 1:
+            break
+        node = operands[0]
+    return node
+
+
+def _activation(last: Node, flow: Dataflow) -> Stage | None:
+    """The pointwise nodes before ``last`` as an activation of one value, or of one times another."""
+    inside, leaves = _pointwise_region(last, flow)
+    if len(leaves) == 1:
+        name = recognise_activation(_probe(inside, last, {leaves[0]: probe_points()}, flow))
+        return None if name in (None, "identity") else Stage("activation", last, leaves[0], name)  # type: ignore[arg-type]
+    if len(leaves) != 2:
+        return None
+    for main, gate in (leaves, leaves[::-1]):
+        name = _gated_activation(inside, last, main, gate, flow)
+        linear = _linear_behind(gate, flow)
+        if name is not None and linear is not None:
+            return Stage("gate", last, main, name, linear[0], gate, linear[1])
+    return None
+
+
+def _gated_activation(inside: list[Node], last: Node, main: Node, gate: Node, flow: Dataflow) -> str | None:
+    """The activation ``f`` if the region computes ``f(main) * gate``."""
+    points = probe_points()
+    name = recognise_activation(_probe(inside, last, {main: points, gate: torch.ones_like(points)}, flow))
+    if name is None:
+        return None
+    other = torch.linspace(-2.0, 3.0, len(points), dtype=torch.float64)
+    product = _probe(inside, last, {main: points, gate: other}, flow)
+    return name if torch.allclose(product, ACTIVATIONS[name](points) * other, rtol=1e-9, atol=1e-9) else None
+
+
+def _pointwise_region(last: Node, flow: Dataflow) -> tuple[list[Node], list[Node]]:
+    """The pointwise nodes that ``last`` is made of, and the values they start from."""
+    inside: set[Node] = set()
+    leaves: dict[Node, None] = {}
+    pending = [last]
+    while pending:
+        node = pending.pop()
+        pointwise = operator_name(node) in _POINTWISE and shape_of(node) == shape_of(last)
+        if not pointwise and not (flow.is_copy(node) and inside):
+            leaves[node] = None
+            continue
+        inside.add(node)
+        pending += [used for used in node.all_input_nodes if used not in flow.constants and used not in inside]
+    return sorted(inside), list(leaves)
+
+
+def _probe(inside: list[Node], last: Node, values: dict[Node, Tensor], flow: Dataflow) -> Tensor:
+    """Run the region on sample points instead of its values; per-channel constants make it no plain activation."""
+    computed = dict(values)
+    for node in inside:
+        constants = {used: flow.constants[used] for used in node.all_input_nodes if used in flow.constants}
+        if any(isinstance(value, Tensor) and value.numel() != 1 for value in constants.values()):
+            return torch.full_like(next(iter(values.values())), math.nan)
+        computed[node] = run_node(node, computed | constants, torch.float64)
+    return computed[last]
+
+
+def _is_depthwise(node: Node) -> bool:
+    groups = node.args[6] if len(node.args) > 6 else 1
+    stride = node.args[3] if len(node.args) > 3 else [1]
+    return groups == shape_of(node)[1] == shape_of(node.args[0])[1] and set(stride) == {1}  # type: ignore
