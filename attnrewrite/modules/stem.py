@@ -26,7 +26,7 @@ class GatherPatches(nn.Module):
     Args:
         size: rows and columns of a patch.
         order: for every place in the channel order, which row-major position in the patch it is.
-        grid: the captured map, for inputs given as tokens.
+        grid: the map at conversion.
         flat: whether the result is ``[batch, patches, channels]`` rather than a map.
     """
 
@@ -34,9 +34,9 @@ class GatherPatches(nn.Module):
         super().__init__()
         self.size, self.order, self.grid, self.flat = size, order, grid, flat
 
-    def forward(self, source: Tensor) -> Tensor:
-        """``[batch, height, width, channels]`` (or tokens of the captured grid) to patches, channels by place first."""
-        image = source if source.ndim == 4 else source.unflatten(1, self.grid)
+    def forward(self, source: Tensor, height: int = 0, width: int = 0) -> Tensor:
+        """``[batch, height, width, channels]``, or tokens with their map's sides, to patches, channels by place first."""
+        image = source if source.ndim == 4 else source.unflatten(1, (height, width))
         rows, columns = self.size
         short = (-image.shape[2] % columns, -image.shape[1] % rows)
         image = nn.functional.pad(image, (0, 0, 0, short[0], 0, short[1]))

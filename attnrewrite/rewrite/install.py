@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +13,7 @@ from torch.fx import Node
 from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
 from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..lift.values import shape_of
+from ..modules import GatherPatches
 from .outline import NotOutlinable, Outlined
 
 
@@ -139,19 +141,10 @@ def _projector(outlined: Outlined, site: AttentionSite, source: Node) -> Callabl
             take_heads, (calls[linear, value], start, part.heads, part.head_dim, head_step, dim_step)
         )
         if value is source and len(shape_of(site.nodes.source)) == 3:  # type: ignore[arg-type]
-            return graph.call_method("unflatten", (taken, 1, _sides(outlined, site)))
+            return graph.call_method("unflatten", (taken, 1, outlined.sides(site.map_grid.height, site.map_grid.width)))
         return taken
 
     return project
-
-
-def _sides(outlined: Outlined, site: AttentionSite) -> tuple[Node | int, Node | int]:
-    """Height and width: from the module's own arguments if it is given them, else the captured ones."""
-    assert site.grid is not None
-    numbers = [leaf for leaf in outlined.leaves if type(leaf.meta.get("value")) is int]
-    if [leaf.meta["value"] for leaf in numbers[:2]] == [site.grid.height, site.grid.width]:
-        return numbers[0], numbers[1]
-    return site.grid.height, site.grid.width
 
 
 def _block_bias(outlined: Outlined, site: AttentionSite) -> list[Node]:
@@ -217,8 +210,10 @@ def _mlp(outlined: Outlined, site: MlpSite, core: nn.Module) -> None:
 def _stem(outlined: Outlined, site: StemSite, core: nn.Module) -> None:
     old = outlined.latest(site.tokens or site.result)
     with outlined.graph.inserting_before(old):
-        origin = site.source if site.patches is not None else site.result
-        new = outlined.graph.call_module(outlined.add_module("stem", core), (outlined.latest(origin),))
+        arguments: tuple[Any, ...] = (outlined.latest(site.source if site.patches is not None else site.result),)
+        if isinstance(core, GatherPatches) and len(shape_of(site.source)) == 3:
+            arguments += outlined.sides(*core.grid)
+        new = outlined.graph.call_module(outlined.add_module("stem", core), arguments)
     _replace(old, new)
 
 

@@ -26,7 +26,8 @@ class Outlined:
     """``graph`` restates the module of ``call``.
 
     ``made[node]`` are the values that stand for captured ``node``, in the order they were made: a child that hands its
-    input on (an inactive DropPath) makes a second one. ``constants`` and ``modules`` are to be added to the module.
+    input on (an inactive DropPath) makes a second one. ``constants`` and ``modules`` are to be added to the module;
+    ``tied`` says what holds for the captured size only.
     """
 
     call: ModuleCall
@@ -35,6 +36,7 @@ class Outlined:
     leaves: list[Node] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    tied: list[str] = field(default_factory=list)
     value: Callable[[Node], Node] = field(init=False)
     """The value of a captured node, computed here if it is a constant that was not needed before."""
 
@@ -54,6 +56,14 @@ class Outlined:
         before, _ = tree_flatten((consumer.args, consumer.kwargs))
         after, _ = tree_flatten((self.first(consumer).args, self.first(consumer).kwargs))
         return next(new for old, new in zip(before, after, strict=True) if old is captured)
+
+    def sides(self, height: int, width: int) -> tuple[Node | int, Node | int]:
+        """The sides of a map: from the module's own arguments if it is given them, else the captured ones."""
+        numbers = [leaf for leaf in self.leaves if type(leaf.meta.get("value")) is int]
+        if [leaf.meta["value"] for leaf in numbers[:2]] == [height, width]:
+            return numbers[0], numbers[1]
+        self.tied.append("the sides of the map")
+        return height, width
 
     def add_module(self, stem: str, module: nn.Module) -> str:
         taken = {*self.modules, *dict(self.call.module.named_children())}

@@ -67,7 +67,7 @@ def _build(
             for site in sites:
                 install(outlined, site, core_of(site))
             remove_dead_code(outlined.graph)
-            tied = free_sizes(outlined.graph, outlined.leaves)
+            tied = outlined.tied + free_sizes(outlined.graph, outlined.leaves)
             remove_dead_code(outlined.graph)
             program = program_of(outlined, tied)
         except NotOutlinable as reason:

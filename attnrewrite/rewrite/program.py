@@ -69,6 +69,20 @@ def expect_same(what: str, given: Any, captured: Any) -> None:
         )
 
 
+def expect_no_more(what: str, given: dict[str, Any], captured: list[str]) -> None:
+    """Keyword arguments that were not passed at capture may only say no.
+
+    Raises:
+        ConversionError: naming the argument.
+    """
+    for name, value in given.items():
+        if name not in captured and value is not None and value is not False:
+            raise ConversionError(
+                f"{what}[{name!r}] was not given when this module was converted; the rewritten forward does not know it: "
+                "convert the model with example inputs that make this call, or use `keep`"
+            )
+
+
 def expect_alias(what: str, first: Any, other: Any) -> None:
     """Two arguments that were one tensor at capture must be one again.
 
@@ -102,16 +116,16 @@ class _ForwardCode(CodeGen):
         super().__init__()
         self.outlined, self.fixed_to = outlined, fixed_to
         self.names: dict[str, Any] = {
-            "expect_same": expect_same, "expect_alias": expect_alias, "expect_shape": expect_shape,
+            "expect_same": expect_same, "expect_no_more": expect_no_more, "expect_alias": expect_alias,
+            "expect_shape": expect_shape,
         }  # fmt: skip
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
         call = self.outlined.call
         lines = [f"def forward(self, {self._signature(call)}):"]
         seen: dict[Any, str] = {}
-        for placeholder, (path, leaf) in zip(
-            self.outlined.leaves, tree_flatten_with_path(call.arguments)[0], strict=True
-        ):
+        leaves = tree_flatten_with_path(call.arguments)[0]
+        for number, (placeholder, (path, leaf)) in enumerate(zip(self.outlined.leaves, leaves, strict=True)):
             spelled = _spelled(path)
             if isinstance(leaf, NodeRef):
                 lines.append(f"    {placeholder.name} = {spelled}")
@@ -123,9 +137,16 @@ class _ForwardCode(CodeGen):
                 seen[leaf.node] = spelled
             elif placeholder.users:
                 lines.append(f"    {placeholder.name} = {spelled}")
-            else:
+            elif self.fixed_to or not self._is_side(number):
                 lines.append(f"    expect_same({spelled!r}, {spelled}, {self._constant(leaf)})")
+        lines += [f"    expect_no_more({name!r}, {name}, {sorted(call.arguments[name])})" for name in _keywords(call)]
         return "\n".join(lines)
+
+    def _is_side(self, number: int) -> bool:
+        """One of two numbers in a row: the sides of a map, which a graph freed of sizes need not ask for."""
+        near = (self.outlined.leaves[i] for i in (number - 1, number + 1) if 0 <= i < len(self.outlined.leaves))
+        here = self.outlined.leaves[number]
+        return any(type(leaf.meta.get("value")) is int is type(here.meta.get("value")) for leaf in near)
 
     def generate_output(self, output_args: Any, *args: Any, **options: Any) -> str:
         return f"return {self._packed(output_args)}"
@@ -162,6 +183,12 @@ class _ForwardCode(CodeGen):
         name = f"constant_{len(self.names)}"
         self.names[name] = value
         return name
+
+
+def _keywords(call: ModuleCall) -> list[str]:
+    """The name of a ``**kwargs`` parameter, if there is one."""
+    parameters = inspect.signature(call.module.forward).parameters.values()
+    return [p.name for p in parameters if p.kind == p.VAR_KEYWORD]
 
 
 def _spelled(path: tuple[Any, ...]) -> str:

@@ -7,6 +7,7 @@ graph to the captured size, and is reported.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,10 @@ class _Freeing:
                 live.add(node)
             if node not in live and name in _EXPANDS | {"aten::repeat"}:
                 self._per_sample(node, name)
+            if node.op == "output" and any(type(leaf) is int for leaf in tree_leaves(node.args)):
+                self._share_sizes(node)
+                if any(type(leaf) is int for leaf in tree_leaves(node.args)):
+                    self.tied.append("a number it returns")
             if node not in live:  # made of parameters alone: its sizes are the model's, not the image's
                 value = node.meta.get("val")
                 self.axes[node] = tuple((Factor(n),) for n in value.shape) if isinstance(value, Tensor) else ()
@@ -80,7 +85,7 @@ class _Freeing:
 
     def _view(self, node: Node) -> None:
         source: Node = node.args[0]  # type: ignore[assignment]
-        wanted = _split(_flat(self.axes[source]), _shape(node))
+        wanted = _split(_flat(self.axes[source]), _shape(node), self.sizes)
         if wanted is None:
             self.tied.append(operator_name(node))
             self.axes[node] = self._own_axes(node)
@@ -160,18 +165,45 @@ class _Freeing:
             return left * right
         return left if right == 1 and not isinstance(right, Node) else self.graph.call_function(operator.mul, (left, right))
 
-    def _share_sizes(self, call: Node) -> None:
-        """A child that is given the map's sides as numbers gets this call's own, if it was given them too."""
-        given = [leaf.meta["value"] for leaf in self.sizes]
-        numbers = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if type(leaf) is int]
-        if not given or numbers[: len(given)] != given:
+    def _share_sizes(self, node: Node) -> None:
+        """Two numbers in a row that are the sides of a map become this call's own: arguments, or a map's extents.
+
+        Children are given them, and some modules return them.
+        """
+        numbers = [leaf for leaf in tree_leaves((node.args, node.kwargs)) if type(leaf) is int]
+        known = self._known_sides()
+        pairs = [pair for pair in itertools.pairwise(numbers) if pair in known]
+        if not pairs:
             return
-        remaining = iter(self.sizes)
+        with self.graph.inserting_before(node):
+            sides = [self._extent((factor,)) for factor in known[pairs[0]]]
+        position = next(i for i, pair in enumerate(itertools.pairwise(numbers)) if pair == pairs[0])
+        counter = itertools.count()
 
         def shared(leaf: Any) -> Any:
-            return next(remaining, leaf) if type(leaf) is int else leaf
+            if type(leaf) is not int:
+                return leaf
+            number = next(counter) - position
+            return sides[number] if number in (0, 1) else leaf
 
-        call.args, call.kwargs = _map_numbers(call.args, shared), _map_numbers(call.kwargs, shared)
+        node.args, node.kwargs = _map_numbers(node.args, shared), _map_numbers(node.kwargs, shared)
+
+    def _known_sides(self) -> dict[tuple[int, int], tuple[Factor, Factor]]:
+        """Sides of the maps in the graph so far, the latest first choice, and above them the given ones."""
+        known: dict[tuple[int, int], tuple[Factor, Factor]] = {}
+        for node in self.axes:
+            shape = _shape(node) if isinstance(node.meta.get("val"), Tensor) else ()
+            if len(shape) == 4:
+                first = 2 if node.op == "call_module" or "conv" in operator_name(node) else 1
+                known[shape[first : first + 2]] = (
+                    Factor(shape[first], node, first),
+                    Factor(shape[first + 1], node, first + 1),
+                )
+        if len(self.sizes) >= 2:
+            given = self.sizes[:2]
+            height, width = (leaf.meta["value"] for leaf in given)
+            known[height, width] = (Factor(height, given[0]), Factor(width, given[1]))
+        return known
 
     def _is_tied(self, node: Node, name: str) -> bool:
         if name == "aten::pad":
@@ -201,11 +233,12 @@ def _map_numbers(arguments: Any, change: Any) -> Any:
     return change(arguments)
 
 
-def _split(factors: list[Factor], sizes: tuple[int, ...]) -> tuple[Axis, ...] | None:
+def _split(factors: list[Factor], sizes: tuple[int, ...], given: list[Node]) -> tuple[Axis, ...] | None:
     """Distribute row-major ``factors`` over ``sizes``, cutting a factor where a boundary falls into it.
 
-    A factor of extent 1 (a batch of one) between two axes goes to the later one, unless that is the last: channels are
-    not merged with samples.
+    Channels are cut into heads by number. A token axis is only cut into the sides that the module was ``given`` as
+    arguments: otherwise nothing says which side would grow with the image. A factor of extent 1 (a batch of one) between
+    two axes goes to the later one, unless that is the last: channels are not merged with samples.
     """
     pending = list(reversed(factors))
     axes: list[Axis] = []
@@ -219,11 +252,11 @@ def _split(factors: list[Factor], sizes: tuple[int, ...]) -> tuple[Axis, ...] | 
                 return None
             factor, need = pending.pop(), size // extent
             if need % factor.size:
-                if factor.size % need:
+                parts = _cut(factor, need, sizes[number : number + 2], given)
+                if parts is None:
                     return None
-                inner = factor.size // need
-                pending.append(Factor(inner))
-                factor = Factor(need, factor.node, factor.axis, factor.divisor * inner)
+                factor, rest = parts
+                pending.append(rest)
             axis.append(factor)
             extent *= factor.size
         while number == len(sizes) - 2 and size > 1 and pending and pending[-1].size == 1:
@@ -234,6 +267,18 @@ def _split(factors: list[Factor], sizes: tuple[int, ...]) -> tuple[Axis, ...] | 
     if pending and axes:
         axes[-1] = (*axes[-1], *reversed(pending))
     return tuple(axes)
+
+
+def _cut(factor: Factor, need: int, ahead: tuple[int, ...], given: list[Node]) -> tuple[Factor, Factor] | None:
+    """``factor`` as an outer part of extent ``need`` and the rest."""
+    sides = tuple(leaf.meta["value"] for leaf in given[:2])
+    if len(sides) == 2 and ahead == sides and factor.size == sides[0] * sides[1]:
+        return Factor(sides[0], given[0]), Factor(sides[1], given[1])
+    channels = factor.node is None or factor.axis == len(_shape(factor.node)) - 1
+    if factor.size % need or not channels:
+        return None
+    inner = factor.size // need
+    return Factor(need, factor.node, factor.axis, factor.divisor * inner), Factor(inner)
 
 
 def _flat(axes: tuple[Axis, ...]) -> list[Factor]:
