@@ -10,7 +10,8 @@ if not (_here / "patterns").exists() and (_here.parent / "patterns" / "__init__.
 
 from .convert import convert, report, revert
 from .errors import AttnRewriteError
+from .explain import explain
 from .planning import plan
 
-__all__ = ["AttnRewriteError", "__version__", "convert", "plan", "report", "revert"]
+__all__ = ["AttnRewriteError", "__version__", "convert", "explain", "plan", "report", "revert"]
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,7 +22,6 @@ from .ir import AttentionSite, Global, Reduced, Refused, Site
 from .lift.dataflow import Dataflow
 from .plan import Plan, PlannedSite, matching
 from .rewrite.check import misbehaviour
-from .rewrite.owners import build_programs
 from .targets import Exactness, NotConvertible, NothingToDo, Target, recognise_all, target_of
 
 Selector = str | Iterable[str] | Callable[[Site], bool]
@@ -48,7 +48,7 @@ def plan(
     made, flow = lifted(model, example_inputs)
     _choose(made, targets, sites, keep)
     chosen = [planned for planned in made.sites if planned.target is not None]
-    _prove(made, chosen, flow, progress)
+    prove(made, chosen, flow, progress)
     _classify(chosen, least)
     made.build()
     if max_rewrites is not None:
@@ -127,7 +127,7 @@ def _selector(selector: Selector | None, made: Plan, argument: str) -> Callable[
     return lambda site: id(site) in names
 
 
-def _prove(made: Plan, chosen: list[PlannedSite], flow: Dataflow, progress: bool) -> None:
+def prove(made: Plan, chosen: list[PlannedSite], flow: Dataflow, progress: bool) -> None:
     """Certify the chosen sites, from one run of the captured graph; sites that fail are refused."""
     wanted = wanted_nodes(planned.site for planned in chosen)
     wanted |= {node for planned in chosen for node in (*_arguments(planned.site.owner), *_operands(planned.site))}
@@ -165,16 +165,19 @@ def _classify(chosen: list[PlannedSite], least: Exactness) -> None:
 def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     """Run one rewritten module of every structure, with cores that keep the function, beside its donor."""
     exact = target_of("identity")
-    sites = [planned.site for planned in made.converting]
-    cores = {id(site): exact.convert(site, 0).core for site in sites}
-    twins, _ = build_programs(sites, made.capture, lambda site: cores[id(site)])
+    sites = {id(p.conversion.core): p.site for p in made.converting if p.conversion is not None}
     verdicts: dict[str, str] = {}
-    for twin in twins:
-        structure = f"{type(twin.call.module)} {twin.program.source}"
+    for owner in made.programs:
+        structure = f"{type(owner.call.module)} {owner.program.source}"
         if structure not in verdicts:
+            cores = {
+                name: exact.convert(sites[id(core)], 0).core if id(core) in sites else core
+                for name, core in owner.modules.items()
+            }
+            twin = replace(owner, modules=cores)
             verdicts[structure] = misbehaviour(twin, flow.constants | made.values, made.capture.batch)
         for planned in made.converting if verdicts[structure] else ():
-            if any(planned.site is site for site in twin.sites):
+            if any(planned.site is site for site in owner.sites):
                 planned.refuse(verdicts[structure])
     if any(verdicts.values()):
         made.build()

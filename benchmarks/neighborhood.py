@@ -15,7 +15,6 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
-
 import torch
 from measure import Timing, interleaved
 from torch import Tensor
@@ -141,9 +140,10 @@ def header(arguments: argparse.Namespace) -> str:
     """On what and how this was measured."""
     return f"""# Neighborhood attention, kernel size {arguments.kernel_size}, {arguments.device}
 
-Speed relative to dense attention with a boolean mask (`scaled_dot_product_attention`): a ratio of 2 takes half
-the time. Medians of {arguments.repeats} rounds, all methods in turns in one process, each with a call to warm up; in
-brackets the quartiles. float32. Plain dense attention computes something else and is shown for comparison.
+Speed relative to dense attention with a boolean mask (`scaled_dot_product_attention`): a ratio of 2 takes
+half the time. Medians of {arguments.repeats} rounds; all methods take turns in one process, each after an
+untimed call; in brackets the quartiles. float32. Plain dense attention computes something else and is shown
+for comparison. FlexAttention has no backward on a CPU.
 
 {machine(arguments.device)}, torch {torch.__version__}, {date.today()}.
 """

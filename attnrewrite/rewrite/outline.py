@@ -37,6 +37,7 @@ class Outlined:
     constants: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     tied: list[str] = field(default_factory=list)
+    handed_on: bool = False
     value: Callable[[Node], Node] = field(init=False)
     """The value of a captured node, computed here if it is a constant that was not needed before."""
 
@@ -152,6 +153,7 @@ class _Outliner:
         called = self.graph.call_module(self._relative(child.path), bound.args, bound.kwargs)
         if isinstance(child.output, NodeRef):
             if child.output.node is not None:
+                self.result.handed_on |= child.output.node in self.result.made and type(child.module) is not nn.Identity
                 self._made(child.output.node, called)
             return
         for path, leaf in tree_flatten_with_path(child.output)[0]:

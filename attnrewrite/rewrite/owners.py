@@ -20,7 +20,11 @@ Core = nn.Module | list[nn.Module]
 
 @dataclass
 class OwnerProgram:
-    """The new forward of one module: at ``path``, replacing ``sites``, with the children and buffers it needs."""
+    """The new forward of one module: at ``path``, replacing ``sites``, with the children and buffers it needs.
+
+    ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its own hands
+    its input on in eval mode.
+    """
 
     call: ModuleCall
     sites: list[Site]
@@ -28,6 +32,7 @@ class OwnerProgram:
     modules: dict[str, nn.Module]
     buffers: dict[str, Tensor]
     fixed_to: list[str] = field(default_factory=list)
+    handed_on: bool = False
 
     @property
     def path(self) -> str:
@@ -77,7 +82,7 @@ def _build(
         used = {node.target for node in outlined.graph.nodes if node.op in ("call_module", "get_attr")}
         modules = {name: module for name, module in outlined.modules.items() if name in used}
         buffers = {name: value for name, value in outlined.constants.items() if name in used}
-        return OwnerProgram(call, sites, program, modules, buffers, tied), failed
+        return OwnerProgram(call, sites, program, modules, buffers, tied, outlined.handed_on), failed
     return None, failed
 
 

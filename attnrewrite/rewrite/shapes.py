@@ -274,11 +274,15 @@ def _cut(factor: Factor, need: int, ahead: tuple[int, ...], given: list[Node]) -
     sides = tuple(leaf.meta["value"] for leaf in given[:2])
     if len(sides) == 2 and ahead == sides and factor.size == sides[0] * sides[1]:
         return Factor(sides[0], given[0]), Factor(sides[1], given[1])
-    channels = factor.node is None or factor.axis == len(_shape(factor.node)) - 1
-    if factor.size % need or not channels:
+    if factor.size % need or _counts_tokens(factor):
         return None
     inner = factor.size // need
     return Factor(need, factor.node, factor.axis, factor.divisor * inner), Factor(inner)
+
+
+def _counts_tokens(factor: Factor) -> bool:
+    """The middle axis of ``[batch, tokens, channels]``; any other is channels or one side of a map."""
+    return factor.node is not None and len(_shape(factor.node)) == 3 and factor.axis == 1
 
 
 def _flat(axes: tuple[Axis, ...]) -> list[Factor]:
