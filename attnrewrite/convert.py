@@ -62,7 +62,8 @@ def convert(
         model, to, example_inputs, sites=sites, keep=keep, fidelity=fidelity, max_rewrites=max_rewrites,
         progress=progress, **options,
     )  # fmt: skip
-    left = [planned for planned in made.sites if planned.status == "refused" or planned.target and planned.status == "kept"]
+    asked = [planned for planned in made.sites if planned.target is not None]
+    left = [planned for planned in asked if planned.status in ("refused", "kept")]
     if strict and left:
         reasons = "".join(f"\n  {planned.site.name or '(root)'}: {planned.why}" for planned in left)
         raise ConversionError(f"strict: {len(left)} sites of {type(model).__name__} would not be converted:{reasons}")

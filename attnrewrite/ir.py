@@ -76,7 +76,7 @@ class Window:
     PHANTOM: ClassVar[int] = -2
 
     def slots(self, grid: Grid) -> Tensor:
-        """``[blocks, slots]``: the token in every slot of every block, ``ABSENT`` or ``PHANTOM`` where there is none."""
+        """``[blocks, slots]``: the token in every slot of every block, or ``ABSENT`` or ``PHANTOM``."""
         rows = self._axis_slots(grid.height, 0)[:, None, :, None]
         columns = self._axis_slots(grid.width, 1)[None, :, None, :]
         inside = (rows >= 0) & (columns >= 0)
@@ -97,7 +97,9 @@ class Window:
         start = shift - size if shift else 0
         blocks = -(-(padded - start) // size)
         place = start + torch.arange(blocks * size).view(blocks, size)
-        return torch.where(place < length, place.clamp(min=self.ABSENT), torch.where(place < padded, beyond, self.ABSENT))
+        return torch.where(
+            place < length, place.clamp(min=self.ABSENT), torch.where(place < padded, beyond, self.ABSENT)
+        )
 
     def _rolled_slots(self, length: int, padded: int, size: int, shift: int, beyond: int) -> Tensor:
         """The blocks of the rolled map; the last one is two, cut ``shift`` slots before the end of the padded map."""
@@ -167,10 +169,11 @@ class Operand:
 class AttentionNodes:
     """Where a site lies in the captured graph.
 
-    ``source`` and ``key_source`` feed the projections; ``product`` consumes query and key; ``output`` is the product with the values; ``result`` is the
-    first value after the output projection whose tokens lie as those of ``source``. ``groups`` are the letters of the
-    operands' batch-like axes, and ``head_groups`` those of them that run over heads. ``merged`` is the output
-    projection and ``linears`` the others; ``batch_axis`` is the axis of ``source`` that counts samples.
+    ``source`` and ``key_source`` feed the projections; ``product`` consumes query and key; ``output`` is the product
+    with the values; ``result`` is the first value after the output projection whose tokens lie as those of ``source``.
+    ``groups`` are the letters of the operands' batch-like axes, and ``head_groups`` those of them that run over heads.
+    ``merged`` is the output projection and ``linears`` the others; ``batch_axis`` is the axis of ``source`` that counts
+    samples.
     """
 
     query: Operand
@@ -253,7 +256,9 @@ class Stage:
     grid: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
-        return {"activation": self.name, "gate": f"{self.name} gate", "convolution": "depthwise", "norm": "norm"}[self.kind]
+        return {"activation": self.name, "gate": f"{self.name} gate", "convolution": "depthwise", "norm": "norm"}[
+            self.kind
+        ]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ def heads_last(value: Tensor, axes: str, batch_groups: str, head_groups: str, he
     return flat.unflatten(0, (-1, heads)).transpose(1, 2)
 
 
-def from_heads_last(value: Tensor, axes: str, batch_groups: str, head_groups: str, head_sizes: tuple[int, ...]) -> Tensor:
+def from_heads_last(
+    value: Tensor, axes: str, batch_groups: str, head_groups: str, head_sizes: tuple[int, ...]
+) -> Tensor:
     """The inverse of ``heads_last``; ``head_sizes`` are the extents of the ``head_groups``."""
     position, dim = position_and_dim(axes)
     value = value.transpose(1, 2)

@@ -23,7 +23,7 @@ from .rewrite.rewritten import restore_module, rewrite_module
 from .targets import Conversion, Exactness, Target
 
 END_TO_END = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""What an exact conversion may move the output by; half precision: 5e-2. Certification is far stricter, site by site."""
+"""What an exact conversion may move the output by; half precision: 5e-2. Certification is far stricter."""
 
 
 @dataclass
@@ -106,7 +106,11 @@ class Plan:
         rows += [SiteReport(r.name, r.kind, "", "refused", why=r.reason) for r in self.refused]
         inputs = (self.capture.tensors[node] for node in self.capture.inputs)
         shapes = [list(value.shape) for value in inputs if isinstance(value, Tensor)]
-        tied = [f"{owner.path or '(root)'} ({', '.join(sorted(set(owner.fixed_to)))})" for owner in self.programs if owner.fixed_to]
+        tied = [
+            f"{owner.path or '(root)'} ({', '.join(sorted(set(owner.fixed_to)))})"
+            for owner in self.programs
+            if owner.fixed_to
+        ]
         return ConversionReport(type(self.model).__name__, shapes, rows, output_error, tied)
 
     def __str__(self) -> str:

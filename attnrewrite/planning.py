@@ -92,7 +92,9 @@ def _choose(made: Plan, targets: dict[str, Target], sites: Selector | None, keep
             + (f"; what came near:{reasons}" if reasons else "; is it a vision transformer?")
         )
     if not any(isinstance(planned.site, AttentionSite) for planned in made.sites) and not _covers_kind(made, targets):
-        reasons = "".join(f"\n  {r.name or '(root)'}: {r.reason}" for r in made.refused) or " it has no softmax attention"
+        reasons = (
+            "".join(f"\n  {r.name or '(root)'}: {r.reason}" for r in made.refused) or " it has no softmax attention"
+        )
         raise ConversionError(f"no attention was found in {type(made.model).__name__}:{reasons}")
     wanted, kept = _selector(sites, made, "sites"), _selector(keep, made, "keep")
     for glob in targets:
@@ -119,7 +121,9 @@ def _selector(selector: Selector | None, made: Plan, argument: str) -> Callable[
     if selector is None:
         return lambda site: False
     if selector == "auto":
-        raise ArgumentError(f'{argument}: "auto" is not available yet; name the sites to keep, e.g. keep=["blocks.0.*"]')
+        raise ArgumentError(
+            f'{argument}: "auto" is not available yet; name the sites to keep, e.g. keep=["blocks.0.*"]'
+        )
     if callable(selector):
         return selector
     globs = [selector] if isinstance(selector, str) else list(selector)

@@ -125,7 +125,9 @@ def target_of(to: str | Target, options: Mapping[str, Any] | None = None) -> Tar
         return known[to](**(options or {}))
     except TypeError as cause:
         names = ", ".join(getattr(known[to], "__dataclass_fields__", {}))
-        raise ArgumentError(f"to: target {to!r} does not take {sorted(options or {})}; it takes: {names or 'nothing'}") from cause
+        raise ArgumentError(
+            f"to: target {to!r} does not take {sorted(options or {})}; it takes: {names or 'nothing'}"
+        ) from cause
 
 
 def _discover() -> None:
@@ -134,6 +136,6 @@ def _discover() -> None:
 
 
 __all__ = [
-    "Conversion", "Exactness", "NotConvertible", "NothingToDo", "Recogniser", "Target", "known_targets", "recognise_all",
-    "register_recogniser", "register_target", "target_of",
+    "Conversion", "Exactness", "NotConvertible", "NothingToDo", "Recogniser", "Target", "known_targets",
+    "recognise_all", "register_recogniser", "register_target", "target_of",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Convert a Swin and a ViT to neighborhood attention; print what happened, and cost and speed before and after.
 
-    make demo
+make demo
 """
 
 from __future__ import annotations

@@ -13,15 +13,46 @@ from ..ir import AttentionSite, MlpSite, Refused, Site, Stage
 from ..lift.activations import ACTIVATIONS, probe_points, recognise_activation
 from ..lift.dataflow import Dataflow
 from ..lift.movement import moved_operands
-from ..lift.values import operator_name, run_node, shape_of
+from ..lift.values import input_of, operator_name, run_node, shape_of
 from ..targets import register_recogniser
 
 _POINTWISE = {
     f"aten::{name}"
-    for name in (
-        "gelu silu relu relu6 relu_ silu_ gelu_ hardswish hardswish_ hardtanh hardtanh_ hardsigmoid sigmoid tanh mish elu "
-        "leaky_relu leaky_relu_ softplus erf exp pow square mul div add sub neg clamp clamp_min abs rsub sqrt"
-    ).split()
+    for name in [
+        "gelu",
+        "silu",
+        "relu",
+        "relu6",
+        "relu_",
+        "silu_",
+        "gelu_",
+        "hardswish",
+        "hardswish_",
+        "hardtanh",
+        "hardtanh_",
+        "hardsigmoid",
+        "sigmoid",
+        "tanh",
+        "mish",
+        "elu",
+        "leaky_relu",
+        "leaky_relu_",
+        "softplus",
+        "erf",
+        "exp",
+        "pow",
+        "square",
+        "mul",
+        "div",
+        "add",
+        "sub",
+        "neg",
+        "clamp",
+        "clamp_min",
+        "abs",
+        "rsub",
+        "sqrt",
+    ]
 }
 
 
@@ -33,7 +64,7 @@ def recognise_mlps(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
     for second in flow.nodes("aten::linear"):
         if second in flow.constants or second in taken or not flow.is_linear(second):
             continue
-        walked = _walk(second.args[0], flow)  # type: ignore[arg-type]
+        walked = _walk(input_of(second), flow)
         if walked is not None and walked.stages:
             results.append(_site(second, walked, flow))
     return results
@@ -62,9 +93,9 @@ def _walk(node: Node, flow: Dataflow) -> _Walked | None:
             if stage is None:
                 return None
         elif name == "aten::layer_norm" and len(step.args[1]) == 1:  # type: ignore[arg-type]
-            stage = Stage("norm", step, step.args[0])  # type: ignore[arg-type]
+            stage = Stage("norm", step, input_of(step))
         elif name == "aten::conv2d" and _is_depthwise(step):
-            stage = Stage("convolution", step, step.args[0], grid=shape_of(step)[2:])  # type: ignore[arg-type]
+            stage = Stage("convolution", step, input_of(step), grid=_map_sides(step))
         else:
             return None
         stages.append(stage)
@@ -78,7 +109,7 @@ def _site(second: Node, walked: _Walked, flow: Dataflow) -> MlpSite:
     inner = [stage.node for stage in walked.stages if stage.kind in ("activation", "gate")]
     values = [stage.gate_value for stage in walked.stages if stage.gate_value is not None]
     owner = flow.capture.enclosing_call([*inner, *(stage.before for stage in walked.stages), *values, second])
-    source: Node = walked.first.args[0]  # type: ignore[assignment]
+    source: Node = input_of(walked.first)
     return MlpSite(
         name=call.path,
         owner=owner,
@@ -105,9 +136,9 @@ def _linear_behind(node: Node, flow: Dataflow) -> tuple[Node, Tensor] | None:
     for address in layouts:
         tokens = address.reshape(-1, address.shape[-1])
         rows = tokens[0]
-        if len(tokens) * width == linear.meta["val"].numel():
-            if torch.equal(tokens, rows + torch.arange(len(tokens))[:, None] * width):
-                return linear, rows
+        whole = len(tokens) * width == linear.meta["val"].numel()
+        if whole and torch.equal(tokens, rows + torch.arange(len(tokens))[:, None] * width):
+            return linear, rows
     return None
 
 
@@ -125,7 +156,7 @@ def _activation(last: Node, flow: Dataflow) -> Stage | None:
     inside, leaves = _pointwise_region(last, flow)
     if len(leaves) == 1:
         name = recognise_activation(_probe(inside, last, {leaves[0]: probe_points()}, flow))
-        return None if name in (None, "identity") else Stage("activation", last, leaves[0], name)  # type: ignore[arg-type]
+        return None if name is None or name == "identity" else Stage("activation", last, leaves[0], name)
     if len(leaves) != 2:
         return None
     for main, gate in (leaves, leaves[::-1]):
@@ -172,6 +203,11 @@ def _probe(inside: list[Node], last: Node, values: dict[Node, Tensor], flow: Dat
             return torch.full_like(next(iter(values.values())), math.nan)
         computed[node] = run_node(node, computed | constants, torch.float64)
     return computed[last]
+
+
+def _map_sides(convolution: Node) -> tuple[int, int]:
+    height, width = shape_of(convolution)[-2:]
+    return height, width
 
 
 def _is_depthwise(node: Node) -> bool:

@@ -139,7 +139,9 @@ class DilatedNeighborhood(Neighborhood):
     def convert(self, site: Site, index: int) -> Conversion:
         assert isinstance(site, AttentionSite)
         if not isinstance(site.keys, Global):
-            raise NotConvertible(f"dilation over {site.keys} keys is not defined here; use to='neighborhood' for this site")
+            raise NotConvertible(
+                f"dilation over {site.keys} keys is not defined here; use to='neighborhood' for this site"
+            )
         if self.dilation is not None:
             return self._sliding(site, as_pair(self.dilation))
         if index % 2 == 0:

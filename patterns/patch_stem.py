@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from functools import partial
 
 import torch
 from torch.fx import Node
@@ -12,7 +14,7 @@ from ..capture import NodeRef
 from ..ir import AttentionSite, MlpSite, Refused, Site, StemSite
 from ..lift.dataflow import Dataflow
 from ..lift.movement import moved_operands
-from ..lift.values import operator_name, shape_of
+from ..lift.values import input_of, operator_name, shape_of
 from ..targets import register_recogniser
 
 
@@ -46,7 +48,7 @@ def _convolution(node: Node, flow: Dataflow) -> StemSite:
         kernel=(kernel[0], kernel[1]),
         stride=stride,
         padding=padding,
-        source=node.args[0],  # type: ignore[arg-type]
+        source=input_of(node),
         result=node,
         weight=weight,  # type: ignore[arg-type]
         bias=bias,  # type: ignore[arg-type]
@@ -56,7 +58,7 @@ def _convolution(node: Node, flow: Dataflow) -> StemSite:
 
 def _merge(node: Node, flow: Dataflow) -> StemSite | None:
     """A linear map whose input channels are those of several tokens, normalised first or not."""
-    gathered: Node = node.args[0]  # type: ignore[assignment]
+    gathered: Node = input_of(node)
     norm = None
     if operator_name(gathered) == "aten::layer_norm" and len(gathered.args[1]) == 1:  # type: ignore[arg-type]
         norm, gathered = gathered, gathered.args[0]  # type: ignore[assignment]
@@ -64,7 +66,11 @@ def _merge(node: Node, flow: Dataflow) -> StemSite | None:
     given = {leaf.node for leaf in tree_leaves(call.arguments) if isinstance(leaf, NodeRef)}
     found = flow.provenance(gathered, stop=lambda n: n in given)
     source = found.source
-    if source is None or shape_of(gathered)[-1] <= shape_of(source)[-1] or shape_of(gathered)[-1] % shape_of(source)[-1]:
+    if (
+        source is None
+        or shape_of(gathered)[-1] <= shape_of(source)[-1]
+        or shape_of(gathered)[-1] % shape_of(source)[-1]
+    ):
         return None
     channels = shape_of(source)[-1]
     address = found.address.unflatten(-1, (-1, channels))
@@ -125,7 +131,7 @@ def channels_last(conv: Node, value: Node, flow: Dataflow) -> bool:
 def _is_patchy(node: Node) -> bool:
     stride, groups = _sides(node.args[3] if len(node.args) > 3 else 1, 1), node.args[6] if len(node.args) > 6 else 1
     dilation = _sides(node.args[5] if len(node.args) > 5 else 1, 1)
-    return max(stride) > 1 and groups == 1 and dilation == (1, 1)
+    return max(stride) > 1 and bool(groups == 1) and dilation == (1, 1)
 
 
 def _sides(value: object, default: int) -> tuple[int, int]:
@@ -142,8 +148,8 @@ def _between_queries_and_keys(found: list[Site], flow: Dataflow) -> set[Node]:
     inside: set[Node] = set()
     for site in found:
         if isinstance(site, AttentionSite) and site.nodes.key_source not in (None, site.nodes.source):
-            source = site.nodes.source
-            inside |= set(flow.ancestors(site.nodes.key_source, stop=lambda n, source=source: n is source))
+            assert site.nodes.key_source is not None
+            inside |= set(flow.ancestors(site.nodes.key_source, stop=partial(operator.is_, site.nodes.source)))
     return inside
 
 
@@ -151,4 +157,3 @@ def _linears_of(site: Site) -> tuple[Node | None, ...]:
     if isinstance(site, AttentionSite):
         return (*site.nodes.linears, site.nodes.merged)
     return (site.first, site.second) if isinstance(site, MlpSite) else ()
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from ..lift.dataflow import Dataflow
 from ..lift.grid import token_grids
 from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, grouping, projected, projection, source_tokens
 from ..lift.scores import excluded
-from ..lift.values import needed_nodes, operator_name, shape_of
+from ..lift.values import input_of, needed_nodes, operator_name, shape_of
 from ..targets import register_recogniser
 from .spatial_reduction import reduced_keys
 from .windows import recognise_window, relative_table
@@ -48,7 +49,9 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     merged = _merge(core, query, shape_of(query.source)[:-1], grouped, flow)
     keys = _whole_map_keys(query, key, grouped, flow)
     linears = (query.linear, key.linear, value.linear)
-    nodes = _nodes(core, _head_groups(core, query, key, value), query.source, key.source, merged, grouped.batch_axis, linears)
+    nodes = _nodes(
+        core, _head_groups(core, query, key, value), query.source, key.source, merged, grouped.batch_axis, linears
+    )
     return AttentionSite(
         name=_path(flow, [*linears, *core.nodes]),
         owner=flow.capture.enclosing_call(list(core.nodes)),
@@ -165,7 +168,7 @@ def _merge(
     linear = _follow(core.output.node, flow, flow.is_linear)
     if linear is None:
         return None
-    found = flow.provenance(linear.args[0], stop=lambda node: node is core.output.node)  # type: ignore[arg-type]
+    found = flow.provenance(input_of(linear), stop=lambda node: node is core.output.node)
     if found.source is not core.output.node or bool((found.address < 0).any()):
         return None
     shape = shape_of(core.output.node)
@@ -223,7 +226,7 @@ def _in_source_order(linear: Node, token: Tensor, shape: tuple[int, ...], flow: 
     return None
 
 
-def _follow(node: Node, flow: Dataflow, reached) -> Node | None:  # type: ignore[no-untyped-def]
+def _follow(node: Node, flow: Dataflow, reached: Callable[[Node], bool]) -> Node | None:
     """Go forward through single uses and data movement until ``reached``."""
     while True:
         users = [user for user in flow.live_users(node) if user.op == "call_function"]
@@ -256,8 +259,8 @@ def _is_one_block(query: Projected, key: Projected, grouped: Grouping, bias: Bia
 
 
 def _likely_border(query: Projected, flow: Dataflow) -> tuple[bool, bool]:
-    """Whether the map is padded before the projection, and rolled before it is padded: a padding of nothing shows it."""
-    path = flow.provenance(query.linear.args[0], stop=lambda node: node is query.source).path  # type: ignore[arg-type]
+    """Whether the map is padded before the projection, and rolled before that: a padding of nothing shows it."""
+    path = flow.provenance(input_of(query.linear), stop=lambda node: node is query.source).path
     names = [operator_name(node) for node in path]
     if "aten::pad" not in names:
         return False, False
@@ -267,7 +270,7 @@ def _likely_border(query: Projected, flow: Dataflow) -> tuple[bool, bool]:
 
 def _map_of(query: Projected, flow: Dataflow) -> tuple[Node, Grid]:
     """The first value that holds the map the windows are cut from as a map, and its grid."""
-    found = flow.provenance(query.linear.args[0], stop=lambda node: node is query.source)  # type: ignore[arg-type]
+    found = flow.provenance(input_of(query.linear), stop=lambda node: node is query.source)
     count = math.prod(shape_of(query.source))
     for node in (query.source, *found.path):
         shape = shape_of(node)

@@ -130,8 +130,9 @@ def form(site: Site, values: Values, weights: forms.Weights) -> Tensor:
     if isinstance(site, StemSite):
         return forms.stem(site, values[site.source], weights)
     if site.query is None:
-        operands = (site.nodes.query, site.nodes.key, site.nodes.value)
-        return forms.attend(site, *(forms.operand_heads_last(values[o.node], o, site) for o in operands), weights)
+        parts = (site.nodes.query, site.nodes.key, site.nodes.value)
+        query, key, value = (forms.operand_heads_last(values[part.node], part, site) for part in parts)
+        return forms.attend(site, query, key, value, weights)
     return forms.attention(site, values[site.nodes.source], values[site.nodes.key_source], weights)  # type: ignore[index]
 
 

@@ -25,7 +25,9 @@ def attention(site: AttentionSite, source: Tensor, key_source: Tensor, weights: 
 
     Returns ``[batch, tokens, channels]``; without an output projection the heads-last core output.
     """
-    assert site.query and site.key and site.value
+    assert site.query is not None
+    assert site.key is not None
+    assert site.value is not None
     x, y = tokens(source, site.nodes.batch_axis), tokens(key_source, site.nodes.batch_axis)
     query, key = project(x, site.query, weights), project(y, site.key, weights)
     value = project(y, site.value, weights)
@@ -69,7 +71,8 @@ def mlp(site: MlpSite, source: Tensor, weights: Weights) -> Tensor:
         if stage.kind == "activation":
             value = ACTIVATIONS[stage.name](value)
         elif stage.kind == "gate":
-            assert stage.gate is not None and stage.rows is not None
+            assert stage.gate is not None
+            assert stage.rows is not None
             value = ACTIVATIONS[stage.name](value) * _channels(source, stage.gate, stage.rows, weights)
         elif stage.kind == "convolution":
             value = _depthwise(value, stage, weights)

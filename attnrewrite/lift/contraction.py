@@ -32,7 +32,10 @@ class Contraction:
         return "".join(axis for axis in self.left_axes if axis in both and axis not in self.out_axes)
 
     def size(self, axis: str) -> int:
-        sizes = [*zip(self.left_axes, shape_of(self.left)), *zip(self.right_axes, shape_of(self.right))]
+        sizes = [
+            *zip(self.left_axes, shape_of(self.left), strict=True),
+            *zip(self.right_axes, shape_of(self.right), strict=True),
+        ]
         return max(extent for letter, extent in sizes if letter == axis)
 
 
@@ -41,7 +44,8 @@ def contraction(node: Node) -> Contraction | None:
     name = operator_name(node)
     if name in ("aten::matmul", "aten::bmm"):
         left, right = node.args[:2]
-        assert isinstance(left, Node) and isinstance(right, Node)
+        assert isinstance(left, Node)
+        assert isinstance(right, Node)
         if len(shape_of(left)) < 2 or len(shape_of(left)) != len(shape_of(right)):
             return None
         batch = _LETTERS[: len(shape_of(left)) - 2]
@@ -52,19 +56,16 @@ def contraction(node: Node) -> Contraction | None:
 
 
 def _einsum(node: Node) -> Contraction | None:
-    equation, operands = node.args[:2]
-    if len(operands) != 2:  # type: ignore[arg-type]
-        return None
-    left, right = operands  # type: ignore[misc]
-    inputs, _, out = str(equation).replace(" ", "").partition("->")
+    equation, operands = str(node.args[0]).replace(" ", ""), [used for used in node.args[1] if isinstance(used, Node)]  # type: ignore[union-attr]
+    inputs, _, out = equation.partition("->")
     terms = inputs.split(",")
-    if not out or len(terms) != 2 or any(len(set(term)) != len(term.replace("...", "")) for term in terms if "." not in term):
+    if len(operands) != 2 or len(terms) != 2 or not out or any(len(set(t)) != len(t) for t in terms if "." not in t):
         return None
-    free = [letter for letter in _LETTERS.upper() if letter not in str(equation)]
-    extra = [len(shape_of(operand)) - len(term.replace("...", "")) for operand, term in ((left, terms[0]), (right, terms[1]))]
-    most = max(extra) if "..." in inputs else 0
-    spelled = [term.replace("...", "".join(free[most - count : most])) for term, count in zip(terms, extra, strict=True)]
-    return Contraction(node, left, right, spelled[0], spelled[1], out.replace("...", "".join(free[:most])))
+    free = [letter for letter in _LETTERS.upper() if letter not in equation]
+    hidden = [len(shape_of(used)) - len(t.replace("...", "")) for used, t in zip(operands, terms, strict=True)]
+    most = max(hidden) if "..." in inputs else 0
+    left, right = (t.replace("...", "".join(free[most - n : most])) for t, n in zip(terms, hidden, strict=True))
+    return Contraction(node, operands[0], operands[1], left, right, out.replace("...", "".join(free[:most])))
 
 
 def canonical(value: Tensor, axes: str, order: str) -> Tensor:

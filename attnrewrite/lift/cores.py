@@ -6,22 +6,24 @@ import functools
 import math
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
 from ..ir import Operand
-from .contraction import canonical, contraction
+from .contraction import Contraction, canonical, contraction
 from .dataflow import Dataflow
 from .movement import moved_operands
 from .scores import Addend, NotAffine, as_addend, score_chain
-from .values import operator_name, shape_of
+from .values import input_of, operator_name, shape_of
 
+_GROUPS = "abcghijk"
 _FUSED = "aten::scaled_dot_product_attention"
 _SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
 _ROW_MAJOR = {
     f"aten::{name}"
-    for name in "view reshape _unsafe_view unsqueeze squeeze flatten unflatten expand".split()
+    for name in ["view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"]
 }
 
 
@@ -76,28 +78,43 @@ def _fused(anchor: Node, flow: Dataflow) -> Core:
     rank = len(shape_of(query))
     if not rank == len(shape_of(key)) == len(shape_of(value)):
         raise NotAffine("query, key and value differ in rank")
-    groups = "abcghijk"[: rank - 2]
+    groups = _GROUPS[: rank - 2]
     scale = arguments["scale"]
     scale = 1.0 / math.sqrt(shape_of(query)[-1]) if scale is None else float(scale)
     scores = (*shape_of(query)[:-1], shape_of(key)[-2])
     addends, bias, mask = _added(arguments["attn_mask"], scores, flow)
-    operands = [Operand(node, groups + axes) for node, axes in ((query, "xd"), (key, "yd"), (value, "ye"))]
-    output = Operand(anchor, groups + "xe")
-    return Core(anchor, *operands, output, anchor, groups, scale, (), addends, bias, mask, (anchor,))
+    parts = ((query, "xd"), (key, "yd"), (value, "ye"), (anchor, "xe"))
+    q, k, v, output = (Operand(node, groups + axes) for node, axes in parts)
+    return Core(anchor, q, k, v, output, anchor, groups, scale, (), addends, bias, mask, (anchor,))
 
 
 def _explicit(anchor: Node, flow: Dataflow) -> Core | None:
     weighted = _product_with_values(anchor, flow)
     if weighted is None:
         return None
-    chain = score_chain(anchor.args[0], flow.constants, flow.learned)  # type: ignore[arg-type]
-    product, path_after, final = chain.product, *weighted
-    between = [*chain.path, *path_after]
-    scores, weights = shape_of(product.node), path_after[-1] if path_after else anchor
-    moves = [step for step in between if flow.is_movement(step) and not flow.is_copy(step)]
+    path_after, final = weighted
+    chain = score_chain(input_of(anchor), flow.constants, flow.learned)
+    product, scores = chain.product, shape_of(chain.product.node)
+    weights = path_after[-1] if path_after else anchor
+    moves = [step for step in (*chain.path, *path_after) if flow.is_movement(step) and not flow.is_copy(step)]
     if shape_of(weights) != scores or any(operator_name(step) not in _ROW_MAJOR for step in moves):
         raise NotAffine("the scores are rearranged between their product and the product with the values")
     _require_last_axis(anchor, scores)
+    query, key, names = _query_and_key(product)
+    groups = "".join(names[axis] for axis in product.out_axes[:-1] if names[axis] != "x")
+    value, output = _value_and_output(final, weights, product, names)
+    addends, bias, mask = _separated(chain.addends, scores, flow)
+    letters = "".join(names[axis] for axis in product.out_axes)
+    bias, mask = (None if part is None else canonical(part, letters, groups + "xy") for part in (bias, mask))
+    nodes = (product.node, *chain.path, anchor, *path_after, final.node)
+    scales = tuple(chain.learned_scales)
+    return Core(
+        anchor, query, key, value, output, product.node, groups, chain.factor, scales, addends, bias, mask, nodes
+    )
+
+
+def _query_and_key(product: Contraction) -> tuple[Operand, Operand, dict[str, str]]:
+    """Which operand holds the queries: the one without the softmax axis. And the letter of every axis of the scores."""
     key_axis = product.out_axes[-1]
     query_side = product.left if key_axis not in product.left_axes else product.right
     key_side = product.right if query_side is product.left else product.left
@@ -105,60 +122,49 @@ def _explicit(anchor: Node, flow: Dataflow) -> Core | None:
     if len(product.summed) != 1 or not own or key_axis in product.axes_of(query_side):
         raise NotAffine("the product before the softmax is not one of queries with keys")
     names = {own[-1]: "x", key_axis: "y", product.summed: "d"}
-    rest = [axis for axis in product.out_axes if axis not in names]
-    names |= dict(zip(rest, "abcghijk", strict=False))
+    names |= dict(zip((axis for axis in product.out_axes if axis not in names), _GROUPS, strict=False))
+    return _named(query_side, product, names), _named(key_side, product, names), names
+
+
+def _value_and_output(
+    final: Contraction, weights: Node, product: Contraction, names: dict[str, str]
+) -> tuple[Operand, Operand]:
     value_side = final.right if final.left is weights else final.left
     theirs = dict(zip(final.axes_of(weights), product.out_axes, strict=True))
     last = [axis for axis in final.axes_of(value_side) if axis not in theirs]
-    if len(last) != 1 or theirs.get(final.summed) != key_axis:
+    if len(last) != 1 or theirs.get(final.summed) != product.out_axes[-1]:
         raise NotAffine("the attention weights are not summed with the values over the keys")
     renamed = {axis: names[letter] for axis, letter in theirs.items()} | {last[0]: "e"}
-
-    def operand(node: Node, axes: str, letters: dict[str, str]) -> Operand:
-        return Operand(node, "".join(letters[axis] for axis in axes))
-
-    letters = "".join(names[axis] for axis in product.out_axes)
-    groups = "".join(names[axis] for axis in rest)
-    addends, bias, mask = _separated(chain.addends, scores, flow)
-    bias, mask = (None if t is None else canonical(t, letters, groups + "xy") for t in (bias, mask))
-    return Core(
-        anchor,
-        operand(query_side, product.axes_of(query_side), names),
-        operand(key_side, product.axes_of(key_side), names),
-        operand(value_side, final.axes_of(value_side), renamed),
-        operand(final.node, final.out_axes, renamed),
-        product.node,
-        groups,
-        chain.factor,
-        tuple(chain.learned_scales),
-        addends,
-        bias,
-        mask,
-        (product.node, *chain.path, anchor, *path_after, final.node),
-    )
+    output = Operand(final.node, "".join(renamed[axis] for axis in final.out_axes))
+    return _named(value_side, final, renamed), output
 
 
-def _product_with_values(anchor: Node, flow: Dataflow):  # type: ignore[no-untyped-def]
-    """The product that consumes the softmax, and the copies and views on the way to it."""
-    node, path = anchor, []
+def _named(node: Node, product: Contraction, names: dict[str, str]) -> Operand:
+    return Operand(node, "".join(names[axis] for axis in product.axes_of(node)))
+
+
+def _product_with_values(anchor: Node, flow: Dataflow) -> tuple[list[Node], Contraction] | None:
+    """The copies and views on the way from the softmax to the product that consumes it, and that product."""
+    node = anchor
+    path: list[Node] = []
     while True:
-        consumer = None
+        onward = None
         for user in flow.live_users(node):
             final = contraction(user)
             if final is not None and node in (final.left, final.right) and final.left is not final.right:
                 return path, final
             if flow.is_movement(user) and moved_operands(user) == [node]:
-                consumer = user
-        if consumer is None:
+                onward = user
+        if onward is None:
             return None
-        path.append(consumer)
-        node = consumer
+        path.append(onward)
+        node = onward
 
 
 def _require_last_axis(anchor: Node, scores: tuple[int, ...]) -> None:
     shape = shape_of(anchor)
     axis = anchor.args[1] if len(anchor.args) > 1 else anchor.kwargs.get("dim", -1)
-    if axis % len(shape) != len(shape) - 1 or shape[-1] != scores[-1]:  # type: ignore[operator]
+    if int(axis) % len(shape) != len(shape) - 1 or shape[-1] != scores[-1]:  # type: ignore[arg-type]
         raise NotAffine("the softmax does not run over the last axis of the scores")
 
 
@@ -192,13 +198,13 @@ def _terms(node: Node) -> list[Node]:
     """The summands of a mask, as far as plain additions go."""
     step = node
     while operator_name(step) in ("aten::contiguous", "aten::clone", "aten::to", "aten::_to_copy", "aten::alias"):
-        step = step.args[0]  # type: ignore[assignment]
+        step = input_of(step)
     if operator_name(step) == "aten::add" and not step.kwargs and len(step.all_input_nodes) == 2:
         return [term for used in step.all_input_nodes for term in _terms(used)]
     return [node]
 
 
-def _bound(anchor: Node) -> dict:  # type: ignore[type-arg]
+def _bound(anchor: Node) -> dict[str, Any]:
     schema = anchor.target._schema  # type: ignore[union-attr]
     names = [argument.name for argument in schema.arguments]
     defaults = {argument.name: argument.default_value for argument in schema.arguments}

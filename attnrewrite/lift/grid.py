@@ -18,8 +18,17 @@ from .values import operator_name, shape_of
 
 _REGRIDDING = {
     f"aten::{name}"
-    for name in "conv2d convolution avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d "
-    "upsample_bilinear2d upsample_bicubic2d upsample_nearest2d".split()
+    for name in [
+        "conv2d",
+        "convolution",
+        "avg_pool2d",
+        "max_pool2d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "upsample_nearest2d",
+    ]
 }
 
 

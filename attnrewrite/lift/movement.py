@@ -19,17 +19,73 @@ from .values import Values, operator_name, run_node, shape_of
 
 _REARRANGING = {
     f"aten::{name}"
-    for name in (
-        "view reshape _unsafe_view view_as reshape_as flatten unflatten permute transpose t numpy_T mT movedim moveaxis "
-        "swapaxes swapdims adjoint unsqueeze squeeze select slice narrow unbind split split_with_sizes chunk tensor_split "
-        "expand expand_as repeat tile repeat_interleave roll flip rot90 cat concat stack index index_select gather take "
-        "unfold im2col pixel_shuffle pixel_unshuffle channel_shuffle diagonal broadcast_to"
-    ).split()
+    for name in [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "view_as",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "t",
+        "numpy_T",
+        "mT",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "swapdims",
+        "adjoint",
+        "unsqueeze",
+        "squeeze",
+        "select",
+        "slice",
+        "narrow",
+        "unbind",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "tensor_split",
+        "expand",
+        "expand_as",
+        "repeat",
+        "tile",
+        "repeat_interleave",
+        "roll",
+        "flip",
+        "rot90",
+        "cat",
+        "concat",
+        "stack",
+        "index",
+        "index_select",
+        "gather",
+        "take",
+        "unfold",
+        "im2col",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "diagonal",
+        "broadcast_to",
+    ]
 }
 _INDEXED = {"aten::index", "aten::index_select", "aten::gather", "aten::take"}
 _COPYING = {
     f"aten::{name}"
-    for name in "contiguous clone alias detach lift_fresh_copy to _to_copy type_as dropout feature_dropout".split()
+    for name in [
+        "contiguous",
+        "clone",
+        "alias",
+        "detach",
+        "lift_fresh_copy",
+        "to",
+        "_to_copy",
+        "type_as",
+        "dropout",
+        "feature_dropout",
+    ]
 }
 _PADDING = {"aten::pad", "aten::constant_pad_nd"}
 _SCALING = {"aten::mul", "aten::div"}
@@ -127,7 +183,7 @@ def move(node: Node, values: Values, constants: Values) -> Any:
     if name in _COPYING or name in _SCALING:
         return values[moved_operands(node)[0]]
     if name in ("aten::view", "aten::_unsafe_view"):  # the copy that made a view possible is not made here
-        return values[node.args[0]].reshape(node.args[1])
+        return values[moved_operands(node)[0]].reshape(node.args[1])
     moved = moved_operands(node)
     return run_node(node, {used: values[used] if used in moved else constants[used] for used in node.all_input_nodes})
 
@@ -162,4 +218,3 @@ def _pads_with_zero(node: Node) -> bool:
     position = 3 if operator_name(node) == "aten::pad" else 2
     value = node.args[position] if len(node.args) > position else node.kwargs.get("value", 0)
     return mode == "constant" and value in (None, 0, 0.0)
-

@@ -15,7 +15,7 @@ from ..ir import Operand, Projection
 from .contraction import canonical
 from .cores import Core
 from .dataflow import Dataflow
-from .values import shape_of
+from .values import input_of, shape_of
 
 
 class NotSeparable(Exception):
@@ -67,7 +67,7 @@ def projected(operand: Operand, core: Core, flow: Dataflow) -> Projected | None:
     channel = torch.where(address < 0, -1, address % width)
     if bool((token != token[..., :1]).any()) or bool((channel != channel[:, :1]).any()):
         raise NotSeparable("an operand mixes tokens and channels")
-    source, slots = source_tokens(linear.args[0], flow)  # type: ignore[arg-type]
+    source, slots = source_tokens(input_of(linear), flow)
     token = token[..., 0]
     token = torch.where(token < 0, -1, slots[token.clamp(min=0)])
     return Projected(linear, source, token, channel[:, 0], found.factor)

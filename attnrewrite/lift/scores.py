@@ -15,10 +15,10 @@ from torch.fx import Node
 
 from .contraction import Contraction, contraction
 from .movement import is_movement
-from .values import Values, operator_name, shape_of
+from .values import Values, input_of, operator_name, shape_of
 
 MASKED = -50.0
-"""A constant score at or below this counts as no key at all: Swin masks with -100, others with -inf or the least float."""
+"""A constant score at or below this is no key at all: Swin masks with -100, others with -inf or the least float."""
 
 _ADDING = ("aten::add", "aten::sub", "aten::add_", "aten::sub_", "aten::rsub")
 _MASKING = ("aten::masked_fill", "aten::masked_fill_", "aten::where")
@@ -103,7 +103,7 @@ def as_addend(value: Tensor) -> Tensor:
 def _operand(node: Node, constants: Values) -> Node:
     """The one operand that the inputs reach."""
     if _subtracts_maximum(node):
-        return node.args[0]  # type: ignore[return-value]
+        return input_of(node)
     live = [used for used in node.all_input_nodes if used not in constants]
     if len(live) != 1:
         raise NotAffine(f"{operator_name(node)} combines the scores with another value that depends on the input")
@@ -140,11 +140,12 @@ def _addend(node: Node, following: Node, factor: float, constants: Values) -> Ad
 
 def _masking(node: Node, following: Node, factor: float, constants: Values) -> Addend:
     if operator_name(node) == "aten::where":
-        condition, yes, no = node.args
-        mask, fill = (~constants[condition], no) if yes is following else (constants[condition], yes)
+        yes, no = node.args[1:3]
+        condition = constants[input_of(node)]
+        mask, fill = (~condition, no) if yes is following else (condition, yes)
     else:
-        mask, fill = constants[node.args[1]], node.args[2]
-    number = float(constants[fill]) if isinstance(fill, Node) else float(fill)
+        mask, fill = constants[input_of(node, 1)], node.args[2]
+    number = float(constants[fill] if isinstance(fill, Node) else fill)  # type: ignore[arg-type]
     value = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, number)
     return Addend(value, factor, shape_of(node))
 

@@ -15,7 +15,7 @@ Values = dict[Node, Any]
 
 _SHAPE_ONLY = {
     f"aten::{name}"
-    for name in "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
+    for name in ["new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"]
 }
 """Operators that read only shape, dtype and device of their operand, so their result is constant in its values."""
 
@@ -102,6 +102,13 @@ def operator_name(node: Node) -> str:
         return node.op
     schema = getattr(node.target, "_schema", None)
     return schema.name if schema is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def input_of(node: Node, position: int = 0) -> Node:
+    """A positional argument that is a graph value."""
+    value = node.args[position]
+    assert isinstance(value, Node), f"{node} takes a value at {position}"
+    return value
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

@@ -32,7 +32,13 @@ class NeighborhoodAttention(nn.Module):
     """
 
     def __init__(
-        self, kernel_size: Pair, dilation: Pair, grid: Grid, scale: float, dropout: float = 0.0, entries: Tensor | None = None
+        self,
+        kernel_size: Pair,
+        dilation: Pair,
+        grid: Grid,
+        scale: float,
+        dropout: float = 0.0,
+        entries: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.kernel_size, self.dilation, self.grid = kernel_size, dilation, grid
@@ -48,9 +54,17 @@ class NeighborhoodAttention(nn.Module):
         prefix = grid.prefix_tokens
         maps = [part[:, prefix:].unflatten(1, (grid.height, grid.width)) for part in (query, key, value)]
         table = None if bias is None else self._table(bias, kernel)
-        extra = (key[:, :prefix], value[:, :prefix]) if prefix else (None, None)
+        extra_keys, extra_values = (key[:, :prefix], value[:, :prefix]) if prefix else (None, None)
         mixed = neighborhood_attention(
-            *maps, kernel, self.dilation, scale=self.scale, bias=table, additional_keys=extra[0], additional_values=extra[1]
+            maps[0],
+            maps[1],
+            maps[2],
+            kernel,
+            self.dilation,
+            scale=self.scale,
+            bias=table,
+            additional_keys=extra_keys,
+            additional_values=extra_values,
         )
         assert isinstance(mixed, Tensor)
         if not prefix:
@@ -127,8 +141,8 @@ def grid_of(tokens: int, converted: Grid) -> Grid:
     height = round(math.sqrt(count * converted.height / converted.width)) if count > 0 else 0
     if height < 1 or count % height or height * converted.width != count // height * converted.height:
         raise ConversionError(
-            f"a sequence of {tokens} tokens is no map of the converted aspect ratio {converted}; convert the model with "
-            "example inputs of this size"
+            f"a sequence of {tokens} tokens is no map of the converted aspect ratio {converted}; convert the model "
+            "with example inputs of this size"
         )
     return Grid(height, count // height, converted.prefix_tokens)
 
@@ -149,8 +163,7 @@ def covers(kernel_size: Pair, dilation: Pair, grid: Grid) -> bool:
 def neighborhood_mask(kernel_size: Pair, dilation: Pair, grid: Grid) -> Tensor:
     """``[tokens, tokens]``: which keys each query sees, prefix tokens included."""
     rows, columns = (
-        axis_mask(side, side, k, d)
-        for side, k, d in zip((grid.height, grid.width), kernel_size, dilation, strict=True)
+        axis_mask(side, side, k, d) for side, k, d in zip((grid.height, grid.width), kernel_size, dilation, strict=True)
     )
     seen = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(grid.height * grid.width, -1)
     return F.pad(seen, (grid.prefix_tokens, 0, grid.prefix_tokens, 0), value=True)

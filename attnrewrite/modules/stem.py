@@ -35,7 +35,7 @@ class GatherPatches(nn.Module):
         self.size, self.order, self.grid, self.flat = size, order, grid, flat
 
     def forward(self, source: Tensor, height: int = 0, width: int = 0) -> Tensor:
-        """``[batch, height, width, channels]``, or tokens with their map's sides, to patches, channels by place first."""
+        """``[batch, height, width, channels]``, or tokens with their map's sides; channels by place first."""
         image = source if source.ndim == 4 else source.unflatten(1, (height, width))
         rows, columns = self.size
         short = (-image.shape[2] % columns, -image.shape[1] % rows)

@@ -46,8 +46,8 @@ class WindowAttention(nn.Module):
         divides = self.window.divides(grid)
         if not divides and not self.window.phantom and grid != self.grid:
             raise ConversionError(
-                f"a {grid} map is no multiple of the window {self.window.size}, and how the original would pad it was not "
-                f"seen at {self.grid}; convert the model with example inputs of this size"
+                f"a {grid} map is no multiple of the window {self.window.size}, and how the original would pad it "
+                f"was not seen at {self.grid}; convert the model with example inputs of this size"
             )
         if (self.training and self.dropout > 0.0) or (self.window.cyclic and not divides):
             return self._gathered(query, key, value, bias, pad_key, pad_value)
@@ -68,19 +68,23 @@ class WindowAttention(nn.Module):
         pad_key: Tensor | None,
         pad_value: Tensor | None,
     ) -> Tensor:
-        """Any blocks, and dropout on the weights, neither of which the fused operator has: gather, and attend densely."""
+        """Any blocks, and dropout on the weights, which the fused operator has not: gather, and attend densely."""
         grid = Grid(query.shape[1], query.shape[2])
         slots = self.window.slots(grid).to(query.device)
         blocks = [part.flatten(1, 2)[:, slots.clamp(min=0)] for part in (query, key, value)]
         if pad_key is not None and pad_value is not None:
             phantom = (slots == Window.PHANTOM)[:, :, None, None]
-            blocks[1:] = [torch.where(phantom, pad, part) for pad, part in zip((pad_key, pad_value), blocks[1:], strict=True)]
+            blocks[1:] = [
+                torch.where(phantom, pad, part) for pad, part in zip((pad_key, pad_value), blocks[1:], strict=True)
+            ]
         mask = torch.zeros(slots.shape, dtype=query.dtype, device=query.device)
         mask = mask.masked_fill(slots == Window.ABSENT, -math.inf)[:, None, None, :]
         mask = mask if bias is None else mask + bias
-        mixed = F.scaled_dot_product_attention(
-            *(part.transpose(2, 3) for part in blocks), mask, self.dropout if self.training else 0.0, scale=self.scale
-        ).transpose(2, 3)
+        parts = [part.transpose(2, 3) for part in blocks]
+        rate = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], mask, rate, scale=self.scale).transpose(
+            2, 3
+        )
         order = torch.argsort(slots.flatten(), stable=True)[-grid.tokens :]
         return mixed.flatten(1, 2)[:, order].unflatten(1, (grid.height, grid.width))
 

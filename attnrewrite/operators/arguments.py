@@ -22,9 +22,7 @@ def check_maps(query: Tensor, key: Tensor, value: Tensor) -> int:
         raise ArgumentError(f"query is {query.dtype}: attention needs a floating dtype, convert it first")
     check_shape("key", key, tuple(query.shape))
     if value.shape[:-1] != query.shape[:-1]:
-        raise ArgumentError(
-            f"value has shape {tuple(value.shape)}, expected {(*query.shape[:-1], value.shape[-1])}"
-        )
+        raise ArgumentError(f"value has shape {tuple(value.shape)}, expected {(*query.shape[:-1], value.shape[-1])}")
     check_alike(query, key=key, value=value)
     return rank
 

@@ -28,9 +28,7 @@ class _Context(Protocol):
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
-def attention_request(
-    operator: str, query: Tensor, value: Tensor, window: tuple[int, ...], **rest: Any
-) -> Request:
+def attention_request(operator: str, query: Tensor, value: Tensor, window: tuple[int, ...], **rest: Any) -> Request:
     """Describe a call to the backends; `rest` are further fields of `Request`."""
     return Request(
         operator=operator,

@@ -23,9 +23,7 @@ from ..lowering import Request, run
 from .attention_op import attention_request, contiguous, gradients_of, make_differentiable
 from .index_rule import attended_pairs, axis_rules
 
-_OPERANDS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? additional_keys, Tensor? additional_values"
-)
+_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? additional_keys, Tensor? additional_values"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale, str backend"
 
 

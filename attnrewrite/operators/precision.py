@@ -19,6 +19,4 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor if tensor is None or tensor.dtype is torch.float64 else tensor.to(dtype) for tensor in tensors
-    )
+    return tuple(tensor if tensor is None or tensor.dtype is torch.float64 else tensor.to(dtype) for tensor in tensors)

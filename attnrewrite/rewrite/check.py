@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ TOLERANCE = 1e-3
 def misbehaviour(owner: OwnerProgram, captured: Values, batch: int) -> str:
     """Compare donor and twin on two different samples, in eval mode and, where it can tell something, in training.
 
-    It can where a child hands its input on in eval mode (an inactive DropPath), because the graph does not show for sure
-    which later use takes the child's result, and where nothing is random by element. ``owner`` must hold cores that keep
-    the function. Returns the reason, or an empty string.
+    It can where a child hands its input on in eval mode (an inactive DropPath), because the graph does not show for
+    sure which later use takes the child's result, and where nothing is random by element. ``owner`` must hold cores
+    that keep the function. Returns the reason, or an empty string.
     """
     donor = owner.call.module
     twin = twin_of(donor)
@@ -61,7 +62,7 @@ def twin_of(module: nn.Module) -> nn.Module:
 
 
 def _run(module: nn.Module, donor: nn.Module, arguments: dict[str, Any], training: bool) -> list[Tensor]:
-    bound = inspect.BoundArguments(inspect.signature(donor.forward), arguments)  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(inspect.signature(donor.forward), OrderedDict(arguments))
     with untouched(module):
         module.train(training)
         torch.manual_seed(0)
@@ -77,7 +78,7 @@ def _doubled(leaf: Any, captured: Values, batch: int, doubled: Values) -> Any:
         value = captured[leaf.node]
         axis = next((axis for axis in (0, 1) if value.ndim > 1 and value.shape[axis] == batch), None)
         per_sample = axis is not None and value.is_floating_point() and not isinstance(value, nn.Parameter)
-        doubled[leaf.node] = torch.cat([value, value.flip(-1)], dim=axis) if per_sample else value
+        doubled[leaf.node] = torch.cat([value, value.flip(-1)], dim=axis or 0) if per_sample else value
     return doubled[leaf.node]
 
 

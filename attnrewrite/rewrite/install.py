@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx import Node
 
 from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
@@ -17,7 +17,7 @@ from ..modules import GatherPatches
 from .outline import NotOutlinable, Outlined
 
 
-def install(outlined: Outlined, site: Site, core: nn.Module) -> None:
+def install(outlined: Outlined, site: Site, core: Any) -> None:
     """Replace what ``site`` computes in the graph by a call of ``core``, a new child of the module.
 
     Raises:
@@ -50,14 +50,14 @@ def remove_dead_code(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _attention(outlined: Outlined, site: AttentionSite, core: nn.Module) -> None:
+def _attention(outlined: Outlined, site: AttentionSite, core: Any) -> None:
     if isinstance(site.keys, Window):
         _windowed(outlined, site, core)
     else:
         _operands(outlined, site, core)
 
 
-def _operands(outlined: Outlined, site: AttentionSite, core: nn.Module) -> None:
+def _operands(outlined: Outlined, site: AttentionSite, core: Any) -> None:
     """Query, key and value stay as they are computed; the product with the values is replaced."""
     nodes, graph = site.nodes, outlined.graph
     old = outlined.first(nodes.output.node)
@@ -101,20 +101,24 @@ def _dense_bias(outlined: Outlined, site: AttentionSite) -> tuple[Node, ...]:
     return (total,)
 
 
-def _windowed(outlined: Outlined, site: AttentionSite, core: nn.Module) -> None:
+def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
     """The projections act on the map itself, and the blocks are cut in the core: no roll, no partition, no mask."""
     nodes, graph = site.nodes, outlined.graph
-    assert site.query and site.key and site.value and site.output and site.grid and nodes.source and nodes.merged
+    assert site.query is not None
+    assert site.key is not None
+    assert site.value is not None
+    assert site.output is not None
+    assert nodes.source is not None
     old = outlined.latest(nodes.result)  # type: ignore[arg-type]
     with graph.inserting_before(old):
         source = outlined.latest(nodes.source)
         project = _projector(outlined, site, source)
-        arguments = [project(part, source) for part in (site.query, site.key, site.value)]
+        arguments: list[Node | None] = [project(part, source) for part in (site.query, site.key, site.value)]
         arguments += _block_bias(outlined, site)
         if site.keys.phantom:  # type: ignore[union-attr]
             zero = graph.call_function(zero_token, (source,))
             padded = [graph.call_function(operator.getitem, (project(p, zero), 0)) for p in (site.key, site.value)]
-            arguments += ([None] if site.bias is None else []) + padded
+            arguments += [*([None] if site.bias is None else []), *padded]
         mixed = graph.call_module(outlined.add_module("attention", core), tuple(arguments))
         head_step, start, dim_step = _steps(site.output.rows)
         if start or (head_step, dim_step) not in ((site.output.head_dim, 1), (1, site.heads)):
@@ -167,7 +171,8 @@ def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
 def _after_projection(outlined: Outlined, site: AttentionSite, mixed: Node) -> Node:
     """The output projection and what follows it up to the result, without the rearrangement of tokens."""
     nodes = site.nodes
-    assert nodes.merged is not None and nodes.result is not None
+    assert nodes.merged is not None
+    assert nodes.result is not None
     first, step = outlined.first(nodes.merged), outlined.latest(nodes.result)
     follow = []
     while step is not first:
@@ -192,7 +197,7 @@ def _again(outlined: Outlined, made: Node, value: Node) -> Node:
     return outlined.graph.call_function(made.target, (value, *made.args[1:]), dict(made.kwargs))  # type: ignore[arg-type]
 
 
-def _mlp(outlined: Outlined, site: MlpSite, core: nn.Module) -> None:
+def _mlp(outlined: Outlined, site: MlpSite, core: Any) -> None:
     """The activations become the core's; linear maps, convolution and dropout stay live."""
     graph = outlined.graph
     for number, stage in enumerate(site.stages):
@@ -203,11 +208,11 @@ def _mlp(outlined: Outlined, site: MlpSite, core: nn.Module) -> None:
             operands = [outlined.latest(stage.before)]
             if stage.gate_value is not None:
                 operands.append(outlined.latest(stage.gate_value))
-            new = graph.call_module(f"{outlined.add_module('mlp', core[number])}", tuple(operands))  # type: ignore[index]
+            new = graph.call_module(outlined.add_module("mlp", core[number]), tuple(operands))
         _replace(old, new)
 
 
-def _stem(outlined: Outlined, site: StemSite, core: nn.Module) -> None:
+def _stem(outlined: Outlined, site: StemSite, core: Any) -> None:
     old = outlined.latest(site.tokens or site.result)
     with outlined.graph.inserting_before(old):
         arguments: tuple[Any, ...] = (outlined.latest(site.source if site.patches is not None else site.result),)

@@ -149,7 +149,7 @@ class _Outliner:
 
     def _call(self, child: ModuleCall) -> None:
         signature = inspect.signature(child.module.forward)
-        bound = inspect.BoundArguments(signature, tree_map(self._reference, child.arguments))  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(signature, tree_map(self._reference, child.arguments))
         called = self.graph.call_module(self._relative(child.path), bound.args, bound.kwargs)
         if isinstance(child.output, NodeRef):
             if child.output.node is not None:
@@ -173,7 +173,9 @@ class _Outliner:
 
     def _reference(self, leaf: Any) -> Any:
         if not isinstance(leaf, NodeRef):
-            self._require(leaf is None or isinstance(leaf, str | int | float | bool | torch.dtype), f"it passes {leaf!r}")
+            self._require(
+                leaf is None or isinstance(leaf, str | int | float | bool | torch.dtype), f"it passes {leaf!r}"
+            )
             return leaf
         self._require(leaf.node is not None, "a child is given a tensor made outside the traced model")
         return self._value(leaf.node)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
@@ -15,7 +16,8 @@ from .outline import NotOutlinable, outline
 from .program import Program, program_of
 from .shapes import free_sizes
 
-Core = nn.Module | list[nn.Module]
+Core = Any
+"""A module, or for an MLP one module (or None) for every stage."""
 
 
 @dataclass

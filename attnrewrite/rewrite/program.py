@@ -78,8 +78,8 @@ def expect_no_more(what: str, given: dict[str, Any], captured: list[str]) -> Non
     for name, value in given.items():
         if name not in captured and value is not None and value is not False:
             raise ConversionError(
-                f"{what}[{name!r}] was not given when this module was converted; the rewritten forward does not know it: "
-                "convert the model with example inputs that make this call, or use `keep`"
+                f"{what}[{name!r}] was not given when this module was converted; the rewritten forward does not "
+                "know it: convert the model with example inputs that make this call, or use `keep`"
             )
 
 
@@ -104,8 +104,8 @@ def expect_shape(what: str, shape: torch.Size, captured: tuple[int, ...]) -> Non
     """
     if tuple(shape[1:]) != captured[1:]:
         raise ConversionError(
-            f"{what} has shape {list(shape)}, but this module could only be converted for {list(captured)} (any batch); "
-            "convert the model again with example inputs of the new size"
+            f"{what} has shape {list(shape)}, but this module could only be converted for {list(captured)} (any "
+            "batch); convert the model again with example inputs of the new size"
         )
 
 
@@ -130,7 +130,9 @@ class _ForwardCode(CodeGen):
             if isinstance(leaf, NodeRef):
                 lines.append(f"    {placeholder.name} = {spelled}")
                 if leaf.node in seen:
-                    lines.append(f"    expect_alias({f'{seen[leaf.node]} and {spelled}'!r}, {seen[leaf.node]}, {spelled})")
+                    lines.append(
+                        f"    expect_alias({f'{seen[leaf.node]} and {spelled}'!r}, {seen[leaf.node]}, {spelled})"
+                    )
                 elif self.fixed_to:
                     shape = tuple(leaf.node.meta["val"].shape)  # type: ignore[union-attr]
                     lines.append(f"    expect_shape({spelled!r}, {spelled}.shape, {shape})")
@@ -166,12 +168,13 @@ class _ForwardCode(CodeGen):
         return self._constant(value)
 
     def _signature(self, call: ModuleCall) -> str:
-        spelled = []
+        spelled: list[str] = []
+        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         for parameter in inspect.signature(call.module.forward).parameters.values():
             default = ""
             if parameter.default is not parameter.empty:
                 default = f"={self._constant(parameter.default)}"
-            star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+            star = stars.get(parameter.kind, "")  # type: ignore[call-overload]
             if parameter.kind == parameter.KEYWORD_ONLY and "*" not in "".join(spelled):
                 spelled.append("*")
             spelled.append(f"{star}{parameter.name}{default}")

@@ -6,7 +6,6 @@ from the donor's, so ``isinstance`` and the donor's methods stay. ``torch.nn.uti
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +34,8 @@ class RewrittenModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time: restore it from the donor's class, which can be imported."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_empty_rewritten, (self.attnrewrite_rewriting.donor_class,), *state)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_empty_rewritten, (self.attnrewrite_rewriting.donor_class,), *reduced[2:])
 
 
 def rewrite_module(
@@ -50,7 +49,7 @@ def rewrite_module(
         module.add_module(name, child if parameter is None else child.to(parameter.device))
     for name, value in buffers.items():
         module.register_buffer(name, value, persistent=False)
-    module.attnrewrite_rewriting = Rewriting(program, donor_class, list(modules), list(buffers))
+    module.__dict__["attnrewrite_rewriting"] = Rewriting(program, donor_class, list(modules), list(buffers))
     module.__class__ = rewritten_class(donor_class)
 
 
@@ -59,15 +58,19 @@ def restore_module(module: RewrittenModule) -> None:
     done = module.attnrewrite_rewriting
     for name in (*done.modules, *done.buffers):
         delattr(module, name)
-    del module.attnrewrite_rewriting
-    module.__class__ = done.donor_class
+    del module.__dict__["attnrewrite_rewriting"]
+    module.__class__ = done.donor_class  # type: ignore[assignment]
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def rewritten_class(donor_class: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of the donor's class with the rewritten forward."""
-    name = f"Rewritten{donor_class.__name__}"
-    return type(name, (RewrittenModule, donor_class), {"__module__": __name__, "__doc__": donor_class.__doc__})
+    """The subclass of the donor's class with the rewritten forward; one for each donor class."""
+    if donor_class not in _CLASSES:
+        name, own = f"Rewritten{donor_class.__name__}", {"__module__": __name__, "__doc__": donor_class.__doc__}
+        _CLASSES[donor_class] = type(name, (RewrittenModule, donor_class), own)
+    return _CLASSES[donor_class]
 
 
 def _empty_rewritten(donor_class: type[nn.Module]) -> nn.Module:

@@ -16,22 +16,38 @@ from torch import Tensor, fx
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from ..lift.values import is_call, operator_name
+from ..lift.values import input_of, is_call, operator_name
 
 _VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
 _EXPANDS = {"aten::expand"}
 _SIZED = {
     f"aten::{name}"
-    for name in (
-        "repeat arange zeros ones full empty linspace new_zeros new_ones new_full new_empty "
-        "upsample_bilinear2d upsample_bicubic2d upsample_nearest2d repeat_interleave index gather split_with_sizes"
-    ).split()
+    for name in [
+        "repeat",
+        "arange",
+        "zeros",
+        "ones",
+        "full",
+        "empty",
+        "linspace",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "upsample_nearest2d",
+        "repeat_interleave",
+        "index",
+        "gather",
+        "split_with_sizes",
+    ]
 }
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A part of an axis: a fixed ``size``, or ``axis`` of ``node`` at run time divided by ``divisor``, or an argument."""
+    """A part of an axis: a fixed ``size``, or an extent of ``node`` (``axis`` None: its value) over ``divisor``."""
 
     size: int
     node: Node | None = None
@@ -84,7 +100,7 @@ class _Freeing:
         return self.tied
 
     def _view(self, node: Node) -> None:
-        source: Node = node.args[0]  # type: ignore[assignment]
+        source: Node = input_of(node)
         wanted = _split(_flat(self.axes[source]), _shape(node), self.sizes)
         if wanted is None:
             self.tied.append(operator_name(node))
@@ -95,7 +111,7 @@ class _Freeing:
             node.args = (source, [self._extent(axis) for axis in wanted])
 
     def _expand(self, node: Node) -> None:
-        source: Node = node.args[0]  # type: ignore[assignment]
+        source: Node = input_of(node)
         given = (1,) * (len(_shape(node)) - len(_shape(source))) + _shape(source)
         sizes: list[Any] = []
         with self.graph.inserting_before(node):
@@ -163,7 +179,11 @@ class _Freeing:
     def _times(self, left: Any, right: Any) -> Any:
         if not isinstance(left, Node) and not isinstance(right, Node):
             return left * right
-        return left if right == 1 and not isinstance(right, Node) else self.graph.call_function(operator.mul, (left, right))
+        return (
+            left
+            if right == 1 and not isinstance(right, Node)
+            else self.graph.call_function(operator.mul, (left, right))
+        )
 
     def _share_sizes(self, node: Node) -> None:
         """Two numbers in a row that are the sides of a map become this call's own: arguments, or a map's extents.
@@ -195,7 +215,7 @@ class _Freeing:
             shape = _shape(node) if isinstance(node.meta.get("val"), Tensor) else ()
             if len(shape) == 4:
                 first = 2 if node.op == "call_module" or "conv" in operator_name(node) else 1
-                known[shape[first : first + 2]] = (
+                known[shape[first], shape[first + 1]] = (
                     Factor(shape[first], node, first),
                     Factor(shape[first + 1], node, first + 1),
                 )
@@ -209,9 +229,10 @@ class _Freeing:
         if name == "aten::pad":
             return any(amount != 0 for amount in node.args[1])  # type: ignore[union-attr]
         if name == "aten::slice":
-            source: Node = node.args[0]  # type: ignore[assignment]
-            axis, start, stop = (*node.args[1:4], *(0, 0, None)[len(node.args) - 1 :])
-            if start in (0, None) and stop is not None and stop >= _shape(source)[axis]:  # type: ignore[operator, index]
+            source = input_of(node)
+            given: list[Any] = [*node.args[1:4], *(0, 0, None)[len(node.args) - 1 :]]
+            axis, start, stop = given
+            if start in (0, None) and stop is not None and stop >= _shape(source)[axis]:
                 node.args = (source, axis, 0)
                 return False
             return isinstance(stop, int) and 0 < stop < 2**31 and not self._is_prefix(start, stop)
@@ -237,8 +258,8 @@ def _split(factors: list[Factor], sizes: tuple[int, ...], given: list[Node]) -> 
     """Distribute row-major ``factors`` over ``sizes``, cutting a factor where a boundary falls into it.
 
     Channels are cut into heads by number. A token axis is only cut into the sides that the module was ``given`` as
-    arguments: otherwise nothing says which side would grow with the image. A factor of extent 1 (a batch of one) between
-    two axes goes to the later one, unless that is the last: channels are not merged with samples.
+    arguments: otherwise nothing says which side would grow with the image. A factor of extent 1 (a batch of one)
+    between two axes goes to the later one, unless that is the last: channels are not merged with samples.
     """
     pending = list(reversed(factors))
     axes: list[Axis] = []
