@@ -300,7 +300,7 @@ TIMM: list[tuple[str, str, int, dict[str, Any]]] = [
     ("pit_ti_224", "", 64, {"img_size": 64, "depth": (1, 2, 1)}),
     ("pit_s_distilled_224", "", 64, {"img_size": 64, "depth": (1, 1, 1)}),
     ("nest.Nest", "", 64, {"img_size": 64, "num_levels": 2, "embed_dims": (24, 48), "num_heads": (2, 4), "depths": (1, 2)}),
-    ("gcvit.GlobalContextVit", "", 64, {"img_size": 64, "embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_ratio": (8, 4, 2, 2)}),
+    ("gcvit.GlobalContextVit", "", 64, {"img_size": 64, "embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_ratio": (4, 4, 2, 1)}),
     ("gcvit_xxtiny", "", 224, {}),
     ("davit_tiny", "", 64, STAGES),
     ("edgenext_xx_small", "", 64, {"depths": (1, 2, 2, 2)}),
@@ -444,7 +444,7 @@ TRANSFORMERS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("SegformerForImageClassification", "", 64, HF_ONE),
     ("SegformerForSemanticSegmentation", "", 64, HF_ONE),
     ("GLPNForDepthEstimation", "", 64, HF_ONE),
-    ("CvtForImageClassification", "", 64, {"depth": [1, 1, 2], "drop_path_rate": [0.0, 0.0, 0.0]}),
+    ("CvtForImageClassification", "", 64, {"depth": [1, 1, 2], "drop_path_rate": [0.0, 0.0, 0.0], "patch_padding": [2, 1, 1]}),
     ("LevitForImageClassification", "", 224, {"depths": [1, 1, 1]}),
     ("MobileViTForImageClassification", "", 64, {"image_size": 64}),
     ("MobileViTV2ForImageClassification", "", 64, {"image_size": 64, "width_multiplier": 0.5}),
@@ -581,10 +581,9 @@ class MaximumSubtracted(Packed):
 class Einsum(nn.Module):
     """Separate projections, products as einsums."""
 
-    def __init__(self, batch: str = "b") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.proj = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
-        self.batch = batch
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (HEADS, HEAD_DIM)) for part in (self.q, self.k, self.v))
@@ -685,12 +684,20 @@ class ChannelAttention(Packed):
         return self.proj((weights @ v).permute(0, 3, 1, 2).flatten(2))
 
 
+class ChannelsFirst(nn.Linear):
+    """A linear map of the channels of a channels-first map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class Windows(nn.Module):
     """Shifted windows on a channels-first map, written as einops would."""
 
-    def __init__(self, size: int = 4, shift: int = 0) -> None:
+    def __init__(self, size: int = 4, shift: int = 0, linear: bool = True) -> None:
         super().__init__()
-        self.qkv, self.proj = nn.Conv2d(WIDTH, 3 * WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+        self.qkv: nn.Module = ChannelsFirst(WIDTH, 3 * WIDTH) if linear else nn.Conv2d(WIDTH, 3 * WIDTH, 1)
+        self.proj: nn.Module = ChannelsFirst(WIDTH, WIDTH) if linear else nn.Conv2d(WIDTH, WIDTH, 1)
         self.bias = nn.Parameter(torch.randn(HEADS, size * size, size * size))
         self.size, self.shift = size, shift
         self.register_buffer("mask", self.shift_mask() if shift else None, persistent=False)
@@ -727,7 +734,8 @@ class Unfolded(nn.Module):
 
     def __init__(self, size: int, reach: int = 0) -> None:
         super().__init__()
-        self.qkv, self.proj, self.size, self.reach = nn.Conv2d(WIDTH, 3 * WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1), size, reach
+        self.qkv, self.proj = ChannelsFirst(WIDTH, 3 * WIDTH), ChannelsFirst(WIDTH, WIDTH)
+        self.size, self.reach = size, reach
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=1)
@@ -879,6 +887,7 @@ def handwritten_cases() -> list[Case]:
         "tied attention in two blocks": lambda: Classifier(*(Block(mixer) for mixer in [Packed()] * 2)),
         "map attention": maps(MapAttention, MapAttention),
         "windows": maps(Windows, lambda: Windows(shift=2)),
+        "windows, convolutions": maps(lambda: Windows(linear=False)),
         "unfold windows": maps(lambda: Unfolded(4)),
         "unfold with halo": maps(lambda: Unfolded(4, 1)),
         "axial": maps(Axial),

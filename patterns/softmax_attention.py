@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..capture import fused_dropout
 from ..ir import AttentionNodes, AttentionSite, Bias, Global, Grid, KeySet, Projection, Refused, Site, Tokens
 from ..lift.contraction import canonical
 from ..lift.cores import Core, find_cores
@@ -34,7 +35,7 @@ def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refuse
             sites.append(_lift(core, flow))
         except NotSeparable as reason:
             refused.append(Refused(_path(flow, list(core.nodes)), "attention", str(reason)))
-    return [*_with_grids(sites, flow), *refused]
+    return [*map(_with_dropout, _with_grids(sites, flow)), *refused]
 
 
 def _lift(core: Core, flow: Dataflow) -> AttentionSite:
@@ -344,6 +345,13 @@ def _mask(core: Core, grouped: Grouping) -> Tensor | None:
 def _dropout(core: Core) -> float:
     rates = [float(node.args[1]) for node in core.nodes if operator_name(node) == "aten::dropout"]  # type: ignore[arg-type]
     return max(rates, default=0.0)
+
+
+def _with_dropout(site: AttentionSite) -> AttentionSite:
+    """A fused attention is captured without its rate."""
+    if site.nodes.product is not site.nodes.output.node:
+        return site
+    return replace(site, dropout=fused_dropout(site.owner))
 
 
 def _same_length(core: Core) -> bool:

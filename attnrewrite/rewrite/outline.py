@@ -118,6 +118,8 @@ class _Outliner:
         for child in call.children:
             self._nodes(position, child.enter)
             if self.opened(child):
+                hooked = child.module._forward_hooks or child.module._forward_pre_hooks
+                self._require(not hooked, f"hooks on its child {self._relative(child.path)} would not fire any more")
                 self._body(child)
             else:
                 self._call(child)

@@ -50,6 +50,8 @@ def rewrite_module(
     for name, value in buffers.items():
         module.register_buffer(name, value, persistent=False)
     module.__dict__["attnrewrite_rewriting"] = Rewriting(program, donor_class, list(modules), list(buffers))
+    if isinstance(module, nn.MultiheadAttention):
+        module._qkv_same_embed_dim = False  # or torch's encoder layers would use its weights past its forward
     module.__class__ = rewritten_class(donor_class)
 
 
@@ -58,6 +60,8 @@ def restore_module(module: RewrittenModule) -> None:
     done = module.attnrewrite_rewriting
     for name in (*done.modules, *done.buffers):
         delattr(module, name)
+    if isinstance(module, nn.MultiheadAttention):
+        module._qkv_same_embed_dim = module.in_proj_weight is not None
     del module.__dict__["attnrewrite_rewriting"]
     module.__class__ = done.donor_class  # type: ignore[assignment]
 
