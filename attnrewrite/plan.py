@@ -16,6 +16,7 @@ from .certify import Certificate
 from .certify.certificate import relative_error
 from .errors import ArgumentError, ConversionError
 from .ir import Refused, Site, line
+from .lift.dataflow import Dataflow
 from .lift.values import Values
 from .report import ConversionReport, SiteReport, nearest
 from .rewrite.owners import OwnerProgram, build_programs
@@ -53,11 +54,15 @@ class Plan:
     """
 
     model: nn.Module
-    capture: Capture
+    flow: Dataflow
     sites: list[PlannedSite]
     refused: list[Refused]
     programs: list[OwnerProgram] = field(default_factory=list)
     values: Values = field(repr=False, default_factory=dict)
+
+    @property
+    def capture(self) -> Capture:
+        return self.flow.capture
 
     @property
     def converting(self) -> list[PlannedSite]:
@@ -122,7 +127,7 @@ class Plan:
         """Make the programs of the sites that are to be converted; those that cannot be rewritten are refused."""
         cores = {id(p.site): p.conversion.core for p in self.converting if p.conversion is not None}
         sites = [planned.site for planned in self.converting]
-        self.programs, failed = build_programs(sites, self.capture, lambda site: cores[id(site)])
+        self.programs, failed = build_programs(sites, self.flow, lambda site: cores[id(site)])
         reasons = {id(site): reason for site, reason in failed}
         for planned in self.converting:
             if id(planned.site) in reasons:

@@ -63,7 +63,7 @@ def lifted(model: nn.Module, example_inputs: Any | None) -> tuple[Plan, Dataflow
     flow = Dataflow(capture(model, example_inputs))
     found = recognise_all(flow)
     sites = [PlannedSite(site) for site in found if not isinstance(site, Refused)]
-    return Plan(model, flow.capture, sites, [site for site in found if isinstance(site, Refused)]), flow
+    return Plan(model, flow, sites, [site for site in found if isinstance(site, Refused)]), flow
 
 
 def _fidelity(name: str) -> Exactness:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..ir import MlpSite, Site, StemSite, Window
 from ..modules import Activation, DenseAttention, GatherPatches, MapToTokens, WindowAttention
-from ..targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, register_target
+from ..targets import Conversion, Exactness, NothingToDo, Target, register_target
+from .patch_stem import map_width, patch_geometry
 
 
 @register_target
@@ -46,26 +47,7 @@ def _stem_core(site: StemSite) -> nn.Module:
     flat = len(site.tokens.meta["val"].shape) == 3
     if site.patches is None:
         return MapToTokens(flat)
-    source = site.source.meta["val"].shape
-    width = source[2] if len(source) == 4 else None
-    grid, order = patch_geometry(site.patches, site.kernel, width)
+    geometry = patch_geometry(site.patches, site.kernel, map_width(site.source))
+    assert geometry is not None, "a merge is recognised by its geometry"
+    grid, order = geometry
     return GatherPatches(site.kernel, order, grid, flat)
-
-
-def patch_geometry(
-    patches: Tensor, size: tuple[int, int], width: int | None
-) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """The map the patches are cut from, and the channel order of a patch's places.
-
-    Raises:
-        NotConvertible: they are no non-overlapping patches of a map.
-    """
-    rows, columns = size
-    first = patches.flatten(0, -2)[0].tolist()
-    if width is None:  # the second row of a patch starts one map row after the first
-        width = sorted(first)[columns]
-    place = {token: (token // width) * columns + token % width for token in first}
-    if sorted(place.values()) != list(range(rows * columns)):
-        raise NotConvertible("its patches are not cut from a map in rows and columns")
-    height = (int(patches.max()) // width) + 1
-    return (height, width), tuple(place[token] for token in first)

@@ -7,6 +7,7 @@ import operator
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
@@ -80,7 +81,7 @@ def _merge(node: Node, flow: Dataflow) -> StemSite | None:
         return None
     patches = torch.where(padding[..., 0], -1, address[..., 0] // channels)
     side = math.isqrt(patches.shape[-1])
-    if side * side != patches.shape[-1]:
+    if side * side != patches.shape[-1] or patch_geometry(patches, (side, side), map_width(source)) is None:
         return None
     weight, bias = (*node.args[1:3], None)[:2]
     return StemSite(
@@ -157,3 +158,23 @@ def _linears_of(site: Site) -> tuple[Node | None, ...]:
     if isinstance(site, AttentionSite):
         return (*site.nodes.linears, site.nodes.merged)
     return (site.first, site.second) if isinstance(site, MlpSite) else ()
+
+
+def map_width(source: Node) -> int | None:
+    """The width of a channels-last map; None for tokens, whose map is not in their shape."""
+    shape = shape_of(source)
+    return shape[2] if len(shape) == 4 else None
+
+
+def patch_geometry(
+    patches: Tensor, size: tuple[int, int], width: int | None
+) -> tuple[tuple[int, int], tuple[int, ...]] | None:
+    """The map that patches are cut from, and the channel order of a patch's places; None if they are cut otherwise."""
+    rows, columns = size
+    first = patches.flatten(0, -2)[0].tolist()
+    if width is None:  # the second row of a patch starts one map row after the first
+        width = sorted(first)[columns]
+    place = {token: (token // width) * columns + token % width for token in first}
+    if width < columns or sorted(place.values()) != list(range(rows * columns)):
+        return None
+    return (int(patches.max()) // width + 1, width), tuple(place[token] for token in first)

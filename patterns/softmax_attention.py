@@ -133,6 +133,8 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
         raise NotSeparable("windowed queries and keys are transformed between projection and product")
     acting = {operator_name(n).removeprefix("aten::") for n in above if not flow.is_movement(n) and n not in linears}
     heads = math.prod(sizes) // batch
+    merged = _follow(core.output.node, flow, flow.is_linear)
+    following = () if merged is None else (merged,)
     head_groups = "".join(g for g, size in zip(core.groups, sizes, strict=True) if size > 1 or len(sizes) == 1)
     first = torch.arange(heads)
     values = None if core.bias is None else _at_groups(core.bias, core, first)
@@ -142,7 +144,7 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
         heads=heads,
         head_dim=shape_of(core.query.node)[core.query.axes.index("d")],
         keys=Global() if _same_length(core) else Tokens(shape_of(core.key.node)[core.key.axes.index("y")]),
-        nodes=_nodes(core, head_groups, source, None, None, 0, tuple(linears)),
+        nodes=_nodes(core, head_groups, source, None, None, 0, (*linears, *following)),
         scale=core.scale,
         bias=None if values is None else Bias("dense", core.addends, values, tuple(values.shape)),
         mask=None if core.mask is None else _at_groups(core.mask, core, first),

@@ -49,6 +49,16 @@ class Dataflow:
             node = movement.moved_operands(node)[0]
         return node
 
+    def adds_nothing(self, node: Node) -> bool:
+        """``x + 0`` with a constant zero: a mask of nothing, which a model may leave out when it is not traced."""
+        if operator_name(node) != "aten::add" or len(node.args) != 2 or node.kwargs:
+            return False
+        value, mask = node.args
+        if not isinstance(value, Node) or mask not in self.constants or mask in self.learned or value in self.constants:
+            return False
+        added = self.constants[mask]
+        return added.is_floating_point() and value.meta["val"].shape == node.meta["val"].shape and not bool(added.any())
+
     def live_users(self, node: Node) -> list[Node]:
         """Users that compute with the value (an assertion on its metadata does not)."""
         return [user for user in node.users if operator_name(user) != "aten::_assert_tensor_metadata"]

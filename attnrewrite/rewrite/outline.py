@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_map
 
-from ..capture import Capture, ModuleCall, NodeRef
+from ..capture import ModuleCall, NodeRef
+from ..lift.dataflow import Dataflow
 from ..lift.values import is_call, operator_name
 
 
@@ -78,22 +79,22 @@ class Outlined:
         return self.graph.get_attr(name)
 
 
-def outline(call: ModuleCall, capture: Capture, opened: Callable[[ModuleCall], bool]) -> Outlined:
+def outline(call: ModuleCall, flow: Dataflow, opened: Callable[[ModuleCall], bool]) -> Outlined:
     """Restate ``call`` as a graph; children for which ``opened`` holds are dissolved into it.
 
     Raises:
         NotOutlinable: with the reason.
     """
-    return _Outliner(call, capture, opened).run()
+    return _Outliner(call, flow, opened).run()
 
 
 class _Outliner:
-    def __init__(self, call: ModuleCall, capture: Capture, opened: Callable[[ModuleCall], bool]) -> None:
-        self.capture, self.opened = capture, opened
+    def __init__(self, call: ModuleCall, flow: Dataflow, opened: Callable[[ModuleCall], bool]) -> None:
+        self.flow, self.capture, self.opened = flow, flow.capture, opened
         self.result = Outlined(call, fx.Graph())
         self.graph = self.result.graph
         self.result.value = self._value
-        self.ordered = sorted(capture.position, key=capture.position.__getitem__)
+        self.ordered = sorted(flow.capture.position, key=flow.capture.position.__getitem__)
         self.attributes = _attributes(call.module)
         self.dropouts: dict[float, str] = {}
 
@@ -137,6 +138,9 @@ class _Outliner:
             return
         if name == "aten::dropout" and node.args[2] is False:
             self._made(node, self._dropout(self._value(node.args[0]), float(node.args[1])))  # type: ignore[arg-type]
+            return
+        if self.flow.adds_nothing(node):
+            self._made(node, self._value(node.args[0]))  # type: ignore[arg-type]
             return
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
         self._made(node, self.graph.call_function(node.target, args, kwargs))  # type: ignore[arg-type]
@@ -189,7 +193,7 @@ class _Outliner:
         if node.op == "placeholder":
             self._made(node, self._tensor(node))
         else:
-            self._require(_is_constant(node, self.capture), "it uses a value from outside")
+            self._require(node in self.flow.constants, "it uses a value from outside")
             self._node(node)
         return self.result.latest(node)
 
@@ -213,18 +217,6 @@ class _Outliner:
     def _require(self, condition: bool, reason: str) -> None:
         if not condition:
             raise NotOutlinable(reason)
-
-
-def _is_constant(node: Node, capture: Capture) -> bool:
-    pending, seen = [node], set()
-    while pending:
-        step = pending.pop()
-        if step in capture.inputs:
-            return False
-        if step not in seen:
-            seen.add(step)
-            pending.extend(step.all_input_nodes)
-    return True
 
 
 def _attributes(module: nn.Module) -> dict[int, str]:

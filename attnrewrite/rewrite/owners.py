@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..capture import Capture, ModuleCall, NodeRef
+from ..capture import ModuleCall, NodeRef
 from ..ir import Site
+from ..lift.dataflow import Dataflow
 from .install import install, must_open, remove_dead_code
 from .outline import NotOutlinable, outline
 from .program import Program, program_of
@@ -42,7 +43,7 @@ class OwnerProgram:
 
 
 def build_programs(
-    sites: list[Site], capture: Capture, core_of: Callable[[Site], Core]
+    sites: list[Site], flow: Dataflow, core_of: Callable[[Site], Core]
 ) -> tuple[list[OwnerProgram], list[tuple[Site, str]]]:
     """One program for every owning module, and the sites that could not be rewritten, with the reason."""
     programs: list[OwnerProgram] = []
@@ -50,10 +51,10 @@ def build_programs(
     for calls in _by_module(_owners(sites)):
         built = []
         for call, owned in calls:
-            program, without = _build(call, owned, capture, core_of)
+            program, without = _build(call, owned, flow, core_of)
             failed += without
             built += [program] if program is not None else []
-        count = sum(1 for other in _calls(capture.root) if other.module is calls[0][0].module)
+        count = sum(1 for other in _calls(flow.capture.root) if other.module is calls[0][0].module)
         reason = _disagreement(built, count)
         if reason:
             failed += [(site, reason) for program in built for site in program.sites]
@@ -63,14 +64,14 @@ def build_programs(
 
 
 def _build(
-    call: ModuleCall, sites: list[Site], capture: Capture, core_of: Callable[[Site], Core]
+    call: ModuleCall, sites: list[Site], flow: Dataflow, core_of: Callable[[Site], Core]
 ) -> tuple[OwnerProgram | None, list[tuple[Site, str]]]:
     """Leave out, one by one, the sites that cannot be installed."""
     failed: list[tuple[Site, str]] = []
     while sites:
         site = sites[0]
         try:
-            outlined = outline(call, capture, _opener(sites))
+            outlined = outline(call, flow, _opener(sites))
             for site in sites:
                 install(outlined, site, core_of(site))
             remove_dead_code(outlined.graph)

@@ -133,7 +133,7 @@ class _ForwardCode(CodeGen):
                     lines.append(
                         f"    expect_alias({f'{seen[leaf.node]} and {spelled}'!r}, {seen[leaf.node]}, {spelled})"
                     )
-                elif self.fixed_to:
+                elif self.fixed_to and placeholder.users:
                     shape = tuple(leaf.node.meta["val"].shape)  # type: ignore[union-attr]
                     lines.append(f"    expect_shape({spelled!r}, {spelled}.shape, {shape})")
                 seen[leaf.node] = spelled

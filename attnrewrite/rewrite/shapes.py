@@ -303,7 +303,7 @@ def _cut(factor: Factor, need: int, ahead: tuple[int, ...], given: list[Node]) -
 
 def _counts_tokens(factor: Factor) -> bool:
     """The middle axis of ``[batch, tokens, channels]``; any other is channels or one side of a map."""
-    return factor.node is not None and len(_shape(factor.node)) == 3 and factor.axis == 1
+    return factor.node is not None and factor.axis == 1 and len(_shape(factor.node)) == 3
 
 
 def _flat(axes: tuple[Axis, ...]) -> list[Factor]:
