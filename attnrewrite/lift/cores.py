@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from .values import input_of, operator_name, shape_of
 
 _GROUPS = "abcghijk"
 _FUSED = "aten::scaled_dot_product_attention"
+_PASSING = tuple(f"aten::{name}" for name in ("contiguous", "clone", "to", "_to_copy", "alias", "slice"))
 _SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
 _ROW_MAJOR = {
     f"aten::{name}"
@@ -170,6 +171,7 @@ def _require_last_axis(anchor: Node, scores: tuple[int, ...]) -> None:
 
 def _separated(addends: list[Addend], scores: tuple[int, ...], flow: Dataflow) -> Added:
     """Split what is added to the scores into the learned bias and the constant mask."""
+    addends = [term for addend in addends for term in _terms(addend, flow)]
     learned = [addend for addend in addends if addend.node in flow.learned]
     if any(addend.factor != 1.0 for addend in learned):
         raise NotAffine("a learned bias is scaled after it was added to the scores")
@@ -186,22 +188,22 @@ def _added(mask: Node | None, scores: tuple[int, ...], flow: Dataflow) -> Added:
         return (), None, None
     if mask not in flow.constants:
         raise NotAffine("the attention mask depends on the input")
-    terms = [Addend(as_addend(flow.constants[term]), 1.0, scores, term) for term in _terms(mask)]
-    return _separated(terms, scores, flow)
+    return _separated([Addend(as_addend(flow.constants[mask]), 1.0, scores, mask)], scores, flow)
 
 
 def _total(addends: list[Addend], scores: tuple[int, ...]) -> Tensor | None:
     return functools.reduce(operator.add, (addend.on(scores) for addend in addends)) if addends else None
 
 
-def _terms(node: Node) -> list[Node]:
-    """The summands of a mask, as far as plain additions go."""
-    step = node
-    while operator_name(step) in ("aten::contiguous", "aten::clone", "aten::to", "aten::_to_copy", "aten::alias"):
+def _terms(addend: Addend, flow: Dataflow) -> list[Addend]:
+    """The summands of an addend, as far as plain additions go."""
+    step = addend.node
+    while step is not None and operator_name(step) in _PASSING and shape_of(step) == shape_of(input_of(step)):
         step = input_of(step)
-    if operator_name(step) == "aten::add" and not step.kwargs and len(step.all_input_nodes) == 2:
-        return [term for used in step.all_input_nodes for term in _terms(used)]
-    return [node]
+    if step is None or operator_name(step) != "aten::add" or step.kwargs or len(step.all_input_nodes) != 2:
+        return [addend]
+    parts = [replace(addend, value=as_addend(flow.constants[used]), node=used) for used in step.all_input_nodes]
+    return [term for part in parts for term in _terms(part, flow)]
 
 
 def _bound(anchor: Node) -> dict[str, Any]:
