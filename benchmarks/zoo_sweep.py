@@ -154,6 +154,7 @@ def enliven(model: nn.Module) -> nn.Module:
                 _enliven(parameter, generator)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                assert module.running_var is not None
                 module.running_mean.add_(0.1 * torch.randn(module.running_mean.shape, generator=generator))
                 module.running_var.mul_(0.5 + torch.rand(module.running_var.shape, generator=generator))
     return model
@@ -214,7 +215,12 @@ TIMM: list[tuple[str, str, int, dict[str, Any]]] = [
     ("vit_tiny_patch16_224", "layer scale, registers", 64, {**SMALL_VIT, "init_values": 1e-5, "reg_tokens": 4}),
     ("vit_tiny_patch16_224", "rectangular", 64, {**SMALL_VIT, "patch_size": (16, 8)}),
     ("vit_tiny_patch16_224", "dynamic image size", 64, {**SMALL_VIT, "dynamic_img_size": True}),
-    ("vit_tiny_patch16_224", "padded image", 60, {**SMALL_VIT, "img_size": 60, "dynamic_img_size": True, "dynamic_img_pad": True}),
+    (
+        "vit_tiny_patch16_224",
+        "padded image",
+        60,
+        {**SMALL_VIT, "img_size": 60, "dynamic_img_size": True, "dynamic_img_pad": True},
+    ),
     ("vit_tiny_patch16_224", "average pool", 64, {**SMALL_VIT, "class_token": False, "global_pool": "avg"}),
     ("vit_tiny_patch16_224", "map pool", 64, {**SMALL_VIT, "class_token": False, "global_pool": "map"}),
     ("vit_betwixt_patch16_reg4_gap_256", "", 64, SMALL_VIT),
@@ -247,7 +253,12 @@ TIMM: list[tuple[str, str, int, dict[str, Any]]] = [
     ("deit3_small_patch16_224", "", 64, SMALL_VIT),
     ("cait_xxs24_224", "", 64, SMALL_VIT),
     ("beit_base_patch16_224", "", 64, SMALL_VIT),
-    ("beit_base_patch16_224", "shared bias", 64, {**SMALL_VIT, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+    (
+        "beit_base_patch16_224",
+        "shared bias",
+        64,
+        {**SMALL_VIT, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+    ),
     ("beitv2_base_patch16_224", "", 64, SMALL_VIT),
     ("eva_giant_patch14_224", "", 64, SMALL_VIT),
     ("eva02_tiny_patch14_224", "", 64, SMALL_VIT),
@@ -263,8 +274,18 @@ TIMM: list[tuple[str, str, int, dict[str, Any]]] = [
     ("qwen3_vit_88m", "", 64, VIT),
     ("deepseek_vit_412m", "", 56, VIT),
     ("swin_tiny_patch4_window7_224", "", 64, {**STAGES, "img_size": 64, "embed_dim": 24, "window_size": 4}),
-    ("swin_tiny_patch4_window7_224", "two blocks", 112, {"depths": (2, 2), "num_heads": (3, 6), "img_size": 112, "embed_dim": 24}),
-    ("swin_tiny_patch4_window7_224", "padded", 72, {"depths": (2, 2), "num_heads": (3, 6), "img_size": 72, "embed_dim": 24}),
+    (
+        "swin_tiny_patch4_window7_224",
+        "two blocks",
+        112,
+        {"depths": (2, 2), "num_heads": (3, 6), "img_size": 112, "embed_dim": 24},
+    ),
+    (
+        "swin_tiny_patch4_window7_224",
+        "padded",
+        72,
+        {"depths": (2, 2), "num_heads": (3, 6), "img_size": 72, "embed_dim": 24},
+    ),
     ("swin_s3_tiny_224", "", 224, {"embed_dim": 24, "depths": (2, 1, 2, 1)}),
     ("swinv2_tiny_window8_256", "", 64, {"depths": (2, 2, 1, 1), "img_size": 64, "embed_dim": 24, "window_size": 4}),
     ("swinv2_cr_tiny_224", "", 64, {"depths": (2, 2, 1, 1), "img_size": 64, "embed_dim": 24, "window_size": 4}),
@@ -292,15 +313,36 @@ TIMM: list[tuple[str, str, int, dict[str, Any]]] = [
     ("tnt_s_patch16_224", "", 64, {"img_size": 64, "depth": 2}),
     ("tnt_s_legacy_patch16_224", "", 64, {"img_size": 64, "depth": 2}),
     ("visformer_tiny", "", 64, {"img_size": 64, "depth": (2, 2, 2)}),
-    ("volo.VOLO", "", 64, {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48), "num_heads": (2, 3, 3, 3)}),
+    (
+        "volo.VOLO",
+        "",
+        64,
+        {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48), "num_heads": (2, 3, 3, 3)},
+    ),
     ("xcit_nano_12_p16_224", "", 64, {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 4}),
     ("xcit_tiny_12_p8_224", "", 64, {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 4}),
     ("mvitv2_tiny", "", 64, {"img_size": (64, 64)}),
     ("mvitv2_base_cls", "", 64, {"img_size": (64, 64)}),
     ("pit_ti_224", "", 64, {"img_size": 64, "depth": (1, 2, 1)}),
     ("pit_s_distilled_224", "", 64, {"img_size": 64, "depth": (1, 1, 1)}),
-    ("nest.Nest", "", 64, {"img_size": 64, "num_levels": 2, "embed_dims": (24, 48), "num_heads": (2, 4), "depths": (1, 2)}),
-    ("gcvit.GlobalContextVit", "", 64, {"img_size": 64, "embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_ratio": (4, 4, 2, 1)}),
+    (
+        "nest.Nest",
+        "",
+        64,
+        {"img_size": 64, "num_levels": 2, "embed_dims": (24, 48), "num_heads": (2, 4), "depths": (1, 2)},
+    ),
+    (
+        "gcvit.GlobalContextVit",
+        "",
+        64,
+        {
+            "img_size": 64,
+            "embed_dim": 16,
+            "depths": (2, 2, 2, 2),
+            "num_heads": (1, 2, 4, 8),
+            "window_ratio": (16, 16, 16, 32),
+        },
+    ),
     ("gcvit_xxtiny", "", 224, {}),
     ("davit_tiny", "", 64, STAGES),
     ("edgenext_xx_small", "", 64, {"depths": (1, 2, 2, 2)}),
@@ -374,7 +416,7 @@ def timm_cases() -> list[Case]:
 
 
 def torchvision_cases() -> list[Case]:
-    def swin(block: str, norm: str, side: int) -> Callable[[], nn.Module]:
+    def swin(block: str, side: int) -> Callable[[], nn.Module]:
         def build() -> nn.Module:
             swin_module = importlib.import_module("torchvision.models.swin_transformer")
             merging = swin_module.PatchMergingV2 if block.endswith("V2") else swin_module.PatchMerging
@@ -395,17 +437,23 @@ def torchvision_cases() -> list[Case]:
 
     return [
         Case("torchvision:vit", vit, (3, 64, 64)),
-        Case("torchvision:swin", swin("SwinTransformerBlock", "", 4), (3, 64, 64)),
-        Case("torchvision:swin (padded)", swin("SwinTransformerBlock", "", 7), (3, 64, 64)),
-        Case("torchvision:swin_v2", swin("SwinTransformerBlockV2", "", 4), (3, 64, 64)),
-        Case("torchvision:swin_v2 (padded)", swin("SwinTransformerBlockV2", "", 7), (3, 64, 64)),
+        Case("torchvision:swin", swin("SwinTransformerBlock", 4), (3, 64, 64)),
+        Case("torchvision:swin (padded)", swin("SwinTransformerBlock", 7), (3, 64, 64)),
+        Case("torchvision:swin_v2", swin("SwinTransformerBlockV2", 4), (3, 64, 64)),
+        Case("torchvision:swin_v2 (padded)", swin("SwinTransformerBlockV2", 7), (3, 64, 64)),
         Case("torchvision:maxvit", maxvit, (3, 64, 64)),
     ]
 
 
 # Models of transformers: class, variant, side of the image, what its configuration is reduced to.
 
-HF_VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 64}
+HF_VIT = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 64,
+}
 HF_SWIN = {"embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4, "image_size": 64}
 HF_ONE = {"depths": [1, 1, 1, 1]}
 
@@ -425,9 +473,25 @@ TRANSFORMERS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("IJepaForImageClassification", "", 64, HF_VIT),
     ("ViTMSNForImageClassification", "", 64, HF_VIT),
     ("ViTMAEModel", "", 64, {**HF_VIT, "mask_ratio": 0.0}),
-    ("VitDetModel", "", 64, {**HF_VIT, "use_relative_position_embeddings": True, "window_block_indices": [0], "window_size": 3}),
+    (
+        "VitDetModel",
+        "",
+        64,
+        {**HF_VIT, "use_relative_position_embeddings": True, "window_block_indices": [0], "window_size": 3},
+    ),
     ("YolosForObjectDetection", "", 64, {**HF_VIT, "image_size": [64, 64], "num_detection_tokens": 5}),
-    ("DPTForSemanticSegmentation", "", 64, {**HF_VIT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 32, 32], "fusion_hidden_size": 16}),
+    (
+        "DPTForSemanticSegmentation",
+        "",
+        64,
+        {
+            **HF_VIT,
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [16, 16, 32, 32],
+            "fusion_hidden_size": 16,
+        },
+    ),
     ("CLIPVisionModel", "", 64, {**HF_VIT, "patch_size": 16}),
     ("SiglipVisionModel", "", 64, HF_VIT),
     ("Aimv2VisionModel", "", 64, {**HF_VIT, "patch_size": 16}),
@@ -444,7 +508,7 @@ TRANSFORMERS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("SegformerForImageClassification", "", 64, HF_ONE),
     ("SegformerForSemanticSegmentation", "", 64, HF_ONE),
     ("GLPNForDepthEstimation", "", 64, HF_ONE),
-    ("CvtForImageClassification", "", 64, {"depth": [1, 1, 2], "drop_path_rate": [0.0, 0.0, 0.0], "patch_padding": [2, 1, 1]}),
+    ("CvtForImageClassification", "", 64, {"depth": [1, 2, 3]}),
     ("LevitForImageClassification", "", 224, {"depths": [1, 1, 1]}),
     ("MobileViTForImageClassification", "", 64, {"image_size": 64}),
     ("MobileViTV2ForImageClassification", "", 64, {"image_size": 64, "width_multiplier": 0.5}),
@@ -632,6 +696,8 @@ class Torch(nn.Module):
 class Masked(Packed):
     """A mask of the model's own: ``masked_fill``, or a boolean or additive mask of fused attention."""
 
+    hidden: Tensor
+
     def __init__(self, how: str, tokens: int = SIDE * SIDE + 1) -> None:
         super().__init__()
         reach = (torch.arange(tokens)[:, None] - torch.arange(tokens)).abs()
@@ -693,6 +759,8 @@ class ChannelsFirst(nn.Linear):
 
 class Windows(nn.Module):
     """Shifted windows on a channels-first map, written as einops would."""
+
+    mask: Tensor
 
     def __init__(self, size: int = 4, shift: int = 0, linear: bool = True) -> None:
         super().__init__()
@@ -827,7 +895,7 @@ class Selected(Packed):
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-def encoder_layer(**options: Any) -> nn.Module:
+def encoder_layer(**options: Any) -> nn.TransformerEncoderLayer:
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, activation="gelu", **options)
 
 
@@ -906,8 +974,8 @@ def table(rows: list[Row], batch: int) -> str:
     head = [
         f"# Identity conversion of {len(rows)} small models",
         "",
-        f"Captured at a batch of {batch}, compared at {batch} and at {OTHER_BATCH} in eval mode; an error is relative to "
-        f"the greatest output and may be {TOLERANCE:.0e}. torch {torch.__version__}.",
+        f"Captured at a batch of {batch}, compared at {batch} and at {OTHER_BATCH} in eval mode. An error is relative",
+        f"to the greatest output and may be {TOLERANCE:.0e}. torch {torch.__version__}.",
         f"{converted} converted, {len(rows) - converted} not; {defects} defects. Made by `benchmarks/zoo_sweep.py`.",
         "",
         "| model | sites | worst error | seconds | verdict |",
