@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
-import resource
 import subprocess
 import sys
+import threading
 from datetime import date
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def main() -> None:
         arguments.output.write_text(text)
 
 
-TABLE = ("| model | plain export s | own export s | convert s | convert / own | convert / plain | peak memory / model |",) + (
+TABLE = (
+    "| model | plain export s | own export s | convert s | convert / own | convert / plain | peak memory / model |",
     "|---|---|---|---|---|---|---|",
 )
 
@@ -51,7 +53,7 @@ def heading(arguments: argparse.Namespace) -> str:
     return (
         f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, "
         f"{date.today()}; medians of {arguments.repeats} interleaved repeats. Own export: with every module's boundary "
-        "recorded. Memory: peak resident memory beyond the process before it, over the model's weights."
+        "recorded. Memory: peak resident memory, model and copy included, over the weights."
     )
 
 
@@ -67,9 +69,8 @@ def row(name: str, repeats: int) -> str:
     plain, own, convert = (timings[key].median for key in ("plain", "own", "convert"))
     script = [sys.executable, __file__, "--memory-of", name]
     memory = float(subprocess.run(script, check=True, capture_output=True, text=True).stdout.split()[-1])
-    return (
-        f"| {name} | {plain:.2f} | {own:.2f} | {convert:.2f} | {convert / own:.2f} | {convert / plain:.2f} | {memory:.2f} |"
-    )
+    ratios = f"{convert / own:.2f} | {convert / plain:.2f}"
+    return f"| {name} | {plain:.2f} | {own:.2f} | {convert:.2f} | {ratios} | {memory:.2f} |"
 
 
 def loaded(name: str) -> tuple[nn.Module, Tensor]:
@@ -78,14 +79,28 @@ def loaded(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def peak_over_model(name: str) -> float:
-    """Peak memory of one conversion beyond the loaded process, the converted copy included, over the weights."""
+    """Peak resident memory of a conversion, model and converted copy included, over the weights."""
     warm, image = loaded("timm:vit_tiny_patch16_224")
     attnrewrite.convert(warm, "neighborhood", image, progress=False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_bytes()
     model, image = loaded(name)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     attnrewrite.convert(model, "neighborhood", image, progress=False)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / weights
+    done.set()
+    watcher.join()
+    return (peak[0] - before) / weights
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -17,23 +17,27 @@ from . import forms
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 """Largest error relative to the largest value. Float32 leaves room for another order of summation."""
 
+_DOUBLE_WORK = 200e6
+"""Multiplications in a site's projections up to which its random check runs in float64; beyond, in the model's dtype."""
+
 
 @dataclass(frozen=True)
 class Certificate:
     """Relative errors (largest difference over largest value) of a site's form on two inputs.
 
-    ``random`` is measured in float64 on Gaussian input, ``captured`` in the model's dtype on the values that the
-    example input gave. A NaN never passes.
+    ``random`` is measured on Gaussian input, in ``random_dtype`` (float64 unless the site is very large), ``captured``
+    in the model's dtype on the values that the example input gave. A NaN never passes.
     """
 
     random: float
     captured: float
     dtype: torch.dtype
+    random_dtype: torch.dtype = torch.float64
     reason: str = ""
 
     @property
     def passed(self) -> bool:
-        within = self.random <= TOLERANCE[torch.float64] and self.captured <= TOLERANCE[self.dtype]
+        within = self.random <= TOLERANCE[self.random_dtype] and self.captured <= TOLERANCE[self.dtype]
         return within and not self.reason
 
     def __str__(self) -> str:
@@ -51,12 +55,14 @@ def certify(site: Site, flow: Dataflow, captured: Values) -> Certificate:
     """
     dtype = captured[inputs_of(site)[0]].dtype
     dtype = dtype if dtype in TOLERANCE else torch.float64
+    random_dtype = torch.float64 if _work(site, flow) <= _DOUBLE_WORK else dtype
     try:
-        random_error = _error(site, flow, _random_inputs(site), torch.float64, None)
+        random_error = _error(site, flow, _random_inputs(site), random_dtype, None)
         captured_error = _error(site, flow, captured, dtype, captured)
     except (RuntimeError, IndexError, ValueError) as cause:
-        return Certificate(float("nan"), float("nan"), dtype, f"its form does not run: {str(cause).splitlines()[0]}")
-    return Certificate(random_error, captured_error, dtype)
+        reason = f"its form does not run: {str(cause).splitlines()[0]}"
+        return Certificate(float("nan"), float("nan"), dtype, reason=reason)
+    return Certificate(random_error, captured_error, dtype, random_dtype)
 
 
 def inputs_of(site: Site) -> list[Node]:
@@ -140,6 +146,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over largest expected value; NaN if either has one."""
     scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     return float((actual - expected).abs().max() / scale)
+
+
+def _work(site: Site, flow: Dataflow) -> float:
+    """Multiplications in the site's linear maps, for its tokens."""
+    if isinstance(site, AttentionSite):
+        linears = {*site.nodes.linears, site.nodes.merged} - {None}
+    else:
+        linears = {site.first, site.second} if isinstance(site, MlpSite) else set()
+    return sum(flow.constants[n.args[1]].numel() * n.meta["val"].numel() / n.meta["val"].shape[-1] for n in linears)
 
 
 def _arranged(site: Site, value: Tensor) -> Tensor:
