@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import math
 import os
@@ -126,7 +127,23 @@ def compare(model: nn.Module, converted: nn.Module, case: Case, batch: int) -> t
             return None, f"DEFECT: at a batch of {size} the outputs have other shapes"
         errors += [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
     error = max(errors, default=math.nan)
-    return error, "" if error <= TOLERANCE else f"DEFECT: wrong by {error:.1e}"
+    if error <= TOLERANCE:
+        return error, ""
+    exact, rounding = in_double(model, converted, case.inputs(OTHER_BATCH))
+    if exact <= 1e-9:
+        return error, f"equal in float64 ({exact:.0e}); float32 rounds the original's own output by {rounding:.1e}"
+    return error, f"DEFECT: wrong by {error:.1e} ({exact:.1e} in float64)"
+
+
+def in_double(model: nn.Module, converted: nn.Module, inputs: Tensor) -> tuple[float, float]:
+    """The relative error in float64, and that of the original's own float32 output."""
+    twins = [copy.deepcopy(each).double() for each in (model, converted)]
+    single = outputs(model, inputs)
+    expected, actual = (outputs(twin, inputs.double()) for twin in twins)
+    if single is None or expected is None or actual is None:
+        return math.inf, math.nan
+    exact = max(map(relative_error, actual, expected))
+    return exact, max(relative_error(s.double(), e) for s, e in zip(single, expected, strict=True))
 
 
 def outputs(model: nn.Module, inputs: Tensor) -> list[Tensor] | None:

@@ -18,7 +18,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 """Largest error relative to the largest value. Float32 leaves room for another order of summation."""
 
 _DOUBLE_WORK = 200e6
-"""Multiplications in a site's projections up to which its random check runs in float64; beyond, in the model's dtype."""
+"""Multiplications in a site's projections up to which its random check is in float64; beyond, in the model's dtype."""
 
 
 @dataclass(frozen=True)
