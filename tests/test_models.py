@@ -142,7 +142,11 @@ def test_a_vit_with_a_kernel_as_large_as_its_map_is_exact(name: str) -> None:
 @pytest.mark.parametrize("name", ["timm vit", "timm vit, registers", "transformers vit, eager"])
 def test_grids_and_prefix_tokens_are_found_on_maps_that_are_not_square(name: str) -> None:
     model, image = build(name)
-    grids = {planned.site.grid for planned in attnrewrite.plan(model, "identity", image).sites if planned.site.kind == "attention"}
+    grids = {
+        planned.site.grid
+        for planned in attnrewrite.plan(model, "identity", image).sites
+        if planned.site.kind == "attention"
+    }
     patch = 14 if "registers" in name else 16
     prefix = 5 if "registers" in name else 1
     assert {(grid.height, grid.width, grid.prefix_tokens) for grid in grids} == {
@@ -181,7 +185,9 @@ def masked_attention(donor: nn.Module, x: Tensor, grid: tuple[int, int], kernel:
     for query in range(20):
         rows, columns = (
             range(start := min(max(place - k // 2, 0), side - k), start + k)
-            for place, k, side in zip((query // 5, query % 5), [min(k, s) for k, s in zip(size, grid, strict=True)], grid, strict=True)
+            for place, k, side in zip(
+                (query // 5, query % 5), [min(k, s) for k, s in zip(size, grid, strict=True)], grid, strict=True
+            )
         )
         for key in range(20):
             seen[query + 5, key + 5] = key // 5 in rows and key % 5 in columns
@@ -200,7 +206,9 @@ def test_dropped_mass_is_what_the_lost_keys_held() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "vit_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "vit_base_patch16_224"]
+)
 def test_full_size_models_are_exact(name: str) -> None:
     torch.manual_seed(0)
     model, image = randomised(timm.create_model(name)), torch.randn(1, 3, 224, 224)

@@ -36,7 +36,9 @@ def swin_groups(grid: Grid, window: Window) -> tuple[Tensor, Tensor]:
     region = torch.zeros(padded, dtype=torch.long)
     for axis, (s, w) in enumerate(zip(shift, size, strict=True)):
         place = torch.arange(padded[axis])
-        number = (place >= padded[axis] - w).long() + (place >= padded[axis] - s).long() if s else torch.zeros_like(place)
+        number = (
+            (place >= padded[axis] - w).long() + (place >= padded[axis] - s).long() if s else torch.zeros_like(place)
+        )
         region = region * 3 + (number[:, None] if axis == 0 else number)
     labels = partition(region, size)
     return partition(full, size), labels[:, :, None] != labels[:, None, :]
@@ -44,7 +46,9 @@ def swin_groups(grid: Grid, window: Window) -> tuple[Tensor, Tensor]:
 
 @given(SIDES, SIDES, SIZES, SIZES, st.data())
 @settings(max_examples=150, deadline=None)
-def test_windows_as_published_are_recognised(height: int, width: int, rows: int, columns: int, data: st.DataObject) -> None:
+def test_windows_as_published_are_recognised(
+    height: int, width: int, rows: int, columns: int, data: st.DataObject
+) -> None:
     shift = (data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1)))
     window = Window((rows, columns), shift, phantom=True, cyclic=data.draw(st.booleans()))
     grid = Grid(height, width)
