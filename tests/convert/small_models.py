@@ -47,8 +47,16 @@ def transformers_vit(implementation="sdpa", **options):
 
 
 def transformers_swin(**options):
-    options = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "image_size": 56, "drop_path_rate": 0.0} | options
-    return transformers.SwinForImageClassification(transformers.SwinConfig(**{"window_size": 7, "num_labels": 5} | options))
+    options = {
+        "embed_dim": 32,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "image_size": 56,
+        "drop_path_rate": 0.0,
+    } | options
+    return transformers.SwinForImageClassification(
+        transformers.SwinConfig(**{"window_size": 7, "num_labels": 5} | options)
+    )
 
 
 BUILDERS = {

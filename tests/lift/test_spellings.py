@@ -150,7 +150,7 @@ def test_mixed_heads_are_refused_with_the_operator_named() -> None:
 
 
 class OverSamples(Spelled):
-    """Attention along the batch: the classic mistake of giving [batch, tokens] to a module that takes [tokens, batch]."""
+    """Attention along the batch: the classic mistake of giving [batch, tokens] where [tokens, batch] is expected."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.transpose(0, 1)).transpose(0, 1)

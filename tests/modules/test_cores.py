@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from attnrewrite.patterns.windows import relative_offset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +15,6 @@ from attnrewrite import AttnRewriteError
 from attnrewrite.ir import Grid, Window
 from attnrewrite.modules import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
 from attnrewrite.modules.neighborhood import clamped_kernel, neighborhood_mask
-from attnrewrite.patterns.windows import relative_offset
 
 HEADS, DIM = 2, 4
 
