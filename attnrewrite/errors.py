@@ -19,3 +19,19 @@ class ConversionError(AttnRewriteError, RuntimeError):
 
 class BackendError(AttnRewriteError, RuntimeError):
     """No backend can run an operator as asked."""
+
+
+UNFORESEEN = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError,
+)  # fmt: skip
+"""What reading or rewriting an unknown spelling may raise. It makes the site refused, never the user's call fail."""
+
+
+def unforeseen(cause: BaseException) -> str:
+    """The reason to give for one of them."""
+    return f"it could not be read ({type(cause).__name__}: {first_line(cause)})"
+
+
+def first_line(cause: BaseException) -> str:
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[0] if lines else type(cause).__name__

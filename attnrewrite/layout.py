@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .letters import position_and_dim
 from .lift.contraction import canonical
 
 
@@ -33,11 +34,6 @@ def from_heads_last(
     for _ in batch_groups[1:]:
         value = value.unsqueeze(1)
     return canonical(value, batch_groups + head_groups + position + dim, axes)
-
-
-def position_and_dim(axes: str) -> tuple[str, str]:
-    """The letters of an operand's token axis (``x`` query, ``y`` key) and its summed or value axis (``d``, ``e``)."""
-    return next(axis for axis in axes if axis in "xy"), next(axis for axis in axes if axis in "de")
 
 
 def take_heads(projected: Tensor, start: int, heads: int, head_dim: int, head_step: int, dim_step: int) -> Tensor:

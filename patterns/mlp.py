@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..errors import UNFORESEEN, unforeseen
 from ..ir import AttentionSite, MlpSite, Refused, Site, Stage
 from ..lift.activations import ACTIVATIONS, probe_points, recognise_activation
 from ..lift.dataflow import Dataflow
@@ -64,9 +65,12 @@ def recognise_mlps(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
     for second in flow.nodes("aten::linear"):
         if second in flow.constants or second in taken or not flow.is_linear(second):
             continue
-        walked = _walk(input_of(second), flow)
-        if walked is not None and walked.stages:
-            results.append(_site(second, walked, flow))
+        try:
+            walked = _walk(input_of(second), flow)
+            if walked is not None and walked.stages:
+                results.append(_site(second, walked, flow))
+        except UNFORESEEN as cause:
+            results.append(Refused(flow.capture.enclosing_call([second]).path, "mlp", unforeseen(cause)))
     return results
 
 

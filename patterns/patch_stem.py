@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from ..capture import NodeRef
+from ..errors import UNFORESEEN, unforeseen
 from ..ir import AttentionSite, MlpSite, Refused, Site, StemSite
 from ..lift.dataflow import Dataflow
 from ..lift.movement import moved_operands
@@ -24,18 +25,23 @@ def recognise_stems(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
     """Every convolution that makes a coarser map, and every linear map of gathered patches."""
     reducing = _between_queries_and_keys(found, flow)
     linears = {n for site in found for n in _linears_of(site)}
+    convolutions = [
+        node
+        for node in flow.nodes("aten::conv2d")
+        if node not in flow.constants and node not in reducing and _is_patchy(node) and node.args[1] in flow.constants
+    ]
+    maps = [n for n in flow.nodes("aten::linear") if n not in flow.constants and n not in linears and flow.is_linear(n)]
     stems: list[Site | Refused] = []
-    for node in flow.nodes("aten::conv2d"):
-        if node not in flow.constants and node not in reducing and _is_patchy(node) and node.args[1] in flow.constants:
-            stems.append(_convolution(node, flow))
-    for node in flow.nodes("aten::linear"):
-        if node not in flow.constants and node not in linears and flow.is_linear(node):
-            merge = _merge(node, flow)
-            stems += [merge] if merge is not None else []
+    for node, read in [*((node, _convolution) for node in convolutions), *((node, _merge) for node in maps)]:
+        try:
+            stem = read(node, flow)
+        except UNFORESEEN as cause:
+            stem = Refused(flow.capture.enclosing_call([node]).path, "stem", unforeseen(cause))
+        stems += [stem] if stem is not None else []
     return stems
 
 
-def _convolution(node: Node, flow: Dataflow) -> StemSite:
+def _convolution(node: Node, flow: Dataflow) -> StemSite | Refused | None:
     weight, bias, stride, padding = (*node.args[1:5], None, None, None)[:4]
     stride, padding = _sides(stride, 1), _sides(padding, 0)
     _, channels, *kernel = weight.meta["val"].shape  # type: ignore[union-attr]
@@ -57,7 +63,7 @@ def _convolution(node: Node, flow: Dataflow) -> StemSite:
     )
 
 
-def _merge(node: Node, flow: Dataflow) -> StemSite | None:
+def _merge(node: Node, flow: Dataflow) -> StemSite | Refused | None:
     """A linear map whose input channels are those of several tokens, normalised first or not."""
     gathered: Node = input_of(node)
     norm = None
@@ -81,7 +87,8 @@ def _merge(node: Node, flow: Dataflow) -> StemSite | None:
         return None
     patches = torch.where(padding[..., 0], -1, address[..., 0] // channels)
     side = math.isqrt(patches.shape[-1])
-    if side * side != patches.shape[-1] or patch_geometry(patches, (side, side), map_width(source)) is None:
+    geometry = patch_geometry(patches, (side, side), map_width(source)) if side * side == patches.shape[-1] else None
+    if geometry is None or math.prod(geometry[0]) != math.prod(shape_of(source)[1:-1]):
         return None
     weight, bias = (*node.args[1:3], None)[:2]
     return StemSite(
@@ -171,10 +178,12 @@ def patch_geometry(
 ) -> tuple[tuple[int, int], tuple[int, ...]] | None:
     """The map that patches are cut from, and the channel order of a patch's places; None if they are cut otherwise."""
     rows, columns = size
+    patches = patches[0]  # all samples are cut alike
     first = patches.flatten(0, -2)[0].tolist()
     if width is None:  # the second row of a patch starts one map row after the first
         width = sorted(first)[columns]
     place = {token: (token // width) * columns + token % width for token in first}
     if width < columns or sorted(place.values()) != list(range(rows * columns)):
         return None
-    return (int(patches.max()) // width + 1, width), tuple(place[token] for token in first)
+    height = int(patches.max()) // width + 1
+    return (height, width), tuple(place[token] for token in first)

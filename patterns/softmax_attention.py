@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..capture import fused_dropout
+from ..errors import UNFORESEEN, unforeseen
 from ..ir import AttentionNodes, AttentionSite, Bias, Global, Grid, KeySet, Projection, Refused, Site, Tokens
 from ..lift.contraction import canonical
 from ..lift.cores import Core, find_cores
@@ -35,6 +36,8 @@ def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refuse
             sites.append(_lift(core, flow))
         except NotSeparable as reason:
             refused.append(Refused(_path(flow, list(core.nodes)), "attention", str(reason)))
+        except UNFORESEEN as cause:
+            refused.append(Refused(_path(flow, list(core.nodes)), "attention", unforeseen(cause)))
     return [*map(_with_dropout, _with_grids(sites, flow)), *refused]
 
 
@@ -135,7 +138,8 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     heads = math.prod(sizes) // batch
     merged = _follow(core.output.node, flow, flow.is_linear)
     following = () if merged is None else (merged,)
-    head_groups = "".join(g for g, size in zip(core.groups, sizes, strict=True) if size > 1 or len(sizes) == 1)
+    samples = core.groups[:1] if len(sizes) > 1 and sizes[0] == batch else ""
+    head_groups = core.groups.removeprefix(samples)
     first = torch.arange(heads)
     values = None if core.bias is None else _at_groups(core.bias, core, first)
     return AttentionSite(
@@ -214,7 +218,10 @@ def _in_source_order(linear: Node, token: Tensor, shape: tuple[int, ...], flow: 
     def restored(node: Node) -> bool:
         if node.meta["val"].numel() != count * shape_of(linear)[-1]:
             return False
-        address = flow.provenance(node, stop=lambda n: n is linear).address.reshape(count, -1)
+        found = flow.provenance(node, stop=lambda n: n is linear)
+        if found.source is not linear or bool((found.address < 0).any()):
+            return False
+        address = found.address.reshape(count, -1)
         width = address.shape[1]
         in_order = bool((address == address[:, :1] + torch.arange(width)).all())
         return in_order and torch.equal(token[address[:, 0] // width], expected)

@@ -59,7 +59,7 @@ class BoundaryRecorder:
     def recording(self) -> Iterator[None]:
         handles = []
         for path, module in self._model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(self._enter(path, module), with_kwargs=True))
             handles.append(module.register_forward_hook(self._exit, with_kwargs=True, prepend=True))
         try:
             yield
@@ -75,8 +75,8 @@ class BoundaryRecorder:
             call.output = tree_map(lambda leaf: _resolve(leaf, final), call.output)
         return self.root
 
-    def _enter(self, path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, path: str, module: nn.Module) -> Any:
+        def hook(_traced_as: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             arguments = bind_arguments(module, args, kwargs)
             parent = self._open[-1] if self._open else None
             call = ModuleCall(path, module, _trace_length(), tree_map(_traced, arguments), parent=parent)

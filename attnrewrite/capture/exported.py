@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ArgumentError, CaptureError
+from ..errors import ArgumentError, CaptureError, first_line
 from .boundaries import BoundaryRecorder, ModuleCall, positions
 from .examples import Inputs, normalise_inputs
 from .snapshot import untouched
@@ -73,10 +73,15 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
         except Exception as cause:
             _require_runs(model, args, kwargs)
             raise CaptureError(
-                f"{type(model).__name__} cannot be exported: {_first_line(cause)}; make its forward free of "
+                f"{type(model).__name__} cannot be exported: {first_line(cause)}; make its forward free of "
                 "data-dependent control flow, or convert the submodule that can be exported"
             ) from cause
     graph = program.graph
+    if any(node.op == "get_attr" for node in graph.nodes):
+        raise CaptureError(
+            f"{type(model).__name__} changes the autocast or gradient mode inside its forward, and what runs under "
+            "it is a graph of its own; convert the submodules outside of such a region"
+        )
     position = positions(iter(graph.nodes))
     tensors, names, inputs = _placeholders(program, args, kwargs)
     root = recorder.calls({index: node for node, index in position.items()})
@@ -146,13 +151,8 @@ def _require_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         given = ", ".join(f"{leaf.dtype} {list(leaf.shape)}" for leaf in leaves if isinstance(leaf, Tensor))
         raise ArgumentError(
             f"example_inputs: {type(model).__name__} does not run on them ({given or 'no tensor'}): "
-            f"{_first_line(cause)}; pass the shape and dtype that its forward takes"
+            f"{first_line(cause)}; pass the shape and dtype that its forward takes"
         ) from cause
-
-
-def _first_line(cause: BaseException) -> str:
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[0] if lines else type(cause).__name__
 
 
 __all__ = ["Capture", "Inputs", "capture"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     tracing did to them is undone here.
     """
     attributes = {module: _plain_attributes(module) for module in model.modules()}
+    containers = _containers(attributes)
     buffers = {module: dict(module._buffers) for module in model.modules()}
     values = {buffer: (buffer._version, buffer.detach().clone()) for buffer in _versioned(model)}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -33,18 +35,31 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module.__dict__.update(plain)
                 module._buffers.clear()
                 module._buffers.update(buffers[module])
+            for container, content in containers:
+                _refill(container, content)
             with torch.no_grad():
                 for buffer, (version, value) in values.items():
                     if buffer._version != version:
                         buffer.copy_(value)
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, object]:
-    return {
-        name: copy.copy(value) if type(value) in (list, dict, set) else value
-        for name, value in module.__dict__.items()
-        if name not in _OWNED_BY_TORCH
-    }
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if name not in _OWNED_BY_TORCH}
+
+
+def _containers(attributes: dict[nn.Module, dict[str, Any]]) -> list[tuple[Any, Any]]:
+    """Every list, dict (of hooks, too) and set that a module holds, and a copy of its content."""
+    values = (value for plain in attributes.values() for value in plain.values())
+    return [(value, copy.copy(value)) for value in values if isinstance(value, list | dict | set)]
+
+
+def _refill(container: Any, content: Any) -> None:
+    """In place: handles and aliases refer to the container itself."""
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
 
 
 def _versioned(model: nn.Module) -> Iterator[Tensor]:

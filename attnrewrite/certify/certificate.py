@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..errors import UNFORESEEN, first_line
 from ..ir import AttentionSite, MlpSite, Site, StemSite
 from ..lift.dataflow import Dataflow
-from ..lift.values import Values, cast, evaluate, is_call, operator_name, run_node, shape_of
+from ..lift.values import Values, cast, evaluate, input_of, is_call, operator_name, run_node, shape_of
 from . import forms
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -59,8 +61,8 @@ def certify(site: Site, flow: Dataflow, captured: Values) -> Certificate:
     try:
         random_error = _error(site, flow, _random_inputs(site), random_dtype, None)
         captured_error = _error(site, flow, captured, dtype, captured)
-    except (RuntimeError, IndexError, ValueError) as cause:
-        reason = f"its form does not run: {str(cause).splitlines()[0]}"
+    except UNFORESEEN as cause:
+        reason = f"its form does not run: {first_line(cause)}"
         return Certificate(float("nan"), float("nan"), dtype, reason=reason)
     return Certificate(random_error, captured_error, dtype, random_dtype)
 
@@ -114,7 +116,8 @@ def _error(site: Site, flow: Dataflow, inputs: Values, dtype: torch.dtype, captu
     """One comparison; the captured subgraph is run unless its result is known already."""
     bindings = {node: cast(inputs[node], dtype) for node in inputs_of(site) if node in inputs}
     wanted = [*inputs_of(site), output_of(site)]
-    if captured is None or dtype != captured[output_of(site)].dtype:
+    double = dtype == torch.float64  # casts to float32 inside the model would be measured with it
+    if captured is None or double or dtype != captured[output_of(site)].dtype:
         values = evaluate(wanted, bindings, flow.capture, flow.constants, dtype)
     else:
         values = {node: captured[node] for node in wanted}
@@ -151,10 +154,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def _work(site: Site, flow: Dataflow) -> float:
     """Multiplications in the site's linear maps, for its tokens."""
     if isinstance(site, AttentionSite):
-        linears = {*site.nodes.linears, site.nodes.merged} - {None}
+        linears = {node for node in (*site.nodes.linears, site.nodes.merged) if node is not None}
     else:
         linears = {site.first, site.second} if isinstance(site, MlpSite) else set()
-    return sum(flow.constants[n.args[1]].numel() * n.meta["val"].numel() / n.meta["val"].shape[-1] for n in linears)
+    sizes = ((flow.constants[input_of(node, 1)].numel(), shape_of(node)) for node in linears)
+    return sum(weights * math.prod(shape[:-1]) for weights, shape in sizes)
 
 
 def _arranged(site: Site, value: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ def _fused(anchor: Node, flow: Dataflow) -> Core:
     if not rank == len(shape_of(key)) == len(shape_of(value)):
         raise NotAffine("query, key and value differ in rank")
     groups = _GROUPS[: rank - 2]
+    _require_groups(groups)
     scale = arguments["scale"]
     scale = 1.0 / math.sqrt(shape_of(query)[-1]) if scale is None else float(scale)
     scores = (*shape_of(query)[:-1], shape_of(key)[-2])
@@ -103,6 +104,7 @@ def _explicit(anchor: Node, flow: Dataflow) -> Core | None:
     _require_last_axis(anchor, scores)
     query, key, names = _query_and_key(product)
     groups = "".join(names[axis] for axis in product.out_axes[:-1] if names[axis] != "x")
+    _require_groups(groups)
     value, output = _value_and_output(final, weights, product, names)
     addends, bias, mask = _separated(chain.addends, scores, flow)
     letters = "".join(names[axis] for axis in product.out_axes)
@@ -167,6 +169,11 @@ def _require_last_axis(anchor: Node, scores: tuple[int, ...]) -> None:
     axis = anchor.args[1] if len(anchor.args) > 1 else anchor.kwargs.get("dim", -1)
     if int(axis) % len(shape) != len(shape) - 1 or shape[-1] != scores[-1]:  # type: ignore[arg-type]
         raise NotAffine("the softmax does not run over the last axis of the scores")
+
+
+def _require_groups(groups: str) -> None:
+    if not groups:
+        raise NotAffine("attention of a single head without a batch axis")
 
 
 def _separated(addends: list[Addend], scores: tuple[int, ...], flow: Dataflow) -> Added:

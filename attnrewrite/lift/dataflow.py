@@ -54,7 +54,13 @@ class Dataflow:
         if operator_name(node) != "aten::add" or len(node.args) != 2 or node.kwargs:
             return False
         value, mask = node.args
-        if not isinstance(value, Node) or mask not in self.constants or mask in self.learned or value in self.constants:
+        if (
+            not isinstance(value, Node)
+            or not isinstance(mask, Node)
+            or mask not in self.constants
+            or mask in self.learned
+            or value in self.constants
+        ):
             return False
         added = self.constants[mask]
         return added.is_floating_point() and value.meta["val"].shape == node.meta["val"].shape and not bool(added.any())

@@ -145,7 +145,9 @@ def is_movement(node: Node, constants: Values) -> bool:
         return node.args[2] is False
     if any(used not in constants for used in index_operands(node)):
         return False
-    return name in _REARRANGING or name in _COPYING or name == "getitem"
+    if name == "getitem":
+        return is_movement(moved_operands(node)[0], constants)
+    return name in _REARRANGING or name in _COPYING
 
 
 def is_copy(node: Node, constants: Values) -> bool:
@@ -185,7 +187,9 @@ def move(node: Node, values: Values, constants: Values) -> Any:
     if name in ("aten::view", "aten::_unsafe_view"):  # the copy that made a view possible is not made here
         return values[moved_operands(node)[0]].reshape(node.args[1])
     moved = moved_operands(node)
-    return run_node(node, {used: values[used] if used in moved else constants[used] for used in node.all_input_nodes})
+    others = (used for used in node.all_input_nodes if used not in moved)
+    given = {used: constants.get(used, torch.empty(()).expand(shape_of(used))) for used in others}
+    return run_node(node, given | {used: values[used] for used in moved})
 
 
 def _walk_back(

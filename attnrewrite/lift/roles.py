@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..ir import Operand, Projection
+from ..letters import position_and_dim
 from .contraction import canonical
 from .cores import Core
 from .dataflow import Dataflow
@@ -60,7 +61,7 @@ def projected(operand: Operand, core: Core, flow: Dataflow) -> Projected | None:
     linear = found.source
     if linear is None or not flow.is_linear(linear):
         return None
-    order = core.groups + operand.axes[-2:] if operand.axes[-1] in "de" else core.groups + operand.axes[:-3:-1]
+    order = core.groups + "".join(position_and_dim(operand.axes))
     address = canonical(found.address, operand.axes, order).expand(*group_sizes(core), -1, -1).flatten(0, -3)
     width = shape_of(linear)[-1]
     token = torch.where(address < 0, -1, address // width)

@@ -85,6 +85,8 @@ def score_chain(node: Node, constants: Values, learned: frozenset[Node]) -> Scor
         elif not is_movement(node, constants):
             raise NotAffine(f"{name} acts between the product of query and key and the softmax")
         node = following
+    if product.left in constants or product.right in constants:
+        raise NotAffine(f"{operator_name(node)} mixes the scores with a constant before the softmax")
     return ScoreChain(product, factor, scales, addends, path[::-1])
 
 

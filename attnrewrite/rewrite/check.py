@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..capture import NodeRef
 from ..capture.snapshot import untouched
 from ..certify.certificate import relative_error
+from ..errors import first_line
 from ..lift.values import Values
 from .owners import OwnerProgram
 from .rewritten import rewrite_module
@@ -44,7 +45,9 @@ def misbehaviour(owner: OwnerProgram, captured: Values, batch: int) -> str:
             try:
                 actual = _run(twin, donor, arguments, training)
             except Exception as cause:
-                return f"it does not take a batch of {2 * batch}: {str(cause).splitlines()[0]}"
+                return f"it does not take a batch of {2 * batch}: {first_line(cause)}"
+            if [a.shape for a in actual] != [e.shape for e in expected]:
+                return f"its results have other shapes at a batch of {2 * batch}"
             error = max((relative_error(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
             if not error <= TOLERANCE:
                 mode = "in training" if training else f"at a batch of {2 * batch}"

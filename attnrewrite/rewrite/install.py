@@ -109,7 +109,8 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
     assert site.value is not None
     assert site.output is not None
     assert nodes.source is not None
-    old = outlined.latest(nodes.result)  # type: ignore[arg-type]
+    assert nodes.result is not None
+    old = outlined.latest(nodes.result)
     with graph.inserting_before(old):
         source = outlined.latest(nodes.source)
         project = _projector(outlined, site, source)
@@ -124,7 +125,7 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
         if start or (head_step, dim_step) not in ((site.output.head_dim, 1), (1, site.heads)):
             raise NotOutlinable("the heads are merged in an irregular order")
         mixed = graph.call_function(merge_heads, (mixed, head_step, dim_step))
-        if len(shape_of(nodes.source)) == 3:
+        if len(shape_of(nodes.result)) == 3:
             mixed = graph.call_method("flatten", (mixed, 1, 2))
         new = _after_projection(outlined, site, mixed)
     _replace(old, new)

@@ -143,7 +143,11 @@ class _Outliner:
             self._made(node, self._value(node.args[0]))  # type: ignore[arg-type]
             return
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
-        self._made(node, self.graph.call_function(node.target, args, kwargs))  # type: ignore[arg-type]
+        view = torch.ops.aten.view.default
+        target = (
+            torch.ops.aten.reshape.default if node.target is view else node.target
+        )  # strides may differ at run time
+        self._made(node, self.graph.call_function(target, args, kwargs))  # type: ignore[arg-type]
 
     def _dropout(self, value: Node, rate: float) -> Node:
         """The captured graph has an inactive dropout; a module makes it follow train() and eval() again."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
+from ..errors import UNFORESEEN, unforeseen
 from ..ir import Site
 from ..lift.dataflow import Dataflow
 from .install import install, must_open, remove_dead_code
@@ -78,6 +79,10 @@ def _build(
             tied = outlined.tied + free_sizes(outlined.graph, outlined.leaves)
             remove_dead_code(outlined.graph)
             program = program_of(outlined, tied)
+        except UNFORESEEN as cause:
+            failed.append((site, f"{type(call.module).__name__}: {unforeseen(cause)}"))
+            sites = [other for other in sites if other is not site]
+            continue
         except NotOutlinable as reason:
             failed.append((site, f"{type(call.module).__name__} cannot be rewritten: {reason}"))
             sites = [other for other in sites if other is not site]
