@@ -84,6 +84,10 @@ class Window:
         token = torch.where((rows == self.ABSENT) | (columns == self.ABSENT), self.ABSENT, token)
         return token.flatten(2).flatten(0, 1)
 
+    def blocks(self, grid: Grid) -> tuple[int, int]:
+        """How many blocks cover each axis, if nothing is shifted."""
+        return -(-grid.height // self.size[0]), -(-grid.width // self.size[1])
+
     def divides(self, grid: Grid) -> bool:
         return grid.height % self.size[0] == 0 and grid.width % self.size[1] == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -57,8 +58,8 @@ class ConversionReport:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     def to_json(self) -> str:
-        """JSON with a schema version; unmeasured errors are null."""
-        return json.dumps(self.to_dict(), indent=2, default=str)
+        """JSON with a schema version; unmeasured errors are null, and one that is no number is "nan"."""
+        return json.dumps(_without_nan(self.to_dict()), indent=2, default=str, allow_nan=False)
 
     def to_markdown(self) -> str:
         rows = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
@@ -110,8 +111,23 @@ def folded(sites: list[SiteReport]) -> Iterator[tuple[str, SiteReport]]:
 
     for _, group in groupby(sites, key=alike):
         members = list(group)
-        worst = max(members, key=lambda site: site.error or 0.0)
+        worst = max(members, key=lambda site: _badness(site.error))
         yield _folded_name([site.name for site in members]), worst
+
+
+def _badness(error: float | None) -> tuple[int, float]:
+    """A row shows its worst member: no number, then not measured, then the largest error."""
+    if error is None:
+        return 1, 0.0
+    return (2, 0.0) if error != error else (0, error)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _folded_name(names: list[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture import fused_dropout
+from ..capture import training_dropout
 from ..errors import UNFORESEEN, unforeseen
 from ..ir import AttentionNodes, AttentionSite, Bias, Global, Grid, KeySet, Projection, Refused, Site, Tokens
 from ..lift.contraction import canonical
@@ -357,10 +357,10 @@ def _dropout(core: Core) -> float:
 
 
 def _with_dropout(site: AttentionSite) -> AttentionSite:
-    """A fused attention is captured without its rate."""
-    if site.nodes.product is not site.nodes.output.node:
+    """A rate that eval mode passes as zero is not in the graph."""
+    if site.dropout:
         return site
-    return replace(site, dropout=fused_dropout(site.owner))
+    return replace(site, dropout=training_dropout(site.owner))
 
 
 def _same_length(core: Core) -> bool:

@@ -1,8 +1,8 @@
 """Capture: a model in, its ATen graph and the boundary of every module call out."""
 
 from .boundaries import ModuleCall, NodeRef
-from .dropout import fused_dropout
+from .dropout import training_dropout
 from .examples import example_inputs_for, normalise_inputs
 from .exported import Capture, capture
 
-__all__ = ["Capture", "ModuleCall", "NodeRef", "capture", "example_inputs_for", "fused_dropout", "normalise_inputs"]
+__all__ = ["Capture", "ModuleCall", "NodeRef", "capture", "example_inputs_for", "normalise_inputs", "training_dropout"]

@@ -1,4 +1,4 @@
-"""The dropout rate of a fused attention: in eval mode it is passed as zero; only a call in training mode shows it."""
+"""The dropout rate on attention weights, where eval mode passes it as zero: only a call in training mode shows it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from .boundaries import ModuleCall, NodeRef
 from .snapshot import untouched
 
 
-def fused_dropout(call: ModuleCall) -> float:
-    """The largest rate that the module passes to fused attention in training; 0 if it does not run on its own."""
+def training_dropout(call: ModuleCall) -> float:
+    """The largest rate on attention weights that the module uses in training; 0 if it does not run on its own."""
     if not _may_drop(call.module):
         return 0.0
     with (
@@ -37,15 +36,28 @@ def fused_dropout(call: ModuleCall) -> float:
     return recorder.rate
 
 
-class _RateRecorder(TorchFunctionMode):
-    rate = 0.0
+class _RateRecorder(TorchDispatchMode):
+    """Sees the rate of a fused attention, and of a dropout on values of a softmax's shape."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = 0.0
+        self.weights: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            rate = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-            self.rate = max(self.rate, float(rate))
-        return func(*args, **kwargs)
+        name = func._schema.name
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        if "dropout_p" in given:
+            self.rate = max(self.rate, float(given["dropout_p"]))
+        if name == "aten::bernoulli_" and isinstance(given.get("p"), float) and args[0].shape in self.weights:
+            self.rate = max(self.rate, 1.0 - given["p"])
+        if name == "aten::native_dropout" and args[0].shape in self.weights:
+            self.rate = max(self.rate, float(given["p"]))
+        result = func(*args, **kwargs)
+        if name in ("aten::_softmax", "aten::_safe_softmax"):
+            self.weights.add(result.shape)
+        return result
 
 
 def _may_drop(module: nn.Module) -> bool:

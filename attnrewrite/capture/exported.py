@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
@@ -127,6 +128,10 @@ def _placeholders(
 def _require_plain_module(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ArgumentError(
+            f"model: the parameters of {type(model).__name__} are sharded; convert the model first, then shard it"
+        )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     inner = model._orig_mod if hasattr(model, "_orig_mod") else None
     if isinstance(model, wrappers) or isinstance(inner, nn.Module):
@@ -139,6 +144,10 @@ def _require_finite(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(leaf.isfinite().all()):
             raise ArgumentError("example_inputs: contains NaN or infinite values; pass finite inputs")
+        if isinstance(leaf, Tensor) and leaf.numel() == 0:
+            raise ArgumentError(
+                f"example_inputs: a tensor of shape {list(leaf.shape)} is empty; pass at least one sample"
+            )
 
 
 def _require_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ from ..lift.values import Values
 from .owners import OwnerProgram
 from .rewritten import rewrite_module
 
-TOLERANCE = 1e-3
-"""Relative to the largest value: float32 leaves 1e-6, a wrong axis or a swapped batch far more."""
+TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
+"""Else 1e-3, relative to the largest value: float32 leaves 1e-6, a wrong axis or a swapped batch far more."""
 
 
 def misbehaviour(owner: OwnerProgram, captured: Values, batch: int) -> str:
@@ -49,7 +49,7 @@ def misbehaviour(owner: OwnerProgram, captured: Values, batch: int) -> str:
             if [a.shape for a in actual] != [e.shape for e in expected]:
                 return f"its results have other shapes at a batch of {2 * batch}"
             error = max((relative_error(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
-            if not error <= TOLERANCE:
+            if not error <= TOLERANCE.get(expected[0].dtype if expected else None, 1e-3):
                 mode = "in training" if training else f"at a batch of {2 * batch}"
                 return f"the rewritten module differs from the original {mode} (error {error:.0e})"
     return ""

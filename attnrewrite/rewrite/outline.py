@@ -111,7 +111,7 @@ class _Outliner:
             else:
                 placeholder.meta["value"] = leaf
         self._body(call)
-        self.graph.output(tree_map(self._reference, call.output))
+        self.graph.output(tuple(self._reference(leaf) for leaf in tree_flatten(call.output)[0]))
         return self.result
 
     def _body(self, call: ModuleCall) -> None:

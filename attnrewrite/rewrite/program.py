@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.graph import CodeGen
-from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path
+from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from ..capture import ModuleCall, NodeRef
 from ..errors import ConversionError
@@ -70,13 +70,16 @@ def expect_same(what: str, given: Any, captured: Any) -> None:
 
 
 def expect_no_more(what: str, given: dict[str, Any], captured: list[str]) -> None:
-    """Keyword arguments that were not passed at capture may only say no.
+    """Keyword arguments that were not passed at capture must carry nothing that the forward would need.
+
+    A tensor (a mask) and a request for attention weights would be passed over in silence.
 
     Raises:
         ConversionError: naming the argument.
     """
     for name, value in given.items():
-        if name not in captured and value is not None and value is not False:
+        asked = isinstance(value, torch.Tensor) or (name == "output_attentions" and value)
+        if name not in captured and asked:
             raise ConversionError(
                 f"{what}[{name!r}] was not given when this module was converted; the rewritten forward does not "
                 "know it: convert the model with example inputs that make this call, or use `keep`"
@@ -151,21 +154,15 @@ class _ForwardCode(CodeGen):
         return any(type(leaf.meta.get("value")) is int is type(here.meta.get("value")) for leaf in near)
 
     def generate_output(self, output_args: Any, *args: Any, **options: Any) -> str:
-        return f"return {self._packed(output_args)}"
-
-    def _packed(self, value: Any) -> str:
-        if isinstance(value, fx.Node):
-            return value.name
-        if isinstance(value, dict) and type(value) is not dict:
-            name = f"result_type_{len(self.names)}"
-            self.names[name] = type(value)
-            return f"{name}({', '.join(f'{key}={self._packed(item)}' for key, item in value.items())})"
-        if isinstance(value, tuple | list):
-            inner = ", ".join(map(self._packed, value))
-            return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{key!r}: {self._packed(item)}" for key, item in value.items()) + "}"
-        return self._constant(value)
+        structure = self.outlined.call.output
+        leaves = [leaf.name if isinstance(leaf, fx.Node) else self._constant(leaf) for leaf in output_args]
+        if isinstance(structure, NodeRef):
+            return f"return {leaves[0]}"
+        if type(structure) in (tuple, list) and not any(isinstance(part, tuple | list | dict) for part in structure):
+            inner = ", ".join(leaves)
+            return f"return [{inner}]" if type(structure) is list else f"return ({inner},)"
+        self.names["tree_unflatten"], self.names["result_structure"] = tree_unflatten, tree_flatten(structure)[1]
+        return f"return tree_unflatten([{', '.join(leaves)}], result_structure)"
 
     def _signature(self, call: ModuleCall) -> str:
         spelled: list[str] = []

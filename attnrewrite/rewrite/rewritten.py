@@ -6,6 +6,8 @@ from the donor's, so ``isinstance`` and the donor's methods stay. ``torch.nn.uti
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,21 +18,22 @@ from .program import Program
 
 @dataclass
 class Rewriting:
-    """What was done to one module: its program, and the children and buffers that were added for it."""
+    """What was done to one module: its program, and the children and buffers that were added for it.
+
+    ``previous`` is an earlier rewriting of the same module.
+    """
 
     program: Program
     donor_class: type[nn.Module]
     modules: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
+    previous: Rewriting | None = None
 
 
 class RewrittenModule(nn.Module):
     """Mixin of every rewritten class. ``attnrewrite_rewriting`` says what was done."""
 
     attnrewrite_rewriting: Rewriting
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.attnrewrite_rewriting.program.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time: restore it from the donor's class, which can be imported."""
@@ -42,14 +45,15 @@ def rewrite_module(
     module: nn.Module, program: Program, modules: dict[str, nn.Module], buffers: dict[str, Tensor]
 ) -> None:
     """Give ``module`` the new forward, in place."""
-    donor_class = type(module)
+    previous: Rewriting | None = module.__dict__.get("attnrewrite_rewriting")
+    donor_class = type(module) if previous is None else previous.donor_class
     parameter = next(module.parameters(), None)
     for name, child in modules.items():
         child.train(module.training)
         module.add_module(name, child if parameter is None else child.to(parameter.device))
     for name, value in buffers.items():
         module.register_buffer(name, value, persistent=False)
-    module.__dict__["attnrewrite_rewriting"] = Rewriting(program, donor_class, list(modules), list(buffers))
+    module.__dict__["attnrewrite_rewriting"] = Rewriting(program, donor_class, list(modules), list(buffers), previous)
     if isinstance(module, nn.MultiheadAttention):
         module._qkv_same_embed_dim = False  # or torch's encoder layers would use its weights past its forward
     module.__class__ = rewritten_class(donor_class)
@@ -62,6 +66,9 @@ def restore_module(module: RewrittenModule) -> None:
         delattr(module, name)
     if isinstance(module, nn.MultiheadAttention):
         module._qkv_same_embed_dim = module.in_proj_weight is not None
+    if done.previous is not None:
+        module.__dict__["attnrewrite_rewriting"] = done.previous
+        return
     del module.__dict__["attnrewrite_rewriting"]
     module.__class__ = done.donor_class  # type: ignore[assignment]
 
@@ -72,9 +79,19 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 def rewritten_class(donor_class: type[nn.Module]) -> type[nn.Module]:
     """The subclass of the donor's class with the rewritten forward; one for each donor class."""
     if donor_class not in _CLASSES:
-        name, own = f"Rewritten{donor_class.__name__}", {"__module__": __name__, "__doc__": donor_class.__doc__}
-        _CLASSES[donor_class] = type(name, (RewrittenModule, donor_class), own)
+        own = {"__module__": __name__, "__doc__": donor_class.__doc__, "forward": _forward_like(donor_class)}
+        _CLASSES[donor_class] = type(f"Rewritten{donor_class.__name__}", (RewrittenModule, donor_class), own)
     return _CLASSES[donor_class]
+
+
+def _forward_like(donor_class: type[nn.Module]) -> Callable[..., Any]:
+    """The rewritten forward under the donor's signature, by which trainers and exporters know the arguments."""
+
+    def forward(self: RewrittenModule, *args: Any, **kwargs: Any) -> Any:
+        return self.attnrewrite_rewriting.program.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(donor_class.forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def _empty_rewritten(donor_class: type[nn.Module]) -> nn.Module:
