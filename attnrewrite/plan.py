@@ -80,6 +80,8 @@ class Plan:
 
     def limit(self, max_rewrites: int) -> Plan:
         """Keep the first ``max_rewrites`` conversions only: a wrong result can be bisected to the guilty one."""
+        if type(max_rewrites) is not int:
+            raise ArgumentError(f"max_rewrites: expected a number, got {max_rewrites!r}")
         if max_rewrites < 0:
             raise ArgumentError(f"max_rewrites: must not be negative, got {max_rewrites}")
         for planned in self.converting[max_rewrites:]:

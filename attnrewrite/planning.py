@@ -126,7 +126,11 @@ def _selector(selector: Selector | None, made: Plan, argument: str) -> Callable[
         )
     if callable(selector):
         return selector
-    globs = [selector] if isinstance(selector, str) else list(selector)
+    globs = (
+        [selector] if isinstance(selector, str) else list(selector) if isinstance(selector, Iterable) else [selector]
+    )
+    if not all(isinstance(glob, str) for glob in globs):
+        raise ArgumentError(f"{argument}: expected a glob, several globs, or a function of a site, got {selector!r}")
     names = {id(p.site) for glob in globs for p in matching(glob, made.sites, argument)}
     return lambda site: id(site) in names
 

@@ -39,8 +39,8 @@ class Neighborhood(Target):
 
     def __post_init__(self) -> None:
         if self.kernel_size is not None:
-            _require_positive("kernel_size", as_pair(self.kernel_size))
-        _require_positive("dilation", as_pair(self.dilation))
+            _require_positive("kernel_size", self.kernel_size)
+        _require_positive("dilation", self.dilation)
         if self.oversize not in ("clamp", "error"):
             raise ArgumentError(f"oversize: expected 'clamp' or 'error', got {self.oversize!r}")
 
@@ -179,9 +179,10 @@ def _bias_entries(site: AttentionSite, grid: Grid) -> Tensor | None:
     return table[1]
 
 
-def _require_positive(name: str, values: Pair) -> None:
-    if min(values) < 1:
-        raise ArgumentError(f"{name}: must be at least 1, got {values}")
+def _require_positive(name: str, value: Any) -> None:
+    values = value if isinstance(value, tuple | list) and len(value) == 2 else (value,)
+    if any(type(each) is not int or each < 1 for each in values):
+        raise ArgumentError(f"{name}: expected an integer of at least 1, or two of them, got {value!r}")
 
 
 def _text(pair: Pair) -> str:

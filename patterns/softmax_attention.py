@@ -48,7 +48,7 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     grouped = grouping(query, key, value)
     bias, mask = _bias(core, grouped, flow), _mask(core, grouped)
     padded = bool((grouped.queries < 0).any() or (grouped.keys < 0).any())
-    if grouped.queries.shape[0] > 1 or padded or _is_one_block(query, key, grouped, bias):
+    if grouped.queries.shape[0] > 1 or padded or _is_one_block(query, key, grouped, bias, flow):
         return _windowed(core, flow, (query, key, value), grouped, bias, mask)
     merged = _merge(core, query, shape_of(query.source)[:-1], grouped, flow)
     keys = _whole_map_keys(query, key, grouped, flow)
@@ -260,12 +260,14 @@ def _whole_map_keys(query: Projected, key: Projected, grouped: Grouping, flow: D
     return Tokens(grouped.keys.shape[1])
 
 
-def _is_one_block(query: Projected, key: Projected, grouped: Grouping, bias: Bias | None) -> bool:
+def _is_one_block(query: Projected, key: Projected, grouped: Grouping, bias: Bias | None, flow: Dataflow) -> bool:
     """A map that is one window, which on a larger map would be one of several: its bias is a table on that map."""
-    shape = shape_of(query.source)
-    if bias is None or len(shape) != 4 or key.source is not query.source or grouped.batch_axis:
+    if bias is None or key.source is not query.source or grouped.batch_axis:
         return False
-    return len(grouped.keys[0]) == shape[1] * shape[2] and relative_table(bias.values, shape[1:3]) is not None
+    found = _map_on_the_way(query, flow)
+    if found is None or len(grouped.keys[0]) != found[1].tokens:
+        return False
+    return relative_table(bias.values, (found[1].height, found[1].width)) is not None
 
 
 def _likely_border(query: Projected, flow: Dataflow) -> tuple[bool, bool]:
@@ -279,19 +281,27 @@ def _likely_border(query: Projected, flow: Dataflow) -> tuple[bool, bool]:
 
 
 def _map_of(query: Projected, flow: Dataflow) -> tuple[Node, Grid]:
-    """The first value that holds the map the windows are cut from as a map, and its grid."""
-    found = flow.provenance(input_of(query.linear), stop=lambda node: node is query.source)
+    """The value that holds the map the windows are cut from, and its grid."""
+    found = _map_on_the_way(query, flow)
+    if found is not None:
+        return found
+    grid = token_grids(flow, [query.source]).get(query.source)
+    if grid is None or grid.prefix_tokens:
+        raise NotSeparable("the map that the windows are cut from is not known")
+    return query.source, grid
+
+
+def _map_on_the_way(query: Projected, flow: Dataflow) -> tuple[Node, Grid] | None:
+    """The first value from source to projection that holds all tokens as ``[batch, height, width, channels]``."""
+    path = flow.provenance(input_of(query.linear), stop=lambda node: node is query.source).path
     count = math.prod(shape_of(query.source))
-    for node in (query.source, *found.path):
+    for node in (query.source, *path):
         shape = shape_of(node)
         if len(shape) == 4 and math.prod(shape) == count and shape[-1] == shape_of(query.source)[-1]:
             address = flow.provenance(node, stop=lambda n: n is query.source).address
             if torch.equal(address.flatten(), torch.arange(count)):
                 return node, Grid(shape[1], shape[2])
-    grid = token_grids(flow, [query.source]).get(query.source)
-    if grid is None or grid.prefix_tokens:
-        raise NotSeparable("the map that the windows are cut from is not known")
-    return query.source, grid
+    return None
 
 
 def _nodes(

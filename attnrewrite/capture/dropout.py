@@ -47,8 +47,10 @@ class _RateRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        if "dropout_p" in given:
+        schema = func._schema.arguments  # arguments that equal their default are not passed
+        given = {argument.name: argument.default_value for argument in schema}
+        given |= dict(zip(given, args, strict=False)) | kwargs
+        if given.get("dropout_p") is not None:
             self.rate = max(self.rate, float(given["dropout_p"]))
         if name == "aten::bernoulli_" and isinstance(given.get("p"), float) and args[0].shape in self.weights:
             self.rate = max(self.rate, 1.0 - given["p"])

@@ -49,11 +49,13 @@ class WindowAttention(nn.Module):
                 f"a {grid} map is no multiple of the window {self.window.size}, and how the original would pad it "
                 f"was not seen at {self.grid}; convert the model with example inputs of this size"
             )
-        if any(self.window.blocks(grid)[a] > 1 == self.window.blocks(self.grid)[a] for a in (0, 1)):
-            raise ConversionError(
-                f"a {grid} map holds several windows of {self.window.size}, and whether they would be shifted was not "
-                f"seen at {self.grid}, which is one window; convert the model with example inputs of this size"
-            )
+        for axis, (now, then) in enumerate(zip(self.window.blocks(grid), self.window.blocks(self.grid), strict=True)):
+            if (then == 1 < now) or (now == 1 < then and self.window.shift[axis]):
+                raise ConversionError(
+                    f"a {grid} map has {now} windows of {self.window.size[axis]} on axis {axis}, and {self.grid}, at "
+                    f"which it was converted, {then}: whether a single window is shifted differs from model to model; "
+                    "convert the model with example inputs of this size"
+                )
         if (self.training and self.dropout > 0.0) or (self.window.cyclic and not divides):
             return self._gathered(query, key, value, bias, pad_key, pad_value)
         shift = tuple(

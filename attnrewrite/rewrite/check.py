@@ -49,7 +49,7 @@ def misbehaviour(owner: OwnerProgram, captured: Values, batch: int) -> str:
             if [a.shape for a in actual] != [e.shape for e in expected]:
                 return f"its results have other shapes at a batch of {2 * batch}"
             error = max((relative_error(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
-            if not error <= TOLERANCE.get(expected[0].dtype if expected else None, 1e-3):
+            if expected and not error <= TOLERANCE.get(expected[0].dtype, 1e-3):
                 mode = "in training" if training else f"at a batch of {2 * batch}"
                 return f"the rewritten module differs from the original {mode} (error {error:.0e})"
     return ""
