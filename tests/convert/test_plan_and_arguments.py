@@ -18,13 +18,13 @@ from attnrewrite.errors import ArgumentError, CaptureError, ConversionError
 from attnrewrite.report import ConversionReport, SiteReport
 from attnrewrite.targets import Conversion, Exactness, Target
 
-ATTENTION = ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
+ATTENTION = ["blocks.0.attn", "blocks.1.attn"]
 
 
 @pytest.fixture(scope="module")
 def vit():
-    """Three blocks, never changed by a test."""
-    return small_model("timm_vit", depth=3)
+    """Two blocks, never changed by a test."""
+    return small_model("timm_vit")
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_a_plan_prints_a_line_for_every_site(vit, batch):
 def test_a_plan_states_each_kind_once(vit, batch):
     plan = attnrewrite.plan(vit, "identity", batch)
     assert set(fates(plan).values()) == {"convert"}
-    assert [planned.site.kind for planned in plan.sites].count("attention") == 3
+    assert [planned.site.kind for planned in plan.sites].count("attention") == 2
 
 
 def test_drop_leaves_a_site_alone(vit, batch):
@@ -201,7 +201,7 @@ def test_drop_leaves_a_site_alone(vit, batch):
 
 
 def test_drop_takes_several_globs(vit, batch):
-    plan = attnrewrite.plan(vit, "neighborhood", batch, kernel_size=3).drop("blocks.0.*", "blocks.2.attn")
+    plan = attnrewrite.plan(vit, "identity", batch).drop("blocks.0.*", "*.mlp", "patch*")
     assert converted_sites(plan.apply()) == ["blocks.1.attn"]
 
 
@@ -212,8 +212,8 @@ def test_drop_of_nothing_names_the_nearest(vit, batch):
     assert set(fates(plan).values()) == {"convert"}
 
 
-@pytest.mark.parametrize("count", [2])
-def test_limits_convert_the_first_sites_only(vit, batch, count):
+def test_limits_convert_the_first_sites_only(vit, batch):
+    count = 1
     plan = attnrewrite.plan(vit, "neighborhood", batch, kernel_size=3).limit(count)
     limited = plan.apply()
     assert converted_sites(limited) == ATTENTION[:count]
@@ -226,11 +226,11 @@ def test_limits_convert_the_first_sites_only(vit, batch, count):
 def test_limits_bisect_to_the_rewrite_that_changes_the_output(vit, batch):
     targets = {"blocks.1.attn": Neighborhood(kernel_size=1), "*": "identity"}
     errors = []
-    for count in range(1, 4):
+    for count in range(1, 3):
         converted = attnrewrite.convert(vit, targets, batch, max_rewrites=count)
         errors.append(difference(run(converted, batch), run(vit, batch)))
     assert errors[0] < 1e-12
-    assert min(errors[1:]) > 1e-4
+    assert errors[1] > 1e-4
 
 
 def test_a_negative_limit_is_refused(vit, batch):
@@ -298,7 +298,7 @@ def test_the_first_match_of_a_mapping_wins(vit, batch):
     given = {"*.1.*": Neighborhood(kernel_size=3), "*": "identity"}
     report = attnrewrite.report(attnrewrite.convert(vit, given, batch))
     targets = {site.name: site.target for site in report.converted if site.kind == "attention"}
-    assert targets == {"blocks.0.attn": "identity", "blocks.1.attn": "neighborhood", "blocks.2.attn": "identity"}
+    assert targets == {"blocks.0.attn": "identity", "blocks.1.attn": "neighborhood"}
 
 
 def test_a_target_object_equals_its_name_with_options(vit, batch, projected):
@@ -367,7 +367,7 @@ def test_sites_choose_what_is_converted(vit, batch, sites):
 )
 def test_keep_chooses_what_is_left_alone(vit, batch, keep):
     converted = attnrewrite.convert(vit, "neighborhood", batch, kernel_size=3, keep=keep)
-    assert converted_sites(converted) == ["blocks.0.attn", "blocks.2.attn"]
+    assert converted_sites(converted) == ["blocks.0.attn"]
     assert {s.name: s.why for s in attnrewrite.report(converted).sites}["blocks.1.attn"] == "keep"
 
 
@@ -525,10 +525,10 @@ def test_converting_twice_is_right_or_refused(name, inplace):
 
 def test_a_second_target_for_other_sites_composes(vit, batch):
     first = attnrewrite.convert(vit, "identity", batch, sites="blocks.0.*")
-    second = attnrewrite.convert(first, "neighborhood", batch, kernel_size=3, sites="blocks.2.attn")
-    direct = attnrewrite.convert(vit, "neighborhood", batch, kernel_size=3, sites="blocks.2.attn")
+    second = attnrewrite.convert(first, "neighborhood", batch, kernel_size=3, sites="blocks.1.attn")
+    direct = attnrewrite.convert(vit, "neighborhood", batch, kernel_size=3, sites="blocks.1.attn")
     assert difference(run(second, batch), run(direct, batch)) < 1e-12
-    assert {"blocks.0.attn", "blocks.2.attn"} <= set(rewritten(second))
+    assert {"blocks.0.attn", "blocks.1.attn"} <= set(rewritten(second))
 
 
 # --- failures leave the model as it was
@@ -645,18 +645,20 @@ def test_json_holds_no_nan():
 
 def test_alike_sites_share_a_row(exact):
     markdown = attnrewrite.report(exact).to_markdown()
-    assert "| blocks.{0...2}.attn |" in markdown
-    assert "| blocks.{0...2}.mlp |" in markdown
+    assert "| blocks.{0...1}.attn |" in markdown
+    assert "| blocks.{0...1}.mlp |" in markdown
     assert "blocks.1.attn" not in markdown
-    assert "blocks.{0...2}.attn" in str(attnrewrite.report(exact))
+    assert "blocks.{0...1}.attn" in str(attnrewrite.report(exact))
 
 
-def test_folding_does_not_claim_sites_between_that_differ(vit, batch):
+def test_folding_does_not_claim_sites_between_that_differ(batch):
     """blocks.0 and blocks.2 are not ``blocks.{0...2}`` if blocks.1 is another row."""
-    converted = attnrewrite.convert(vit, "neighborhood", batch, kernel_size=3, keep="blocks.1.attn")
+    converted = attnrewrite.convert(
+        small_model("timm_vit", depth=3), "neighborhood", batch, kernel_size=3, keep="blocks.1.attn"
+    )
     markdown = attnrewrite.report(converted).to_markdown()
     assert "{0...2}.attn" not in markdown
-    for name in ATTENTION:
+    for name in (*ATTENTION, "blocks.2.attn"):
         assert f"| {name} |" in markdown
 
 
@@ -690,7 +692,7 @@ def test_text_with_brackets_is_not_taken_for_markup():
 
 
 def test_the_headline_counts(projected):
-    assert "3 of 7 sites converted; output error" in attnrewrite.report(projected).headline()
+    assert "2 of 5 sites converted; output error" in attnrewrite.report(projected).headline()
 
 
 def test_no_new_parameters_are_claimed_and_none_exist(projected, vit):
@@ -812,7 +814,7 @@ def test_weights_that_are_not_finite_are_never_certified(model, batch, where, po
     site = where.rpartition(".")[0].rpartition(".")[0]
     refused = {planned.site.name for planned in plan.sites if planned.status == "refused"}
     assert site in refused
-    assert "blocks.2.attn" in refused  # what it is given is not finite
+    assert "blocks.1.mlp" in refused  # what it is given is not finite
     assert not any(planned.certificate.passed for planned in plan.sites if planned.site.name in refused)
     assert fates(plan)["blocks.0.attn"] == "convert"
 

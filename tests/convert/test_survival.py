@@ -38,7 +38,8 @@ from attnrewrite import AttnRewriteError
 ROOT = Path(__file__).resolve().parent.parent.parent
 VITS = [name for name in BUILDERS if "vit" in name]
 SWINS = [name for name in BUILDERS if "swin" in name]
-CONVERSIONS = [(name, to) for name in BUILDERS for to in ("identity", "neighborhood")]
+CONVERSIONS = [(name, "identity") for name in BUILDERS]
+CONVERSIONS += [(name, "neighborhood") for name in BUILDERS if not name.endswith(("unfused", "eager"))]
 
 
 def converted_from(donor, name, to, example=None, **options):
