@@ -181,8 +181,10 @@ def _bias_entries(site: AttentionSite, grid: Grid) -> Tensor | None:
 
 def _require_positive(name: str, value: Any) -> None:
     values = value if isinstance(value, tuple | list) and len(value) == 2 else (value,)
-    if any(type(each) is not int or each < 1 for each in values):
-        raise ArgumentError(f"{name}: expected an integer of at least 1, or two of them, got {value!r}")
+    if any(type(each) is not int for each in values):
+        raise ArgumentError(f"{name}: expected an integer or two of them, got {value!r}")
+    if min(values) < 1:
+        raise ArgumentError(f"{name}: must be at least 1, got {as_pair(value)}")
 
 
 def _text(pair: Pair) -> str:

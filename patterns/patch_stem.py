@@ -36,6 +36,8 @@ def recognise_stems(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
         try:
             stem = read(node, flow)
         except UNFORESEEN as cause:
+            if read is _merge:  # what cannot be read as gathered patches is some other linear map
+                continue
             stem = Refused(flow.capture.enclosing_call([node]).path, "stem", unforeseen(cause))
         stems += [stem] if stem is not None else []
     return stems
