@@ -120,7 +120,7 @@ class Counting(nn.Module):
     [
         ("timm_vit", "identity"),
         ("timm_swin", "neighborhood"),
-        ("torchvision_vit", "identity"),
+        pytest.param("torchvision_vit", "identity", marks=pytest.mark.slow),
         ("transformers_swin", "identity"),
     ],
 )
@@ -223,7 +223,8 @@ def test_limits_convert_the_first_sites_only(vit, batch):
     assert torch.equal(run(bounded, batch), run(chosen, batch))
 
 
-def test_limits_bisect_to_the_rewrite_that_changes_the_output(vit, batch):
+def test_limits_bisect_to_the_rewrite_that_changes_the_output(batch):
+    vit = small_model("timm_vit", depth=3)  # after the last block only the class token is read
     targets = {"blocks.1.attn": Neighborhood(kernel_size=1), "*": "identity"}
     errors = []
     for count in range(1, 3):
@@ -325,12 +326,12 @@ def test_options_reach_the_target(vit, batch):
         (Neighborhood, {}, r"to: "),
         ("neighborhood", {"kernel_sz": 3}, r"to: .* does not take \['kernel_sz'\]; it takes: kernel_size"),
         ("identity", {"kernel_size": 3}, r"to: target 'identity' does not take \['kernel_size'\]"),
-        ("neighborhood", {"kernel_size": 0}, r"kernel_size: must be at least 1, got \(0, 0\)"),
-        ("neighborhood", {"kernel_size": (3, -1)}, r"kernel_size: must be at least 1, got \(3, -1\)"),
-        ("neighborhood", {"dilation": 0}, r"dilation: must be at least 1"),
+        ("neighborhood", {"kernel_size": 0}, r"kernel_size: .*at least 1.* got (\(0, )?0"),
+        ("neighborhood", {"kernel_size": (3, -1)}, r"kernel_size: .*at least 1.* got \(3, -1\)"),
+        ("neighborhood", {"dilation": 0}, r"dilation: .*at least 1"),
         ("neighborhood", {"oversize": "shrink"}, r"oversize: expected 'clamp' or 'error', got 'shrink'"),
-        ("dilated_neighborhood", {"kernel_size": 0}, r"kernel_size: must be at least 1"),
-        ("dilated_neighborhood", {"dilation": -1}, r"dilation: must be at least 1"),
+        ("dilated_neighborhood", {"kernel_size": 0}, r"kernel_size: .*at least 1"),
+        ("dilated_neighborhood", {"dilation": -1}, r"dilation: .*at least 1"),
         ("dilated_neighborhood", {"oversize": "shrink"}, r"oversize: expected 'clamp' or 'error'"),
         ("neighborhood", {"kernel_size": "3"}, r"kernel_size: "),
         ("neighborhood", {"kernel_size": 2.5}, r"kernel_size: "),
@@ -469,7 +470,7 @@ def test_a_model_that_was_not_converted_has_no_report(vit):
     ("name", "to"),
     [
         ("timm_vit", "neighborhood"),
-        ("timm_swin", "identity"),
+        pytest.param("timm_swin", "identity", marks=pytest.mark.slow),
         ("torchvision_vit", "identity"),
         ("transformers_swin", "identity"),
     ],
@@ -508,7 +509,10 @@ def test_a_reverted_model_has_no_report_and_converts_again(projected, batch):
     assert torch.equal(run(again, batch), run(projected, batch))
 
 
-@pytest.mark.parametrize(("name", "inplace"), [("timm_vit", False), ("timm_swin", True), ("transformers_vit", True)])
+@pytest.mark.parametrize(
+    ("name", "inplace"),
+    [("timm_vit", False), ("timm_swin", True), pytest.param("transformers_vit", True, marks=pytest.mark.slow)],
+)
 def test_converting_twice_is_right_or_refused(name, inplace):
     donor = small_model(name)
     once = attnrewrite.convert(donor, "identity", images(name, 1))

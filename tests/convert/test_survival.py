@@ -272,13 +272,13 @@ DROPOUTS = [
     ("timm_swin", {"attn_drop_rate": 0.5}),
     ("torchvision_vit", {"attention_dropout": 0.5}),
     ("torchvision_vit", {"dropout": 0.5}),
-    ("torchvision_swin", {"attention_dropout": 0.5}),
     ("transformers_vit", {"attention_probs_dropout_prob": 0.5}),
     ("transformers_vit_eager", {"attention_probs_dropout_prob": 0.5}),
     ("transformers_vit", {"hidden_dropout_prob": 0.5}),
     ("transformers_swin", {"attention_probs_dropout_prob": 0.5}),
 ]
 SLOW_DROPOUTS = [
+    ("torchvision_swin", {"attention_dropout": 0.5}),
     ("timm_vit_unfused", {"attn_drop_rate": 0.5}),
     ("timm_swin", {"proj_drop_rate": 0.5}),
     ("torchvision_swin", {"dropout": 0.5}),
@@ -327,8 +327,8 @@ def test_a_smaller_kernel_keeps_attention_dropout(name):
     ("name", "rates"),
     [
         ("timm_vit", {"drop_path_rate": 0.5}),
-        ("timm_swin", {"drop_path_rate": 0.5}),
-        ("torchvision_swin", {"stochastic_depth_prob": 0.5}),
+        pytest.param("timm_swin", {"drop_path_rate": 0.5}, marks=pytest.mark.slow),
+        pytest.param("torchvision_swin", {"stochastic_depth_prob": 0.5}, marks=pytest.mark.slow),
         ("transformers_swin", {"drop_path_rate": 0.5}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -533,7 +533,9 @@ def test_a_saved_model_loads_in_a_fresh_process(pairs, tmp_path):
 # --- compilers and precision
 
 
-@pytest.mark.parametrize("name", ["timm_swin", "torchvision_vit", "transformers_swin"])
+@pytest.mark.parametrize(
+    "name", ["timm_swin", pytest.param("torchvision_vit", marks=pytest.mark.slow), "transformers_swin"]
+)
 def test_torch_export_of_the_converted_model(pairs, name):
     pair = pairs(name, "identity" if "vit" in name else "neighborhood")
     exported = torch.export.export(pair.converted, (pair.batch,), strict=False)
@@ -545,7 +547,7 @@ def test_torch_export_of_the_converted_model(pairs, name):
     [
         ("timm_vit", "neighborhood"),
         ("torchvision_vit", "identity"),
-        ("torchvision_swin", "neighborhood"),
+        pytest.param("torchvision_swin", "neighborhood", marks=pytest.mark.slow),
         ("transformers_vit", "identity"),
     ],
 )  # the originals of all four can
@@ -1090,7 +1092,7 @@ def equal_or_refused(donor, converted, batch, **options):
         ("timm_swin", (56, 112), {"img_size": (56, 112)}),
         ("torchvision_swin", (112, 56), {}),
         pytest.param("transformers_vit", (96, 64), {"image_size": (96, 64)}, marks=pytest.mark.slow),
-        ("transformers_swin", (56, 112), {"image_size": (56, 112)}),
+        pytest.param("transformers_swin", (56, 112), {"image_size": (56, 112)}, marks=pytest.mark.slow),
     ],
 )
 def test_images_that_are_not_square(name, size, options):
