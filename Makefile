@@ -4,7 +4,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c requirements/constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint typecheck benchmarks clean
+.PHONY: demo test test-all golden lint typecheck benchmarks clean
 
 demo: $(READY)
 	$(RUN) examples/demo.py
@@ -14,6 +14,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(RUN) -m pytest -m ""
+
+# `make golden DIR=…` compares a directory of golden files, one line a file.
+golden: $(READY)
+	$(RUN) tests/parity/run.py $(DIR)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

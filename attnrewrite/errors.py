@@ -1,6 +1,10 @@
 """What can go wrong, one class a cause; every one of them is an `AttnRewriteError`."""
 
 
+import difflib
+from collections.abc import Iterable
+
+
 class AttnRewriteError(Exception):
     """Any error that this library raises on purpose."""
 
@@ -15,6 +19,10 @@ class CaptureError(AttnRewriteError, RuntimeError):
 
 class ConversionError(AttnRewriteError, RuntimeError):
     """A site could not be rewritten as asked."""
+
+
+class CheckpointError(AttnRewriteError, ValueError):
+    """A file or mapping does not hold the weights that were expected."""
 
 
 class BackendError(AttnRewriteError, RuntimeError):
@@ -35,3 +43,9 @@ def unforeseen(cause: BaseException) -> str:
 def first_line(cause: BaseException) -> str:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[0] if lines else type(cause).__name__
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known ones that look like it, if any."""
+    close = difflib.get_close_matches(name, list(known), n=2)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

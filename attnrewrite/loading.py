@@ -4,7 +4,6 @@ Names: `timm:vit_tiny_patch16_224`, `torchvision:swin_t`, `transformers:ViTForIm
 class, built from its default configuration), `path/to/file.py:Factory`, or a bare timm or torchvision name.
 """
 
-import difflib
 import importlib
 import importlib.util
 import re
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, nearest
 from .torchvision_compat import ensure_torchvision
 
 
@@ -142,6 +141,4 @@ def _require(kind: str, name: str, known: Iterable[str]) -> None:
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> ArgumentError:
-    nearest = difflib.get_close_matches(name, list(known))
-    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-    return ArgumentError(f"no {kind} is called {name!r}{hint}")
+    return ArgumentError(f"no {kind} is called {name!r}{nearest(name, known)}")

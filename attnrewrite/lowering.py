@@ -7,7 +7,6 @@ Choice: explicit argument, else the innermost `use_backend`, else the environmen
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import BackendError
+from .errors import BackendError, nearest
 
 ENTRY_POINT_GROUP = "attnrewrite.backends"
 ENVIRONMENT_VARIABLE = "ATTNREWRITE_BACKEND"
@@ -146,9 +145,7 @@ def _named(name: str) -> Backend:
     known = available_backends()
     if name in known:
         return _backends[name]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise BackendError(f"unknown backend {name!r}, known are {', '.join(known)}{hint}")
+    raise BackendError(f"unknown backend {name!r}, known are {', '.join(known)}{nearest(name, known)}")
 
 
 @lru_cache(maxsize=1024)

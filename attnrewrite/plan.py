@@ -18,7 +18,7 @@ from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError
 from .ir import Refused, Site, line
 from .lift.dataflow import Dataflow
 from .lift.values import Values
-from .report import ConversionReport, SiteReport, nearest
+from .report import ConversionReport, SiteReport, suggestion
 from .rewrite.owners import OwnerProgram, build_programs
 from .rewrite.rewritten import restore_module, rewrite_module
 from .targets import Conversion, Exactness, Target
@@ -170,7 +170,7 @@ def matching(glob: str, sites: list[PlannedSite], argument: str) -> list[Planned
     found = [planned for planned in sites if fnmatchcase(planned.site.name, glob)]
     if not found:
         names = [planned.site.name for planned in sites]
-        raise ArgumentError(f"{argument}: {glob!r} matches no site; {nearest(glob, names)}")
+        raise ArgumentError(f"{argument}: {glob!r} matches no site{suggestion(glob, names)}")
     return found
 
 

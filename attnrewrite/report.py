@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -13,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from .errors import nearest
 
 SCHEMA_VERSION = 1
 
@@ -145,9 +146,8 @@ def _cells(names: str, site: SiteReport) -> tuple[str, ...]:
     return (names, site.status, site.exactness, site.source, error, kept, site.why)
 
 
-def nearest(wanted: str, names: list[str]) -> str:
+def suggestion(wanted: str, names: list[str]) -> str:
     """A suggestion for a name that is not known, or the names there are."""
-    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
-    if close:
-        return f"did you mean {', '.join(map(repr, close))}?"
-    return f"there are: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "there are none"
+    if close := nearest(wanted, names):
+        return close
+    return f"; there are: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "; there are none"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import ArgumentError
+from .errors import ArgumentError, nearest
 from .ir import Refused, Site
 from .lift.dataflow import Dataflow
 
@@ -118,9 +117,9 @@ def target_of(to: str | Target, options: Mapping[str, Any] | None = None) -> Tar
         return to
     known = known_targets()
     if not isinstance(to, str) or to not in known:
-        near = difflib.get_close_matches(str(to), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ArgumentError(f"to: unknown target {to!r}{hint} Known targets: {', '.join(sorted(known))}")
+        raise ArgumentError(
+            f"to: unknown target {to!r}{nearest(str(to), known)} Known targets: {', '.join(sorted(known))}"
+        )
     try:
         return known[to](**(options or {}))
     except TypeError as cause:

@@ -70,13 +70,13 @@ def test_loads_from_a_file(own_file):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("tim:vit_tiny_patch16_224", "no library is called 'tim'; did you mean timm"),
-        ("timm:vit_tiny_patch16_223", "did you mean vit_tiny_patch16_224"),
-        ("torchvision:swin_tt", "did you mean swin_t"),
-        ("transformers:VitForImageClassification", "did you mean ViTForImageClassification"),
+        ("tim:vit_tiny_patch16_224", "no library is called 'tim'; did you mean 'timm"),
+        ("timm:vit_tiny_patch16_223", "did you mean 'vit_tiny_patch16_224"),
+        ("torchvision:swin_tt", "did you mean 'swin_t"),
+        ("transformers:VitForImageClassification", "did you mean 'ViTForImageClassification"),
         ("transformers:AutoModel", "not the class of a single model"),
         ("transformers:ViTConfig", "not the class of a single model"),
-        ("vit_tiny_patch16_223", "did you mean vit_tiny_patch16_224"),
+        ("vit_tiny_patch16_223", "did you mean 'vit_tiny_patch16_224"),
         ("", "no model is called ''"),
         ("nowhere/file.py:Model", r"no such file: nowhere.file\.py"),
     ],
@@ -89,7 +89,7 @@ def test_unknown_names_are_refused_with_the_nearest(spec, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("own", "no factory in .* is called 'own'; did you mean Own"),
+        ("own", "no factory in .* is called 'own'; did you mean 'Own"),
         ("instance", "not a class or function that makes a model"),
         ("WIDTH", "not a class or function that makes a model"),
         ("number", "returned int, not an nn.Module"),
@@ -101,7 +101,7 @@ def test_a_file_must_hold_a_factory(own_file, name, message):
 
 
 def test_unknown_transformers_options_are_refused():
-    with pytest.raises(ArgumentError, match="did you mean num_hidden_layers"):
+    with pytest.raises(ArgumentError, match="did you mean 'num_hidden_layers"):
         load_model("transformers:ViTModel", num_hiden_layers=1)
 
 
