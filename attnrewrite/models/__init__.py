@@ -11,8 +11,9 @@ Importing this package also registers them with timm, where timm is installed.
 from .checkpoint import load_official
 from .in_timm import register_with_timm
 from .registry import create_model, list_models
+from .rmt import RMT
 from .vision_model import FeatureMaps, VisionModel
 
-__all__ = ["FeatureMaps", "VisionModel", "create_model", "list_models", "load_official"]
+__all__ = ["RMT", "FeatureMaps", "VisionModel", "create_model", "list_models", "load_official"]
 
 register_with_timm()
