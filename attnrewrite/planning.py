@@ -55,6 +55,7 @@ def plan(
         made.limit(max_rewrites)
     _check_behaviour(made, flow)
     _measure(made)
+    made.values = {node: made.values[node] for node in _references(made.capture.root.output)}  # the rest is memory
     return made
 
 

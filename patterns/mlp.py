@@ -129,6 +129,8 @@ def _site(second: Node, walked: _Walked, flow: Dataflow) -> MlpSite:
 
 def _linear_behind(node: Node, flow: Dataflow) -> tuple[Node, Tensor] | None:
     """The linear map that ``node`` rearranges without touching tokens, and which of its rows it holds."""
+    if flow.is_linear(node):
+        return node, torch.arange(shape_of(node)[-1])
     found = flow.provenance(node, stop=flow.is_linear)
     linear = found.source
     if linear is None or not flow.is_linear(linear) or bool((found.address < 0).any()):
@@ -142,7 +144,7 @@ def _linear_behind(node: Node, flow: Dataflow) -> tuple[Node, Tensor] | None:
         rows = tokens[0]
         whole = len(tokens) * width == linear.meta["val"].numel()
         if whole and torch.equal(tokens, rows + torch.arange(len(tokens))[:, None] * width):
-            return linear, rows
+            return linear, rows.clone()  # a view would keep all addresses
     return None
 
 

@@ -38,7 +38,7 @@ def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refuse
             refused.append(Refused(_path(flow, list(core.nodes)), "attention", str(reason)))
         except UNFORESEEN as cause:
             refused.append(Refused(_path(flow, list(core.nodes)), "attention", unforeseen(cause)))
-    return [*map(_with_dropout, _with_grids(sites, flow)), *refused]
+    return [*(_with_dropout(site, flow) for site in _with_grids(sites, flow)), *refused]
 
 
 def _lift(core: Core, flow: Dataflow) -> AttentionSite:
@@ -366,11 +366,12 @@ def _dropout(core: Core) -> float:
     return max(rates, default=0.0)
 
 
-def _with_dropout(site: AttentionSite) -> AttentionSite:
-    """A rate that eval mode passes as zero is not in the graph."""
+def _with_dropout(site: AttentionSite, flow: Dataflow) -> AttentionSite:
+    """A rate that eval mode passes as zero is not in the graph, but in the module that mixes the values."""
     if site.dropout:
         return site
-    return replace(site, dropout=training_dropout(site.owner))
+    mixing = flow.capture.enclosing_call([site.nodes.output.node])
+    return replace(site, dropout=training_dropout(mixing, site.scale))
 
 
 def _same_length(core: Core) -> bool:

@@ -16,9 +16,12 @@ from .boundaries import ModuleCall, NodeRef
 from .snapshot import untouched
 
 
-def training_dropout(call: ModuleCall) -> float:
-    """The largest rate on attention weights that the module uses in training; 0 if it does not run on its own."""
-    if not _may_drop(call.module):
+def training_dropout(call: ModuleCall, scale: float) -> float:
+    """The largest rate on attention weights that the module uses in training; 0 if it does not run on its own.
+
+    ``scale`` is that of its dot products: a number that the module holds and that is no rate.
+    """
+    if not _may_drop(call.module, scale):
         return 0.0
     with (
         untouched(call.module),
@@ -62,11 +65,12 @@ class _RateRecorder(TorchDispatchMode):
         return result
 
 
-def _may_drop(module: nn.Module) -> bool:
-    """Some number in the module could be a rate; a cheap test that spares most models the call."""
+def _may_drop(module: nn.Module, scale: float) -> bool:
+    """Some number in the module could be a rate (an epsilon is smaller); a cheap test that spares most the call."""
     if any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.modules()):
         return True
-    return any(type(v) is float and 0.0 < v < 1.0 for child in module.modules() for v in child.__dict__.values())
+    numbers = (v for child in module.modules() for v in child.__dict__.values() if type(v) is float)
+    return any(1e-3 < v < 1.0 and v != scale for v in numbers)
 
 
 def _stand_in(leaf: Any) -> Any:

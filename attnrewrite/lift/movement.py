@@ -119,19 +119,20 @@ def provenance(
     multiplication by a number is walked through as well.
     """
     path, sources, factor = _walk_back(node, constants, stop, scaling)
+    counts = [source.meta["val"].numel() for source in sources]
+    # some movement operators refuse integers; these floating types are exact up to that many addresses
+    dtype = torch.float32 if sum(counts) < 2**24 else torch.float64
     offsets: dict[Node, int] = {}
     values: dict[Node, Any] = {}
     total = 0
-    for source in sources:
-        count = source.meta["val"].numel()
-        # one more than the address, so that every kind of zero padding comes out as address -1; float64 because some
-        # movement operators refuse integers, and it is exact up to 2**53
-        values[source] = torch.arange(total + 1, total + count + 1, dtype=torch.float64).view(shape_of(source))
+    for source, count in zip(sources, counts, strict=True):
+        # one more than the address, so that every kind of zero padding comes out as address -1
+        values[source] = torch.arange(total + 1, total + count + 1, dtype=dtype).view(shape_of(source))
         offsets[source] = total
         total += count
     for step in path:
         values[step] = move(step, values, constants)
-    return Provenance(values[node].round().long() - 1, offsets, factor, tuple(path))
+    return Provenance(values[node].long() - 1, offsets, factor, tuple(path))
 
 
 def is_movement(node: Node, constants: Values) -> bool:

@@ -79,9 +79,12 @@ def source_tokens(node: Node, flow: Dataflow) -> tuple[Node, Tensor]:
 
     A source whose channels are not its last axis is not looked for: then ``node`` is its own source.
     """
-    found = flow.provenance(node)
-    source, width = found.source, shape_of(node)[-1]
+    width = shape_of(node)[-1]
     own = (node, torch.arange(node.meta["val"].numel() // width))
+    if not flow.is_movement(node):
+        return own
+    found = flow.provenance(node)
+    source = found.source
     if source is None or shape_of(source)[-1] != width:
         return own
     address = found.address.reshape(-1, width)
