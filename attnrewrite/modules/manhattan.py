@@ -130,7 +130,7 @@ def _along_rows(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, in
     query, key, value = (part.flatten(0, 1).transpose(1, 2) for part in (query, key, value))
     bias = axis_bias(log_decay, width)
     if inside:
-        mixed = F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype), scale=scale)
+        mixed = F.scaled_dot_product_attention(query, key, value, bias[None].to(query.dtype), scale=scale)
     else:
         mixed = _decayed_after_softmax(query, key, value, bias, scale)
     return mixed.transpose(1, 2).unflatten(0, (batch, height))
