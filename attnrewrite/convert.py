@@ -81,7 +81,8 @@ def revert(model: nn.Module) -> nn.Module:
     if not rewritten:
         raise ArgumentError(f"model: nothing in {type(model).__name__} was rewritten, so there is nothing to revert")
     for module in rewritten:
-        restore_module(module)
+        while isinstance(module, RewrittenModule):  # a model converted twice was rewritten twice
+            restore_module(module)
     model.__dict__.pop("attnrewrite_report", None)
     return model
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from .ir import line
 from .plan import Plan
+from .ir import Site
+from .lift.dataflow import Dataflow
 from .planning import lifted, prove
 from .targets import NotConvertible, known_targets
 
@@ -40,16 +42,16 @@ def explain(model: nn.Module, example_inputs: Any | None = None) -> Explanation:
     """
     made, flow = lifted(model, example_inputs)
     prove(made, made.sites, flow, progress=False)
-    return Explanation(made, [_options(planned.site) for planned in made.sites])
+    return Explanation(made, [_options(planned.site, flow) for planned in made.sites])
 
 
-def _options(site: Any) -> dict[str, str]:
+def _options(site: Site, flow: Dataflow) -> dict[str, str]:
     options = {}
     for name, kind in sorted(known_targets().items()):
         if name == "identity" or site.kind not in kind.kinds:
             continue
         try:
-            conversion = kind().convert(site, 0)
+            conversion = kind().convert(site, 0, flow.weights)
             options[name] = f"{conversion.exactness.name}: {conversion.why}"
         except NotConvertible as reason:
             options[name] = f"refused: {reason}"

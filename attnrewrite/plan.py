@@ -20,7 +20,7 @@ from .lift.dataflow import Dataflow
 from .lift.values import Values
 from .report import ConversionReport, SiteReport, suggestion
 from .rewrite.owners import OwnerProgram, build_programs
-from .rewrite.rewritten import restore_module, rewrite_module
+from .rewrite.rewritten import restore_module
 from .targets import Conversion, Exactness, Target
 
 END_TO_END = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -60,6 +60,10 @@ class Plan:
     refused: list[Refused]
     programs: list[OwnerProgram] = field(default_factory=list)
     values: Values = field(repr=False, default_factory=dict)
+    _weights: list[tuple[int, int]] = field(repr=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._weights = _versions(self.model)
 
     @property
     def capture(self) -> Capture:
@@ -90,17 +94,26 @@ class Plan:
         return self
 
     def apply(self, inplace: bool = False) -> nn.Module:
-        """The converted model: a copy, or with ``inplace`` the model itself. A failure leaves the model as it was."""
+        """The converted model: a copy, or with ``inplace`` the model itself. A failure leaves the model as it was.
+
+        The model may have been given other weights since the plan was made, but not another structure.
+        """
         if not self.converting:
             raise ConversionError(f"nothing to convert in {type(self.model).__name__}:\n{self}")
+        for owner in self.programs:
+            if type(owner.call.module) is not owner.donor_class:
+                raise ConversionError(
+                    f"{owner.path or '(root)'} was rewritten since the plan was made; revert the model, or plan anew"
+                )
+        expected = self._expected()
         model = self.model if inplace else copy.deepcopy(self.model)
         rewritten: list[nn.Module] = []
         try:
             for owner in self.programs:
                 module = model.get_submodule(owner.path)
-                rewrite_module(module, owner.program, copy.deepcopy(owner.modules), copy.deepcopy(owner.buffers))
+                owner.install(module)
                 rewritten.append(module)
-            error = self._output_error(model)
+            error = self._output_error(model, expected)
         except Exception as cause:
             for module in rewritten:
                 restore_module(module)  # type: ignore[arg-type]
@@ -133,23 +146,28 @@ class Plan:
 
     def build(self) -> None:
         """Make the programs of the sites that are to be converted; those that cannot be rewritten are refused."""
-        cores = {id(p.site): p.conversion.core for p in self.converting if p.conversion is not None}
+        conversions = {id(p.site): p.conversion for p in self.converting if p.conversion is not None}
         sites = [planned.site for planned in self.converting]
-        self.programs, failed = build_programs(sites, self.flow, lambda site: cores[id(site)])
+        self.programs, failed = build_programs(sites, self.flow, lambda site: conversions[id(site)])
         reasons = {id(site): reason for site, reason in failed}
         for planned in self.converting:
             if id(planned.site) in reasons:
                 planned.refuse(reasons[id(planned.site)])
 
-    def _output_error(self, model: nn.Module) -> float:
+    def _expected(self) -> list[Tensor]:
+        """The model's own outputs on the example input: seen at planning, unless its weights are others now."""
+        if _versions(self.model) != self._weights:
+            return _outputs(self.model, *self.capture.example)
+        references = [leaf for leaf in tree_leaves(self.capture.root.output) if isinstance(leaf, NodeRef)]
+        return [self.values[reference.node] for reference in references if reference.node is not None]
+
+    def _output_error(self, model: nn.Module, expected: list[Tensor]) -> float:
         """Relative error of the outputs on the example input; an exact conversion must not change them.
 
         Raises:
             ConversionError: it did.
         """
         actual = _outputs(model, *self.capture.example)
-        references = [leaf for leaf in tree_leaves(self.capture.root.output) if isinstance(leaf, NodeRef)]
-        expected = [self.values[reference.node] for reference in references if reference.node is not None]
         errors = [relative_error(a.double(), e.double()) for a, e in zip(actual, expected, strict=True)]
         error = max(errors, default=0.0)
         exact = all(p.conversion.exactness is Exactness.EXACT for p in self.converting if p.conversion)
@@ -172,6 +190,11 @@ def matching(glob: str, sites: list[PlannedSite], argument: str) -> list[Planned
         names = [planned.site.name for planned in sites]
         raise ArgumentError(f"{argument}: {glob!r} matches no site{suggestion(glob, names)}")
     return found
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Changes when a parameter or buffer is exchanged or written to."""
+    return [(id(value), value._version) for value in (*model.parameters(), *model.buffers())]
 
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,6 +21,7 @@ from .ir import AttentionSite, Global, Reduced, Refused, Site
 from .lift.dataflow import Dataflow
 from .plan import Plan, PlannedSite, matching
 from .rewrite.check import misbehaviour
+from .rewrite.owners import OwnerProgram, build_programs
 from .targets import Exactness, NotConvertible, NothingToDo, Target, recognise_all, target_of
 
 Selector = str | Iterable[str] | Callable[[Site], bool]
@@ -49,7 +49,7 @@ def plan(
     _choose(made, targets, sites, keep)
     chosen = [planned for planned in made.sites if planned.target is not None]
     prove(made, chosen, flow, progress)
-    _classify(chosen, least)
+    _classify(chosen, least, flow)
     made.build()
     if max_rewrites is not None:
         made.limit(max_rewrites)
@@ -149,7 +149,7 @@ def prove(made: Plan, chosen: list[PlannedSite], flow: Dataflow, progress: bool)
                 planned.refuse(f"{planned.certificate}: its lifted form does not reproduce the model")
 
 
-def _classify(chosen: list[PlannedSite], least: Exactness) -> None:
+def _classify(chosen: list[PlannedSite], least: Exactness, flow: Dataflow) -> None:
     converted: dict[int, int] = {}
     for planned in chosen:
         if planned.status == "refused":
@@ -157,7 +157,7 @@ def _classify(chosen: list[PlannedSite], least: Exactness) -> None:
         assert planned.target is not None
         index = converted.get(id(planned.target), 0)
         try:
-            conversion = planned.target.convert(planned.site, index)
+            conversion = planned.target.convert(planned.site, index, flow.weights)
         except NothingToDo as reason:
             planned.why = str(reason)
             continue
@@ -172,24 +172,30 @@ def _classify(chosen: list[PlannedSite], least: Exactness) -> None:
 
 
 def _check_behaviour(made: Plan, flow: Dataflow) -> None:
-    """Run one rewritten module of every structure, with cores that keep the function, beside its donor."""
-    exact = target_of("identity")
-    sites = {id(p.conversion.core): p.site for p in made.converting if p.conversion is not None}
+    """Run one rewritten module of every structure beside its donor; an inexact one with cores that keep the function."""
+    planned = {id(p.site): p for p in made.converting}
     verdicts: dict[str, str] = {}
     for owner in made.programs:
-        structure = f"{type(owner.call.module)} {owner.program.source}"
+        owned = [planned[id(site)] for site in owner.sites]
+        structure = f"{type(owner.call.module)} {owner.program.source} {list(owner.modules.values())}"
         if structure not in verdicts:
-            cores = {
-                name: exact.convert(sites[id(core)], 0).core if id(core) in sites else core
-                for name, core in owner.modules.items()
-            }
-            twin = replace(owner, modules=cores)
-            verdicts[structure] = misbehaviour(twin, flow.constants | made.values, made.capture.batch)
-        for planned in made.converting if verdicts[structure] else ():
-            if any(planned.site is site for site in owner.sites):
-                planned.refuse(verdicts[structure])
+            twin = owner if all(p.conversion.keeps_function for p in owned) else _with_own_function(owner, flow)
+            verdicts[structure] = misbehaviour(twin, flow.constants | made.values, made.capture.batch) if twin else ""
+        for each in owned if verdicts[structure] else ():
+            each.refuse(verdicts[structure])
     if any(verdicts.values()):
         made.build()
+
+
+def _with_own_function(owner: OwnerProgram, flow: Dataflow) -> OwnerProgram | None:
+    """The same module rewritten at the same sites, with cores that keep its function."""
+    exact = target_of("identity")
+    try:
+        conversions = {id(site): exact.convert(site, 0, flow.weights) for site in owner.sites}
+    except NothingToDo:
+        return None
+    programs, _ = build_programs(owner.sites, flow, lambda site: conversions[id(site)])
+    return next((program for program in programs if program.call is owner.call), None)
 
 
 def _measure(made: Plan) -> None:

@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import Any
 
 from torch import Tensor
+from torch.fx import Node
 
 from .errors import ArgumentError, nearest
 from .ir import Refused, Site
@@ -28,7 +29,11 @@ class Exactness(IntEnum):
 class Conversion:
     """One site's conversion: ``core`` takes the place of the site's computation.
 
-    ``why`` is one clause; ``benefit`` says whether the target is cheaper as soon as it is converted.
+    ``why`` is one clause; ``benefit`` says whether the target is cheaper as soon as it is converted. ``extras`` are
+    given to the core by keyword, beside its operands: ``local_key`` and ``local_value``, an attention site's keys and
+    values of the query map itself, ``[B, H, W, heads, dim]``, where it attends to a reduced one; ``source``, what feeds
+    an MLP's or stem's first linear map. A ``whole`` core takes the site's source to its result by itself, and the
+    site's own linear maps are dropped.
     """
 
     exactness: Exactness
@@ -36,6 +41,16 @@ class Conversion:
     core: Any
     settings: Mapping[str, Any] = field(default_factory=dict)
     benefit: str = ""
+    extras: tuple[str, ...] = ()
+    whole: bool = False
+
+    @property
+    def keeps_function(self) -> bool:
+        return self.exactness >= Exactness.CONTINUOUS
+
+
+Weights = Callable[[Node], Tensor]
+"""The value of a constant of the captured graph: a parameter, or what is computed from parameters alone."""
 
 
 class NotConvertible(Exception):
@@ -52,7 +67,7 @@ class Target:
     name: str = ""
     kinds: tuple[str, ...] = ("attention",)
 
-    def convert(self, site: Site, index: int) -> Conversion:
+    def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         """The conversion of ``site``, the ``index``-th of its kind that is converted.
 
         Raises:
@@ -135,6 +150,6 @@ def _discover() -> None:
 
 
 __all__ = [
-    "Conversion", "Exactness", "NotConvertible", "NothingToDo", "Recogniser", "Target", "known_targets",
+    "Conversion", "Exactness", "NotConvertible", "NothingToDo", "Recogniser", "Target", "Weights", "known_targets",
     "recognise_all", "register_recogniser", "register_target", "target_of",
 ]  # fmt: skip

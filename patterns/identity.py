@@ -9,7 +9,7 @@ from torch import nn
 
 from ..ir import MlpSite, Site, StemSite, Window
 from ..modules import Activation, DenseAttention, GatherPatches, MapToTokens, WindowAttention
-from ..targets import Conversion, Exactness, NothingToDo, Target, register_target
+from ..targets import Conversion, Exactness, NothingToDo, Target, Weights, register_target
 from .patch_stem import map_width, patch_geometry
 
 
@@ -21,7 +21,7 @@ class Identity(Target):
     name = "identity"
     kinds = ("attention", "mlp", "stem")
 
-    def convert(self, site: Site, index: int) -> Conversion:
+    def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         return Conversion(Exactness.EXACT, "the site rebuilt from its lifted form", identity_core(site))
 
 

@@ -13,7 +13,7 @@ from ..ir import AttentionSite, Global, Grid, Reduced, Site, Window
 from ..layout import as_pair
 from ..modules import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
 from ..modules.neighborhood import clamped_kernel, covers, neighborhood_mask, reduced_mask
-from ..targets import Conversion, Exactness, NotConvertible, Target, register_target
+from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
 from .windows import relative_table
 
 Pair = tuple[int, int]
@@ -44,7 +44,7 @@ class Neighborhood(Target):
         if self.oversize not in ("clamp", "error"):
             raise ArgumentError(f"oversize: expected 'clamp' or 'error', got {self.oversize!r}")
 
-    def convert(self, site: Site, index: int) -> Conversion:
+    def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
         if isinstance(site.keys, Window):
             if self.kernel_size is None and as_pair(self.dilation) == (1, 1):
@@ -136,7 +136,7 @@ class DilatedNeighborhood(Neighborhood):
         else:
             super().__post_init__()
 
-    def convert(self, site: Site, index: int) -> Conversion:
+    def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
         if not isinstance(site.keys, Global):
             raise NotConvertible(

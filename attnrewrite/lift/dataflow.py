@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
 from torch.fx import Node
 
 from ..capture import Capture
@@ -24,6 +25,10 @@ class Dataflow:
         self.capture = capture
         self.constants: Values = fold_constants(capture)
         self.learned = _reached_by_parameters(capture, self.constants)
+
+    def weights(self, node: Node) -> Tensor:
+        """The value of a constant: a parameter, or what is computed from parameters alone."""
+        return self.constants[node]
 
     def provenance(
         self, node: Node, stop: Callable[[Node], bool] = lambda node: False, scaling: bool = False

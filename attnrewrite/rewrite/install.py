@@ -14,25 +14,34 @@ from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
 from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..lift.values import shape_of
 from ..modules import GatherPatches
+from ..targets import Conversion
 from .outline import NotOutlinable, Outlined
 
 
-def install(outlined: Outlined, site: Site, core: Any) -> None:
-    """Replace what ``site`` computes in the graph by a call of ``core``, a new child of the module.
+def install(outlined: Outlined, site: Site, conversion: Conversion) -> None:
+    """Replace what ``site`` computes in the graph by a call of the conversion's core, a new child of the module.
 
     Raises:
         NotOutlinable: the site's values are not where the graph can replace them.
     """
     if isinstance(site, AttentionSite):
-        _attention(outlined, site, core)
+        if isinstance(site.keys, Window):
+            _windowed(outlined, site, conversion.core)
+        else:
+            _operands(outlined, site, conversion)
+    elif conversion.whole:
+        _whole(outlined, site, conversion.core)
     elif isinstance(site, MlpSite):
-        _mlp(outlined, site, core)
+        _mlp(outlined, site, conversion)
     else:
-        _stem(outlined, site, core)
+        _stem(outlined, site, conversion)
 
 
-def must_open(site: Site) -> tuple[list[Node], list[Node]]:
+def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node]]:
     """Captured nodes that a graph must show itself, and those it may also show as the result of a child."""
+    if conversion.whole:
+        assert not isinstance(site, AttentionSite)
+        return [], [site.source, site.result]
     if isinstance(site, MlpSite):
         return [stage.node for stage in site.stages if stage.kind in ("activation", "gate")], []
     if isinstance(site, StemSite):
@@ -50,14 +59,7 @@ def remove_dead_code(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _attention(outlined: Outlined, site: AttentionSite, core: Any) -> None:
-    if isinstance(site.keys, Window):
-        _windowed(outlined, site, core)
-    else:
-        _operands(outlined, site, core)
-
-
-def _operands(outlined: Outlined, site: AttentionSite, core: Any) -> None:
+def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -> None:
     """Query, key and value stay as they are computed; the product with the values is replaced."""
     nodes, graph = site.nodes, outlined.graph
     old = outlined.first(nodes.output.node)
@@ -74,13 +76,23 @@ def _operands(outlined: Outlined, site: AttentionSite, core: Any) -> None:
             per_head = graph.call_method("reshape", (outlined.latest(scale), [-1, 1]))
             parts[0] = graph.call_function(operator.mul, (parts[0], per_head))
         bias = _dense_bias(outlined, site)
-        new = graph.call_module(outlined.add_module("attention", core), (*parts, *bias))
+        local = _local_operands(outlined, site) if conversion.extras else {}
+        new = graph.call_module(outlined.add_module("attention", conversion.core), (*parts, *bias), local)
         sizes = dict(zip(nodes.output.axes, shape_of(nodes.output.node), strict=True))
         head_sizes = tuple(sizes[axis] for axis in nodes.head_groups)
         new = graph.call_function(
             from_heads_last, (new, nodes.output.axes, nodes.batch_groups, nodes.head_groups, head_sizes)
         )
     _replace(old, new)
+
+
+def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Node]:
+    """The projections that made keys and values of the reduced map, of the query map itself."""
+    assert site.key is not None
+    assert site.value is not None
+    source = outlined.latest(site.nodes.source)  # type: ignore[arg-type]
+    project = _projector(outlined, site, source)
+    return {"local_key": project(site.key, source), "local_value": project(site.value, source)}
 
 
 def _dense_bias(outlined: Outlined, site: AttentionSite) -> tuple[Node, ...]:
@@ -198,28 +210,45 @@ def _again(outlined: Outlined, made: Node, value: Node) -> Node:
     return outlined.graph.call_function(made.target, (value, *made.args[1:]), dict(made.kwargs))  # type: ignore[arg-type]
 
 
-def _mlp(outlined: Outlined, site: MlpSite, core: Any) -> None:
+def _mlp(outlined: Outlined, site: MlpSite, conversion: Conversion) -> None:
     """The activations become the core's; linear maps, convolution and dropout stay live."""
     graph = outlined.graph
     for number, stage in enumerate(site.stages):
-        if stage.kind not in ("activation", "gate"):
+        if conversion.core[number] is None:
             continue
         old = outlined.first(stage.node)
         with graph.inserting_before(old):
             operands = [outlined.latest(stage.before)]
             if stage.gate_value is not None:
                 operands.append(outlined.latest(stage.gate_value))
-            new = graph.call_module(outlined.add_module("mlp", core[number]), tuple(operands))
+            name = outlined.add_module("mlp", conversion.core[number])
+            new = graph.call_module(name, tuple(operands), _source(outlined, site, conversion))
         _replace(old, new)
 
 
-def _stem(outlined: Outlined, site: StemSite, core: Any) -> None:
-    old = outlined.latest(site.tokens or site.result)
-    with outlined.graph.inserting_before(old):
+def _stem(outlined: Outlined, site: StemSite, conversion: Conversion) -> None:
+    """What follows the convolution, or the gathering of patches before the linear map, becomes the core's."""
+    in_place = site.result if conversion.extras else site.tokens or site.result
+    old = outlined.latest(in_place)
+    after = outlined.graph.inserting_after(old) if conversion.extras else outlined.graph.inserting_before(old)
+    with after:
         arguments: tuple[Any, ...] = (outlined.latest(site.source if site.patches is not None else site.result),)
-        if isinstance(core, GatherPatches) and len(shape_of(site.source)) == 3:
-            arguments += outlined.sides(*core.grid)
-        new = outlined.graph.call_module(outlined.add_module("stem", core), arguments)
+        if isinstance(conversion.core, GatherPatches) and len(shape_of(site.source)) == 3:
+            arguments += outlined.sides(*conversion.core.grid)
+        name = outlined.add_module("stem", conversion.core)
+        new = outlined.graph.call_module(name, arguments, _source(outlined, site, conversion))
+    _replace(old, new)
+
+
+def _source(outlined: Outlined, site: MlpSite | StemSite, conversion: Conversion) -> dict[str, Node]:
+    return {"source": outlined.latest(site.source)} if "source" in conversion.extras else {}
+
+
+def _whole(outlined: Outlined, site: MlpSite | StemSite, core: Any) -> None:
+    """From the value that feeds the first linear map to that of the last one."""
+    old = outlined.latest(site.result)
+    with outlined.graph.inserting_before(old):
+        new = outlined.graph.call_module(outlined.add_module(site.kind, core), (outlined.latest(site.source),))
     _replace(old, new)
 
 

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
 from ..errors import UNFORESEEN, unforeseen
 from ..ir import Site
 from ..lift.dataflow import Dataflow
+from ..targets import Conversion
 from .install import install, must_open, remove_dead_code
 from .outline import NotOutlinable, outline
 from .program import Program, program_of
+from .rewritten import rewrite_module
 from .shapes import free_sizes
 
-Core = Any
-"""A module, or for an MLP one module (or None) for every stage."""
+ConversionOf = Callable[[Site], Conversion]
 
 
 @dataclass
 class OwnerProgram:
     """The new forward of one module: at ``path``, replacing ``sites``, with the children and buffers it needs.
 
-    ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its own hands
-    its input on in eval mode.
+    ``dropped`` are children that nothing uses any more. ``fixed_to`` says what holds for the captured size only;
+    ``handed_on`` whether a child with a life of its own hands its input on in eval mode.
     """
 
     call: ModuleCall
@@ -35,24 +36,33 @@ class OwnerProgram:
     program: Program
     modules: dict[str, nn.Module]
     buffers: dict[str, Tensor]
+    dropped: list[str] = field(default_factory=list)
     fixed_to: list[str] = field(default_factory=list)
     handed_on: bool = False
+    donor_class: type = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.donor_class = type(self.call.module)
 
     @property
     def path(self) -> str:
         return self.call.path
 
+    def install(self, module: nn.Module) -> None:
+        """Rewrite ``module``, the owner or a copy of it, with cores of its own."""
+        rewrite_module(module, self.program, copy.deepcopy(self.modules), copy.deepcopy(self.buffers), self.dropped)
+
 
 def build_programs(
-    sites: list[Site], flow: Dataflow, core_of: Callable[[Site], Core]
+    sites: list[Site], flow: Dataflow, conversion_of: ConversionOf
 ) -> tuple[list[OwnerProgram], list[tuple[Site, str]]]:
     """One program for every owning module, and the sites that could not be rewritten, with the reason."""
     programs: list[OwnerProgram] = []
     failed: list[tuple[Site, str]] = []
-    for calls in _by_module(_owners(sites)):
+    for calls in _by_module(_owners(sites, conversion_of)):
         built = []
         for call, owned in calls:
-            program, without = _build(call, owned, flow, core_of)
+            program, without = _build(call, owned, flow, conversion_of)
             failed += without
             built += [program] if program is not None else []
         count = sum(1 for other in _calls(flow.capture.root) if other.module is calls[0][0].module)
@@ -65,16 +75,17 @@ def build_programs(
 
 
 def _build(
-    call: ModuleCall, sites: list[Site], flow: Dataflow, core_of: Callable[[Site], Core]
+    call: ModuleCall, sites: list[Site], flow: Dataflow, conversion_of: ConversionOf
 ) -> tuple[OwnerProgram | None, list[tuple[Site, str]]]:
     """Leave out, one by one, the sites that cannot be installed."""
     failed: list[tuple[Site, str]] = []
     while sites:
         site = sites[0]
         try:
-            outlined = outline(call, flow, _opener(sites))
+            outlined = outline(call, flow, _opener(sites, conversion_of))
+            before = _children_called(outlined.graph)
             for site in sites:
-                install(outlined, site, core_of(site))
+                install(outlined, site, conversion_of(site))
             remove_dead_code(outlined.graph)
             tied = outlined.tied + free_sizes(outlined.graph, outlined.leaves)
             remove_dead_code(outlined.graph)
@@ -90,15 +101,29 @@ def _build(
         used = {node.target for node in outlined.graph.nodes if node.op in ("call_module", "get_attr")}
         modules = {name: module for name, module in outlined.modules.items() if name in used}
         buffers = {name: value for name, value in outlined.constants.items() if name in used}
-        return OwnerProgram(call, sites, program, modules, buffers, tied, outlined.handed_on), failed
+        unused = [name for name in before if name not in used and _is_droppable(call, name, flow)]
+        return OwnerProgram(call, sites, program, modules, buffers, unused, tied, outlined.handed_on), failed
     return None, failed
 
 
-def _opener(sites: list[Site]) -> Callable[[ModuleCall], bool]:
+def _children_called(graph: fx.Graph) -> list[str]:
+    return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"))
+
+
+def _is_droppable(call: ModuleCall, name: str, flow: Dataflow) -> bool:
+    """A child with parameters that only this call used: left behind, it would break distributed training."""
+    if name not in dict(call.module.named_modules()):
+        return False
+    child = call.module.get_submodule(name)
+    calls = sum(1 for other in _calls(flow.capture.root) if other.module is child)
+    return calls == 1 and any(True for _ in child.parameters())
+
+
+def _opener(sites: list[Site], conversion_of: ConversionOf) -> Callable[[ModuleCall], bool]:
     inner: list[Node] = []
     shown: list[Node] = []
     for site in sites:
-        inside, either = must_open(site)
+        inside, either = must_open(site, conversion_of(site))
         inner += inside
         shown += either
 
@@ -117,7 +142,7 @@ def _opener(sites: list[Site]) -> Callable[[ModuleCall], bool]:
     return opened
 
 
-def _owners(sites: list[Site]) -> list[tuple[ModuleCall, list[Site]]]:
+def _owners(sites: list[Site], conversion_of: ConversionOf) -> list[tuple[ModuleCall, list[Site]]]:
     """Sites by the call that owns them; a site inside a child that another site dissolves joins that one's owner."""
     owners: dict[int, tuple[ModuleCall, list[Site]]] = {}
     for site in sites:
@@ -126,7 +151,7 @@ def _owners(sites: list[Site]) -> list[tuple[ModuleCall, list[Site]]]:
         for inner, theirs in list(owners.values()):
             if inner is outer or not theirs or not _is_inside(inner, outer):
                 continue
-            opened = _opener(owned)
+            opened = _opener(owned, conversion_of)
             if all(opened(step) for step in _steps_between(inner, outer)):
                 owned += theirs
                 del owners[id(inner)]

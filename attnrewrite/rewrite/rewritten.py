@@ -7,7 +7,7 @@ from the donor's, so ``isinstance`` and the donor's methods stay. ``torch.nn.uti
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from .program import Program
 class Rewriting:
     """What was done to one module: its program, and the children and buffers that were added for it.
 
+    ``dropped`` are the children that were taken out, each with its parent's path and the order the parent had them in.
     ``previous`` is an earlier rewriting of the same module.
     """
 
@@ -27,6 +28,7 @@ class Rewriting:
     donor_class: type[nn.Module]
     modules: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
+    dropped: list[tuple[str, dict[str, nn.Module | None]]] = field(default_factory=list)
     previous: Rewriting | None = None
 
 
@@ -42,7 +44,11 @@ class RewrittenModule(nn.Module):
 
 
 def rewrite_module(
-    module: nn.Module, program: Program, modules: dict[str, nn.Module], buffers: dict[str, Tensor]
+    module: nn.Module,
+    program: Program,
+    modules: dict[str, nn.Module],
+    buffers: dict[str, Tensor],
+    dropped: Sequence[str] = (),
 ) -> None:
     """Give ``module`` the new forward, in place."""
     previous: Rewriting | None = module.__dict__.get("attnrewrite_rewriting")
@@ -53,7 +59,9 @@ def rewrite_module(
         module.add_module(name, child if parameter is None else child.to(parameter.device))
     for name, value in buffers.items():
         module.register_buffer(name, value, persistent=False)
-    module.__dict__["attnrewrite_rewriting"] = Rewriting(program, donor_class, list(modules), list(buffers), previous)
+    module.__dict__["attnrewrite_rewriting"] = Rewriting(
+        program, donor_class, list(modules), list(buffers), [_take_out(module, path) for path in dropped], previous
+    )
     if isinstance(module, nn.MultiheadAttention):
         module._qkv_same_embed_dim = False  # or torch's encoder layers would use its weights past its forward
     module.__class__ = rewritten_class(donor_class)
@@ -64,6 +72,8 @@ def restore_module(module: RewrittenModule) -> None:
     done = module.attnrewrite_rewriting
     for name in (*done.modules, *done.buffers):
         delattr(module, name)
+    for path, children in reversed(done.dropped):
+        module.get_submodule(path)._modules = dict(children)
     if isinstance(module, nn.MultiheadAttention):
         module._qkv_same_embed_dim = module.in_proj_weight is not None
     if done.previous is not None:
@@ -71,6 +81,14 @@ def restore_module(module: RewrittenModule) -> None:
         return
     del module.__dict__["attnrewrite_rewriting"]
     module.__class__ = done.donor_class  # type: ignore[assignment]
+
+
+def _take_out(module: nn.Module, path: str) -> tuple[str, dict[str, nn.Module | None]]:
+    parent, _, name = path.rpartition(".")
+    children = module.get_submodule(parent)._modules
+    before = dict(children)
+    del children[name]
+    return parent, before
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
