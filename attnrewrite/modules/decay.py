@@ -99,6 +99,12 @@ def axis_bias(log_decay: Tensor, length: int) -> Tensor:
     return log_decay[:, None, None] * (place[:, None] - place).abs()
 
 
+def map_bias(log_decay: Tensor, height: int, width: int) -> Tensor:
+    """``[heads, H * W, H * W]``: ``ln gamma`` times the Manhattan distance."""
+    rows, columns = axis_bias(log_decay, height), axis_bias(log_decay, width)
+    return (rows[:, :, None, :, None] + columns[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
+
+
 def map_code(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[H * W, code]`` of ±1 whose inner products tell Manhattan distances.
 

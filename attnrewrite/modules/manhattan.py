@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, nearest
-from .decay import ManhattanPosition, PositionTables, axis_bias, map_code, rotate
+from .decay import ManhattanPosition, PositionTables, axis_bias, map_bias, map_code, rotate
 from .depthwise import DepthwiseConv
 
 PLACEMENTS = ("inside", "outside")
+BIAS_TOKENS = 1024
+"""On maps up to this size a bias costs less than position codes; it is built anew in every call."""
 
 
 class ManhattanAttention(nn.Module):
@@ -90,10 +92,11 @@ def manhattan_attention(
 ) -> Tensor:
     """Attention with decay by Manhattan distance (Fan et al. 2024, section 3).
 
-    The full form with the decay inside builds nothing of the size of tokens x tokens, forward or backward: the
-    distance is an inner product of position codes (`map_code`), which are appended to queries and keys, so that fused
-    attention without mask does the rest. The decomposed form builds ``[heads, W, W]`` and ``[heads, H, H]``. With the
-    decay outside, the attention weights themselves are built, ``[B, heads, H * W, H * W]`` in the full form.
+    The decomposed form builds biases ``[heads, W, W]`` and ``[heads, H, H]``. The full form with the decay inside
+    builds ``[heads, H * W, H * W]`` on maps of up to `BIAS_TOKENS`, and on larger ones nothing of that size, forward or
+    backward: the distance is an inner product of position codes (`map_code`), which are appended to queries and keys,
+    so that fused attention without mask does the rest. With the decay outside the attention weights themselves are
+    built, ``[B, heads, H * W, H * W]`` in the full form.
 
     Args:
         query, key, value: ``[B, H, W, heads, head_dim]``.
@@ -128,38 +131,42 @@ def _along_rows(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, in
     """Every token attends to its row."""
     batch, height, width = query.shape[:3]
     query, key, value = (part.flatten(0, 1).transpose(1, 2) for part in (query, key, value))
-    bias = axis_bias(log_decay, width)
-    if inside:
-        mixed = F.scaled_dot_product_attention(query, key, value, bias[None].to(query.dtype), scale=scale)
-    else:
-        mixed = _decayed_after_softmax(query, key, value, bias, scale)
+    mixed = _with_bias(query, key, value, axis_bias(log_decay, width), inside, scale)
     return mixed.transpose(1, 2).unflatten(0, (batch, height))
 
 
 def _over_the_map(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, inside: bool, scale: float) -> Tensor:
     """Every token attends to the whole map."""
-    height, width, _, head_dim = query.shape[1:]
+    height, width = query.shape[1:3]
     query, key, value = (part.flatten(1, 2).transpose(1, 2) for part in (query, key, value))
-    if inside:
-        code = map_code(height, width, log_decay.dtype, log_decay.device)
-        # logits + log_decay * distance, but for a constant that the softmax does not see
-        steepness = (log_decay * (-0.5 / scale))[:, None, None] * code
-        query, key = (
-            torch.cat([part, extra.to(part.dtype).expand(*part.shape[:2], -1, -1)], dim=-1)
-            for part, extra in ((query, steepness), (key, code))
-        )
-        value = F.pad(value, (0, code.shape[-1]))  # fused kernels want all three as wide
-        mixed = F.scaled_dot_product_attention(query, key, value, scale=scale)[..., :head_dim]
+    # an exported graph has one branch for all sizes
+    small = not torch.compiler.is_exporting() and height * width <= BIAS_TOKENS
+    if small or not inside:
+        mixed = _with_bias(query, key, value, map_bias(log_decay, height, width), inside, scale)
     else:
-        rows, columns = axis_bias(log_decay, height), axis_bias(log_decay, width)
-        bias = (rows[:, :, None, :, None] + columns[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
-        mixed = _decayed_after_softmax(query, key, value, bias, scale)
+        code = map_code(height, width, log_decay.dtype, log_decay.device)
+        mixed = _with_codes(query, key, value, log_decay, code, scale)
     return mixed.transpose(1, 2).unflatten(1, (height, width))
 
 
-def _decayed_after_softmax(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+def _with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, inside: bool, scale: float) -> Tensor:
+    """Operands ``[B, heads, tokens, head_dim]``, bias ``[heads, tokens, tokens]``."""
+    if inside:  # fused kernels want a mask of as many axes as the operands
+        return F.scaled_dot_product_attention(query, key, value, bias[None].to(query.dtype), scale=scale)
     weights = ((query * scale) @ key.transpose(-1, -2)).softmax(-1)
     return (weights * bias.exp().to(weights.dtype)).to(value.dtype) @ value
+
+
+def _with_codes(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, code: Tensor, scale: float) -> Tensor:
+    """As with the bias ``log_decay * distance`` inside, from the codes ``[tokens, code]`` of `map_code`."""
+    # twice the distance is a constant, which the softmax does not see, less the inner product of the codes
+    steepness = (log_decay * (-0.5 / scale))[:, None, None] * code
+    query, key = (
+        torch.cat([part, extra.to(part.dtype).expand(*part.shape[:2], -1, -1)], dim=-1)
+        for part, extra in ((query, steepness), (key, code))
+    )
+    padded = F.pad(value, (0, code.shape[-1]))  # fused kernels want all three as wide
+    return F.scaled_dot_product_attention(query, key, padded, scale=scale)[..., : value.shape[-1]]
 
 
 def check_placement(placement: str, argument: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.export import Dim
+from torch.utils.flop_counter import FlopCounterMode
 
 from attnrewrite.errors import ArgumentError, CheckpointError
 from attnrewrite.models import RMT, create_model, list_models, load_official
@@ -62,6 +63,17 @@ def test_sizes_of_the_released_models(generation, counts):
 def test_sizes_with_token_labels(name, token_label, count):
     with torch.device("meta"):
         assert parameters(create_model(name, token_label=token_label)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"), [("rmt_tiny", 2.637), ("rmt_small", 4.777), ("rmt_base", 10.373), ("rmt_large", 19.488)]
+)
+def test_contractions_of_the_released_models(name, macs):
+    with torch.device("meta"):
+        model, image = create_model(name), torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    assert round(counter.get_total_flops() / 2e9, 3) == macs
 
 
 def test_names():
@@ -166,13 +178,13 @@ def test_token_labels_add_half_of_the_strongest_token(kind):
     assert model.aux_head is None
 
 
-@GENERATIONS
-def test_export_with_any_batch(generation):
-    model = small(generation=generation)
-    sizes = ({0: Dim("batch", max=64)},)
+def test_export_with_any_batch_and_size():
+    model = small(depths=(1, 1, 1, 1))
+    sizes = ({0: Dim("batch", max=64), 2: Dim.AUTO, 3: Dim.AUTO},)
     exported = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=sizes).module()
-    image = torch.randn(5, 3, 64, 96)
-    torch.testing.assert_close(exported(image), model(image))
+    for size in [(64, 96), (96, 75)]:
+        image = torch.randn(5, 3, *size)
+        torch.testing.assert_close(exported(image), model(image))
 
 
 @HALF

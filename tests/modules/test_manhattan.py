@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attnrewrite.errors import ArgumentError
+from attnrewrite.modules import manhattan
 from attnrewrite.modules.conv_ffn import ConvFFN
 from attnrewrite.modules.decay import ManhattanPosition, axis_bias, log_decay, map_code, rotate
 from attnrewrite.modules.manhattan import ManhattanAttention, manhattan_attention
@@ -56,19 +57,24 @@ def operands(height, width, heads, dim, batch=2, dtype=torch.float64, seed=0):
     dim=st.integers(1, 6),
     decomposed=st.booleans(),
     placement=st.sampled_from(["inside", "outside"]),
+    codes=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_map_as_defined(height, width, heads, dim, decomposed, placement, seed):
+def test_any_map_as_defined(height, width, heads, dim, decomposed, placement, codes, seed):
     query, key, value = operands(height, width, heads, dim, seed=seed)
     decay = log_decay(heads, 1, 3, torch.float64)
-    found = manhattan_attention(query, key, value, decay, decomposed=decomposed, decay_placement=placement)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manhattan, "BIAS_TOKENS", 0 if codes else 1024)
+        found = manhattan_attention(query, key, value, decay, decomposed=decomposed, decay_placement=placement)
     expected = defined(query, key, value, decay, decomposed, placement)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @FORMS
 @PLACEMENTS
-def test_gradients_also_of_the_decay(decomposed, placement):
+@pytest.mark.parametrize("bias_tokens", [0, 1024])
+def test_gradients_also_of_the_decay(decomposed, placement, bias_tokens, monkeypatch):
+    monkeypatch.setattr(manhattan, "BIAS_TOKENS", bias_tokens)
     inputs = [*operands(3, 4, 2, 3, batch=1), log_decay(2, 1, 3, torch.float64)]
     torch.autograd.gradcheck(
         lambda *parts: manhattan_attention(*parts, decomposed=decomposed, decay_placement=placement),
@@ -107,6 +113,7 @@ def largest_tensor(height, width, placement="inside", decomposed=False):
 def test_the_full_form_builds_nothing_of_tokens_by_tokens():
     height, width = 40, 56
     tokens = height * width
+    assert tokens > manhattan.BIAS_TOKENS
     assert largest_tensor(height, width) <= 2 * tokens * (8 + height + width)  # heads x (head_dim + code)
     assert largest_tensor(12, 14, "outside") >= 2 * (12 * 14) ** 2  # the watch does see such a matrix
 
@@ -188,7 +195,7 @@ def test_tables_of_a_cast_module_are_not_rounded(dtype):
 def test_half_precision_is_near_and_has_gradients(decomposed, placement, dtype):
     torch.manual_seed(0)
     attention = ManhattanAttention(32, 4, decomposed, decay_placement=placement)
-    source = torch.randn(1, 14, 19, 32)
+    source = torch.randn(1, 33, 35, 32)  # above the size where codes replace the bias
     expected = attention(source).detach()
     half = source.to(dtype).requires_grad_()
     found = attention.to(dtype)(half)

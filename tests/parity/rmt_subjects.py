@@ -6,7 +6,7 @@ from golden import Golden, Subject
 
 from attnrewrite.models.rmt import GENERATIONS, RMT, prepare
 from attnrewrite.modules.conv_ffn import ConvFFN
-from attnrewrite.modules.decay import axis_bias
+from attnrewrite.modules.decay import axis_bias, map_bias
 from attnrewrite.modules.manhattan import ManhattanAttention
 from attnrewrite.modules.rmt_block import ConvDownsample, ConvStem, ManhattanBlock, StagePosition
 
@@ -122,14 +122,12 @@ def _position(golden, options):
 
     def run(inputs):
         tables = module(height, width, module.decay)
-        rows, columns = axis_bias(tables.log_decay, height), axis_bias(tables.log_decay, width)
-        whole = rows[:, :, None, :, None] + columns[:, None, :, None, :]
         return {
             "output/sin": tables.sin.repeat_interleave(2, -1),
             "output/cos": tables.cos.repeat_interleave(2, -1),
-            "output/mask": whole.reshape(heads, height * width, height * width),
-            "output/mask_h": rows,
-            "output/mask_w": columns,
+            "output/mask": map_bias(tables.log_decay, height, width),
+            "output/mask_h": axis_bias(tables.log_decay, height),
+            "output/mask_w": axis_bias(tables.log_decay, width),
         }
 
     return Subject(module, run)
