@@ -1,0 +1,117 @@
+"""Hooks fire in a converted model, and what they change is honoured."""
+
+from __future__ import annotations
+
+import pytest
+from model_queries import projections_of, rewritten_names, run
+from pairs import SWINS, converted_from
+from small_models import BUILDERS, difference, images, logits, small_model
+from torch import nn
+
+import attnrewrite
+from attnrewrite import AttnRewriteError
+
+
+def fired(model, batch, kinds):
+    """How often each module's forward hook runs."""
+    count = {}
+
+    def hook_of(name):
+        def hook(module, arguments, output):
+            count[name] = count.get(name, 0) + 1
+
+        return hook
+
+    handles = [m.register_forward_hook(hook_of(n)) for n, m in model.named_modules() if isinstance(m, kinds)]
+    run(model, batch)
+    for handle in handles:
+        handle.remove()
+    return count
+
+
+def test_hooks_on_linears_and_norms_still_fire(pair):
+    kinds = (nn.Linear, nn.LayerNorm)
+    expected, actual = (fired(model, pair.batch, kinds) for model in (pair.donor, pair.converted))
+    assert set(expected) <= set(actual)
+
+
+def test_hooks_on_blocks_and_mlps_fire_as_often_as_before(pair):
+    ends = ("mlp", "blocks.0", "blocks.1", "norm", "layer_0", "layers.0", "head", "classifier")
+    kept = tuple({type(m) for n, m in pair.donor.named_modules() if n.endswith(ends)} - {nn.Identity, nn.Linear})
+    expected, actual = (fired(model, pair.batch, kept) for model in (pair.donor, pair.converted))
+    assert expected
+    assert actual == expected
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "torchvision_vit"])  # it has no such child
+def test_a_hook_that_changes_a_projection_is_honoured(pairs, name):
+    donor, converted = pairs(name).copies()
+    before = run(donor, pairs(name).batch)
+    for model in (donor, converted):
+        found = projections_of(model)
+        assert found
+        for module in found:
+            module.register_forward_hook(lambda module, arguments, output: 1.5 * output.tanh() + 0.1)
+    after = run(donor, pairs(name).batch)
+    calls_it = name != "torchvision_swin"  # that one reads the weights, and so must we
+    assert (difference(after, before) > 1e-3) == calls_it
+    assert difference(run(converted, pairs(name).batch), after) < pairs(name).tolerance
+
+
+def test_hooks_on_the_rewritten_module_see_and_change_its_values(pair):
+    donor, converted = pair.copies()
+    path = next(site.name for site in attnrewrite.report(converted).converted if site.kind == "attention")
+    while path not in rewritten_names(converted):
+        path = path.rpartition(".")[0]
+    before, changed = run(converted, pair.batch), []
+    for model in (donor, converted):
+        seen = []
+
+        def square(module, arguments, output, seen=seen):
+            seen.append(type(output))
+            return (output[0] ** 2, *output[1:]) if isinstance(output, tuple) else output**2
+
+        model.get_submodule(path).register_forward_hook(square)
+        changed.append(run(model, pair.batch))
+        assert len(seen) == 1
+    assert difference(changed[1], before) > 1e-3
+    if pair.same_function:
+        assert difference(changed[1], changed[0]) < 10 * pair.tolerance
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_hooks_on_a_dissolved_module_are_kept_or_refused(pairs, name):
+    """The rewritten block of a Swin computes its attention itself: a hook on the attention must not be lost."""
+    donor, converted = pairs(name).copies()
+    path = next(site.name for site in attnrewrite.report(converted).converted if site.kind == "attention")
+
+    def halve(module, arguments, output):
+        return (output[0] / 2, *output[1:]) if isinstance(output, tuple) else output / 2
+
+    donor.get_submodule(path).register_forward_hook(halve)
+    try:
+        converted = converted_from(donor, name, "identity")
+    except AttnRewriteError:
+        return
+    assert difference(run(converted, images(name)), run(donor, images(name))) < 1e-12
+    if path in {site.name for site in attnrewrite.report(converted).converted}:
+        assert len(converted.get_submodule(path)._forward_hooks) == 1
+        assert fired(converted, images(name), type(donor.get_submodule(path))).get(path) == 1
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "transformers_vit"])
+def test_hooks_registered_before_conversion_still_work(name):
+    donor = small_model(name)
+    projections_of(donor)[0].register_forward_hook(lambda module, arguments, output: 2 * output)
+    converted = converted_from(donor, name, "identity")
+    assert difference(run(converted, images(name)), run(donor, images(name))) < 1e-12
+
+
+def test_backward_hooks_fire(identity):
+    _, converted = identity.copies()
+    seen = []
+    for module in converted.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_full_backward_hook(lambda module, given, taken: seen.append(module))
+    logits(converted(identity.batch)).sum().backward()
+    assert len(set(seen)) == sum(isinstance(module, nn.LayerNorm) for module in converted.modules())

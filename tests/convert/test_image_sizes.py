@@ -1,0 +1,135 @@
+"""A converted model at other image sizes gives the original's result or refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from model_queries import run
+from neighborhood_oracle import masked_logits
+from pairs import SWINS, equal_or_refused
+from small_models import difference, images, small_model, timm_pvt
+
+import attnrewrite
+from attnrewrite import AttnRewriteError
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        pytest.param("timm_vit", (64, 96), {"img_size": (64, 96)}, marks=pytest.mark.slow),
+        ("timm_swin", (56, 112), {"img_size": (56, 112)}),
+        ("torchvision_swin", (112, 56), {}),
+        pytest.param("transformers_vit", (96, 64), {"image_size": (96, 64)}, marks=pytest.mark.slow),
+        pytest.param("transformers_swin", (56, 112), {"image_size": (56, 112)}, marks=pytest.mark.slow),
+    ],
+)
+def test_images_that_are_not_square(name, size, options):
+    donor, to = small_model(name, **options), "neighborhood" if name == "timm_swin" else "identity"
+    batch = images(name, 2, size=size)
+    converted = attnrewrite.convert(donor, to, batch[:1])
+    assert "attention" in {site.kind for site in attnrewrite.report(converted).converted}
+    assert difference(run(converted, batch), run(donor, batch)) < 1e-12
+
+
+OTHER_SIZES = [(112, 112), (84, 84), (56, 84), (100, 60), (28, 28), (40, 72)]
+
+
+@pytest.fixture(scope="module")
+def flexible():
+    made = {}
+
+    def pair(name, to):
+        if (name, to) not in made:
+            donor = small_model(name, **({"strict_img_size": False} if name == "timm_swin" else {}))
+            made[name, to] = donor, attnrewrite.convert(donor, to, images(name, 1))
+        return made[name, to]
+
+    return pair
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(name, size) for name in SWINS for size in OTHER_SIZES if name != "transformers_swin" or min(size) > 40],
+    ids=str,
+)  # the one of transformers takes no map below its window
+def test_windows_at_another_size_are_right_or_refused(flexible, name, size):
+    donor, converted = (copy.deepcopy(model) for model in flexible(name, "identity"))  # some remember their sizes
+    expected = run(donor, images(name, size=size))
+    try:
+        actual = run(converted, images(name, size=size))
+    except AttnRewriteError:
+        return
+    assert difference(actual, expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", [pytest.param("timm_swin", marks=pytest.mark.slow), "torchvision_swin"])
+def test_windows_follow_the_image_when_it_grows(name):
+    """Where all windows, shifts and borders were seen, refusing a larger map would be too careful."""
+    donor = small_model(name, **({"img_size": 112, "strict_img_size": False} if name == "timm_swin" else {}))
+    converted = attnrewrite.convert(donor, "neighborhood", images(name, 1, size=(112, 112)))
+    batch = images(name, size=(112, 224))
+    assert difference(run(converted, batch), run(donor, batch)) < 1e-9
+
+
+@pytest.fixture(scope="module")
+def pyramid():
+    torch.manual_seed(0)
+    donor = timm_pvt().double().eval()
+    return donor, attnrewrite.convert(donor, "identity", torch.randn(1, 3, 64, 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (64, 96), (128, 64)], ids=str)
+def test_a_pyramid_at_another_size_is_right_or_refused(pyramid, size):
+    assert equal_or_refused(*pyramid, torch.randn(2, 3, *size, dtype=torch.float64))
+
+
+def test_a_pyramid_follows_the_image_when_it_grows(pyramid):
+    donor, converted = pyramid
+    batch = torch.randn(2, 3, 128, 128, dtype=torch.float64)
+    assert difference(run(converted, batch), run(donor, batch)) < 1e-9
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 128), (48, 80)], ids=str)
+def test_a_timm_vit_of_dynamic_size_is_right_or_refused(size):
+    donor = small_model("timm_vit", dynamic_img_size=True)
+    converted = attnrewrite.convert(donor, "identity", images("timm_vit", 1))
+    assert equal_or_refused(donor, converted, images("timm_vit", size=size))
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 128)], ids=str)
+def test_interpolated_position_encodings_are_right_or_refused(pairs, size):
+    pair = pairs("transformers_vit")
+    batch = images("transformers_vit", size=size)
+    assert equal_or_refused(pair.donor, pair.converted, batch, interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 128), (48, 80), (64, 16)], ids=str)
+def test_a_kernel_at_another_size_is_right_or_refused(size):
+    """The map's sides cannot be read off a sequence: 4x8 tokens converted as a square map must not pass as another."""
+    donor = small_model("timm_vit", dynamic_img_size=True)
+    converted = attnrewrite.convert(donor, "neighborhood", images("timm_vit", 1), kernel_size=1)
+    batch = images("timm_vit", size=size)
+    with torch.no_grad():
+        expected = masked_logits(donor, batch, 1)
+    try:
+        actual = run(converted, batch)
+    except AttnRewriteError:
+        return
+    assert difference(actual, expected) < 1e-9
+
+
+@pytest.mark.parametrize("size", [(128, 32), (32, 128)], ids=str)
+def test_another_map_with_as_many_tokens_is_right_or_refused(size):
+    """2x8 and 4x4 patches are sixteen tokens both, but not the same neighbourhoods."""
+    donor = small_model("timm_vit", dynamic_img_size=True)
+    converted = attnrewrite.convert(donor, "neighborhood", images("timm_vit", 1), kernel_size=2)
+    batch = images("timm_vit", size=size)
+    with torch.no_grad():
+        expected = masked_logits(donor, batch, 2)
+    try:
+        actual = run(converted, batch)
+    except AttnRewriteError:
+        return
+    assert difference(actual, expected) < 1e-9

@@ -1,0 +1,45 @@
+"""torchvision's nn.MultiheadAttention, called as its block does and otherwise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import difference
+
+from attnrewrite import AttnRewriteError
+
+
+def test_multihead_attention_returns_the_pair_it_did(pairs):
+    pair = pairs("torchvision_vit")
+    query = torch.randn(2, 17, 48, dtype=torch.float64)
+    name = "encoder.layers.encoder_layer_0.self_attention"
+    expected, actual = (
+        model.get_submodule(name)(query, query, query, need_weights=False) for model in (pair.donor, pair.converted)
+    )
+    assert isinstance(actual, tuple)
+    assert len(actual) == 2
+    assert actual[1] is None
+    assert difference(actual[0], expected[0]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda mha, x: mha(x, x, x),
+        lambda mha, x: mha(x, x + 1, x, need_weights=False),
+        lambda mha, x: mha(x, x, x, need_weights=False, attn_mask=torch.ones(17, 17).triu(1).bool()),
+        lambda mha, x: mha(x, x, x, need_weights=False, key_padding_mask=torch.arange(17).expand(2, -1) > 8),
+    ],
+    ids=["need_weights", "another_key", "attn_mask", "key_padding_mask"],
+)
+def test_multihead_attention_called_otherwise_is_right_or_refused(pairs, call):
+    pair = pairs("torchvision_vit")
+    query = torch.randn(2, 17, 48, dtype=torch.float64)
+    name = "encoder.layers.encoder_layer_0.self_attention"
+    expected = call(pair.donor.get_submodule(name), query)
+    try:
+        actual = call(pair.converted.get_submodule(name), query)
+    except AttnRewriteError:
+        return
+    assert difference(actual[0], expected[0]) < 1e-12
+    assert (actual[1] is None) == (expected[1] is None)

@@ -1,0 +1,85 @@
+"""What the models of transformers return, and their methods, after a conversion."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_queries import run
+from neighborhood_oracle import neighborhood_mask
+from small_models import difference, images, small_model
+
+import attnrewrite
+from attnrewrite import AttnRewriteError
+
+
+@pytest.mark.parametrize("name", ["transformers_vit", "transformers_vit_eager", "transformers_swin"])
+def test_hidden_states_equal_the_originals(pairs, name):
+    pair = pairs(name)
+    with torch.no_grad():
+        expected, actual = (model(pair.batch, output_hidden_states=True) for model in (pair.donor, pair.converted))
+    assert len(actual.hidden_states) == len(expected.hidden_states) > 2
+    for ours, theirs in zip(actual.hidden_states, expected.hidden_states, strict=True):
+        assert difference(ours, theirs) < pair.tolerance
+
+
+@pytest.mark.parametrize("name", ["transformers_vit", "transformers_vit_eager", "transformers_swin"])
+@pytest.mark.parametrize("to", ["identity", "neighborhood"])
+def test_output_attentions_gives_weights_or_an_error(pairs, name, to):
+    pair = pairs(name, to)
+    try:
+        with torch.no_grad():
+            attentions = pair.converted(pair.batch, output_attentions=True).attentions
+    except AttnRewriteError:
+        return
+    assert attentions
+    assert all(isinstance(weights, torch.Tensor) and weights.shape[-1] >= 17 for weights in attentions)
+    assert len(attentions) >= 2
+    for weights in attentions:
+        assert float((weights.sum(-1) - 1).abs().max()) < 1e-5
+
+
+def test_eager_attentions_are_those_of_the_new_operator():
+    """Attention weights of a smaller kernel: nothing outside of it; the original's dense weights would be wrong."""
+    donor = small_model("transformers_swin", attn_implementation="eager", depths=[1, 1], image_size=56).float()
+    example = images("transformers_swin", 1, torch.float32)
+    converted = attnrewrite.convert(donor, "neighborhood", example, kernel_size=3)
+    (site,) = attnrewrite.report(converted).converted
+    assert site.name == "swin.encoder.layers.1.blocks.0.attention"
+    try:
+        with torch.no_grad():
+            attentions = converted(example, output_attentions=True).attentions
+    except AttnRewriteError:
+        return
+    outside = ~neighborhood_mask(7, 7, 3, prefix=0)
+    assert float(attentions[-1][..., outside].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("name", ["transformers_vit", "transformers_swin"])
+def test_tuples_instead_of_output_objects(pairs, name):
+    pair = pairs(name)
+    with torch.no_grad():
+        expected, actual = (model(pair.batch, return_dict=False) for model in (pair.donor, pair.converted))
+    assert isinstance(actual, tuple)
+    assert difference(actual[0], expected[0]) < 1e-12
+
+
+def test_labels_give_the_same_loss(pairs):
+    pair = pairs("transformers_vit")
+    labels = torch.tensor([1, 4])
+    with torch.no_grad():
+        expected, actual = (model(pair.batch, labels=labels).loss for model in (pair.donor, pair.converted))
+    assert abs(float(actual - expected)) < 1e-12
+
+
+def test_save_pretrained_round_trip(pairs, tmp_path):
+    pair = pairs("transformers_vit")
+    pair.converted.save_pretrained(tmp_path)
+    loaded = type(pair.donor).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert difference(run(loaded, pair.batch), run(pair.donor, pair.batch)) < 1e-12
+
+
+def test_switching_the_attention_implementation_is_right_or_refused(pairs):
+    donor, converted = pairs("transformers_vit").copies()
+    converted.set_attn_implementation("eager")
+    batch = images("transformers_vit")
+    assert difference(run(converted, batch), run(donor, batch)) < 1e-9
