@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..ir import AttentionSite, Global, Grid, Reduced, Site, Window
 from ..layout import as_pair
-from ..modules import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
-from ..modules.neighborhood import clamped_kernel, covers, neighborhood_mask, reduced_mask
+from ..cores import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
+from ..cores.neighborhood import clamped_kernel, covers, neighborhood_mask, reduced_mask
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
 from .windows import relative_table
 

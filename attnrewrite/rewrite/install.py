@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
 from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..lift.values import shape_of
-from ..modules import GatherPatches
+from ..cores import GatherPatches
 from ..targets import Conversion
 from .outline import NotOutlinable, Outlined
 

@@ -72,13 +72,8 @@ class NeighborhoodAttention(nn.Module):
         return torch.cat([self._attend(query[:, :prefix], key, value, None, 0.0), mixed.flatten(1, 2)], dim=1)
 
     def _table(self, bias: Tensor, kernel: Pair) -> Tensor:
-        """The central part of the relative table, ``[heads, 2k-1, 2k-1]``, that the kernel reaches."""
         assert isinstance(self.entries, Tensor)
-        sides = (2 * self.grid.height - 1, 2 * self.grid.width - 1)
-        table = bias[0].flatten(1)[:, self.entries].unflatten(1, sides)
-        for axis, (side, reach) in enumerate(zip(sides, kernel, strict=True)):
-            table = table.narrow(axis + 1, side // 2 - reach + 1, 2 * reach - 1)
-        return table.contiguous()
+        return reached_table(bias[0], self.entries, (self.grid.height, self.grid.width), kernel)
 
     def _dense(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Pair, grid: Grid
@@ -97,6 +92,50 @@ class NeighborhoodAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, grid={self.grid}, scale={self.scale:.4g}"
+
+
+class SlidingAttention(nn.Module):
+    """Neighborhood attention on a map, with the bias that was learned inside windows.
+
+    Args:
+        kernel_size, dilation: per axis; a kernel that does not fit a map is clamped to the largest that does.
+        window: size of the windows that the bias is given for.
+        scale: multiplies the scores.
+        entries: positions in a flattened window's bias that hold its relative table. Offsets that a window has not
+            take the value of the nearest that it has; they were never trained.
+    """
+
+    def __init__(
+        self, kernel_size: Pair, dilation: Pair, window: Pair, scale: float, entries: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.dilation, self.window, self.scale = kernel_size, dilation, window, scale
+        self.register_buffer("entries", entries, persistent=False)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        pad_key: Tensor | None = None,
+        pad_value: Tensor | None = None,
+    ) -> Tensor:
+        """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` by slots of a window.
+
+        What windows hold in padded slots is not attended to: a neighbourhood never leaves the map.
+        """
+        kernel = clamped_kernel(self.kernel_size, self.dilation, Grid(query.shape[1], query.shape[2]))
+        table = None
+        if bias is not None:
+            assert isinstance(self.entries, Tensor)
+            table = reached_table(bias, self.entries, self.window, kernel).to(query.dtype)
+        mixed = neighborhood_attention(query, key, value, kernel, self.dilation, scale=self.scale, bias=table)
+        assert isinstance(mixed, Tensor)
+        return mixed
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, dilation={self.dilation}, scale={self.scale:.4g}"
 
 
 class ReducedNeighborhoodAttention(nn.Module):
@@ -145,6 +184,20 @@ def grid_of(tokens: int, converted: Grid) -> Grid:
             "with example inputs of this size"
         )
     return Grid(height, count // height, converted.prefix_tokens)
+
+
+def reached_table(bias: Tensor, entries: Tensor, sides: Pair, kernel: Pair) -> Tensor:
+    """``[heads, 2k-1, 2k-1]``: the part of a relative table that a kernel reaches, its edge repeated where that is more.
+
+    Args:
+        bias: ``[heads, n, n]`` of a map or window of ``sides``.
+        entries: positions in one head's flattened bias that hold the table, in key-minus-query order.
+    """
+    table = bias.flatten(1)[:, entries].unflatten(1, (2 * sides[0] - 1, 2 * sides[1] - 1))
+    for axis, (side, reach) in enumerate(zip(sides, kernel, strict=True), start=1):
+        offset = torch.arange(1 - reach, reach, device=table.device).clamp(1 - side, side - 1)
+        table = table.index_select(axis, offset + side - 1)
+    return table.contiguous()
 
 
 def clamped_kernel(kernel_size: Pair, dilation: Pair, grid: Grid) -> Pair:

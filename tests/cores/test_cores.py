@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attnrewrite import AttnRewriteError
 from attnrewrite.ir import Grid, Window
-from attnrewrite.modules import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
-from attnrewrite.modules.neighborhood import clamped_kernel, neighborhood_mask
+from attnrewrite.cores import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
+from attnrewrite.cores.neighborhood import clamped_kernel, neighborhood_mask
 
 HEADS, DIM = 2, 4
 
