@@ -12,8 +12,9 @@ from .checkpoint import load_official
 from .in_timm import register_with_timm
 from .registry import create_model, list_models
 from .rmt import RMT
+from .transnext import TransNeXt
 from .vision_model import FeatureMaps, VisionModel
 
-__all__ = ["RMT", "FeatureMaps", "VisionModel", "create_model", "list_models", "load_official"]
+__all__ = ["RMT", "FeatureMaps", "TransNeXt", "VisionModel", "create_model", "list_models", "load_official"]
 
 register_with_timm()

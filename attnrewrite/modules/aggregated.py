@@ -1,0 +1,217 @@
+"""Aggregated and pixel-focused attention (Shi 2024, TransNeXt, sections 3.1 and 3.2), for maps of any size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+from ..layout import as_pair
+from .adaptive_pool import adaptive_average
+from .cosine_attention import LengthScaledAttention, ScoreOptions
+from .initialization import initialize
+from .local_window import inside_map, window_average, window_scores
+from .log_cpb import Size
+
+
+class SharedKeys(NamedTuple):
+    """Keys that every pixel sees: those of the pooled map, then the prefix.
+
+    Attributes:
+        key, value: ``[B, heads, keys, head_dim]``; unit keys.
+        bias: ``[heads, H * W, keys]``, or None.
+    """
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+
+
+class AggregatedAttention(LengthScaledAttention):
+    """Every pixel attends to its window and to a pooled map, in one softmax; its affinity to learned tokens adds to
+    its window's weights: ``(softmax(scores) + [unit query . learnable_tokens + learnable_bias, 0]) value``.
+
+    The window is cut off at the border of the map. Pixel-focused attention is ``qk_norm=False,
+    scale=head_dim ** -0.5, length_scale=False, query_embedding=False, learnable_tokens=False``.
+
+    Args:
+        dim, num_heads, position_bias, options: of `LengthScaledAttention`.
+        window_size: side of the window, odd; it may exceed the map.
+        sr_ratio: pixels a side, or (rows, columns), that a cell of the pooled map stands for; the pooled map has
+            ``side // sr_ratio`` cells, at least one.
+        pool_size: cells of the pooled map, a side or (rows, columns), for maps of any size, instead of ``sr_ratio``.
+        pool: whether there is a pooled map; without it and a position bias this is attention in windows.
+        reducer: what makes the pooled map ``[B, rows, columns, dim]`` of the map ``[B, H, W, dim]``; None is linear map
+            (``sr``), GELU, adaptive average pooling, layer norm (``norm``). The other one's sizes are then its own.
+        learnable_tokens: whether there are tokens, and a bias, for the weights after the softmax.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+
+    The window's bias ``relative_pos_bias_local`` ``[heads, window_size ** 2]`` is a free table, of places in the order
+    of `local_window`; with ``-inf`` in it, those places take part after the softmax only.
+
+    Raises:
+        ArgumentError: for arguments that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int = 3,
+        sr_ratio: int | Size | None = None,
+        pool_size: int | Size | None = None,
+        pool: bool = True,
+        reducer: nn.Module | None = None,
+        learnable_tokens: bool = True,
+        qkv_bias: bool = True,
+        position_bias: bool = True,
+        **options: Unpack[ScoreOptions],
+    ) -> None:
+        super().__init__(dim, num_heads, position_bias=position_bias and pool, **options)
+        if window_size < 1 or window_size % 2 == 0:
+            raise ArgumentError(f"window_size: must be odd, so that the window has a centre, got {window_size}")
+        if self.interpolate_bias and reducer is not None:
+            raise ArgumentError("interpolate_bias: the reducer's map at the pretraining size is unknown; leave it out")
+        self.window_size, self.pool = window_size, pool
+        self.sr_ratio, self.pool_size = _pooling(sr_ratio, pool_size, pool, reducer)
+        places = window_size**2
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.relative_pos_bias_local = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_heads, places), std=0.0004))
+        self.learnable_tokens = self.learnable_bias = self.sr = self.norm = None
+        if learnable_tokens:
+            tokens = torch.empty(num_heads, dim // num_heads, places)
+            self.learnable_tokens = nn.Parameter(nn.init.trunc_normal_(tokens, std=0.02))
+            self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, places))
+        if pool and reducer is None:
+            self.sr = nn.Conv2d(dim, dim, 1)
+            self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.apply(initialize)
+        self.reducer = reducer  # last, for its weights are its own
+
+    def forward(
+        self, source: Tensor, prefix: Tensor | None = None, local_mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend on a map.
+
+        Args:
+            source: ``[B, H, W, dim]``.
+            prefix: tokens that lie on no map (class or register tokens), ``[B, tokens, dim]``. Every pixel sees them,
+                in the same softmax, and they see all pixels and each other.
+            local_mask: ``[H * W, window_size ** 2]``, true where a pixel sees a place of its window; None is all. Each
+                pixel must see some key, in the window or elsewhere.
+
+        Returns:
+            A map like ``source``; with a prefix, the map and tokens like the prefix.
+
+        Raises:
+            ArgumentError: for a mask of another shape, or one that leaves a pixel without a key.
+        """
+        pixels = (source.shape[1], source.shape[2])
+        query = self.unit(self.heads(self.q(source)))
+        key, value = self._keys(source)
+        seen = inside_map(*pixels, self.window_size, source.device)
+        shared = self._shared_keys(source, prefix)
+        if local_mask is not None:
+            seen = seen & self._checked(local_mask, seen, shared is None)
+        weights, shared_weights = self._weights(query, key, seen, pixels, shared)
+        if self.learnable_tokens is not None and self.learnable_bias is not None:
+            learned = query @ self.learnable_tokens + self.learnable_bias
+            weights = weights + (learned if local_mask is None else learned.masked_fill(~seen, 0.0))
+        mixed = window_average(weights.unflatten(2, pixels), value.unflatten(2, pixels), self.window_size).flatten(2, 3)
+        if shared is not None:
+            mixed = mixed + shared_weights.to(shared.value.dtype) @ shared.value
+        result = self.project(mixed.to(value.dtype)).unflatten(1, pixels)
+        return result if prefix is None else (result, self._attend_prefix(prefix, key, value))
+
+    def key_grid(self, pixels: Size) -> Size:
+        """Cells of the pooled map; not for a ``reducer`` of the user's own."""
+        if self.pool_size is not None:
+            return self.pool_size
+        assert self.sr_ratio is not None
+        rows, columns = (torch.sym_max(side // ratio, 1) for side, ratio in zip(pixels, self.sr_ratio, strict=True))
+        return rows, columns
+
+    def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit keys and values ``[B, heads, tokens, head_dim]``."""
+        key, value = map(self.heads, self.kv(source).chunk(2, dim=-1))
+        return self.unit(key), value
+
+    def _weights(
+        self, query: Tensor, key: Tensor, seen: Tensor, pixels: Size, shared: SharedKeys | None
+    ) -> tuple[Tensor, Tensor]:
+        """Softmax over the window and the shared keys: ``[B, heads, H * W, window_size ** 2]``, and likewise."""
+        keys = 0 if shared is None else shared.key.shape[2]
+        scaled = self.scaled_query(query, seen.sum(-1) + keys)
+        scores = window_scores(scaled.unflatten(2, pixels), key.unflatten(2, pixels), self.window_size).flatten(2, 3)
+        scores = (scores + self.relative_pos_bias_local[:, None]).masked_fill(~seen, float("-inf"))
+        if shared is not None:
+            shared_scores = scaled.to(shared.key.dtype) @ shared.key.transpose(-1, -2)
+            scores = torch.cat([scores, shared_scores if shared.bias is None else shared_scores + shared.bias], dim=-1)
+        weights = self.attn_drop(scores.softmax(-1))
+        return weights[..., : seen.shape[1]], weights[..., seen.shape[1] :]
+
+    def _shared_keys(self, source: Tensor, prefix: Tensor | None) -> SharedKeys | None:
+        pooled = self._pooled_keys(source) if self.pool else None
+        if prefix is None:
+            return pooled
+        key, value = self._keys(prefix)
+        if pooled is None:
+            return SharedKeys(key, value, None)
+        bias = None if pooled.bias is None else F.pad(pooled.bias, (0, prefix.shape[1]))
+        return SharedKeys(torch.cat([pooled.key, key], dim=2), torch.cat([pooled.value, value], dim=2), bias)
+
+    def _pooled_keys(self, source: Tensor) -> SharedKeys:
+        pixels = (source.shape[1], source.shape[2])
+        if self.reducer is not None:
+            pooled = self.reducer(source)
+        else:
+            assert self.sr is not None
+            assert self.norm is not None
+            activated = F.gelu(self.sr(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+            pooled = self.norm(adaptive_average(activated, self.key_grid(pixels)))
+        return SharedKeys(*self._keys(pooled), self.position_bias(pixels, (pooled.shape[1], pooled.shape[2])))
+
+    def _attend_prefix(self, prefix: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Prefix tokens attend to all pixels, given by keys and values, and to each other."""
+        own_key, own_value = self._keys(prefix)
+        key, value = torch.cat([own_key, key], dim=2), torch.cat([own_value, value], dim=2)
+        seen = torch.full((1,), key.shape[2], device=key.device)
+        query = self.scaled_query(self.unit(self.heads(self.q(prefix))), seen)
+        return self.project(self.dense(query, key, value, None))
+
+    def _checked(self, local_mask: Tensor, seen: Tensor, alone: bool) -> Tensor:
+        """The mask, if it is one for this map, and leaves each pixel a key where the window is ``alone``."""
+        if local_mask.shape != seen.shape or local_mask.dtype != torch.bool:
+            found = f"{tuple(local_mask.shape)}, {local_mask.dtype}"
+            raise ArgumentError(f"local_mask: must be {tuple(seen.shape)}, torch.bool for this map, got {found}")
+        if alone and not torch.compiler.is_compiling() and not bool((seen & local_mask).any(-1).all()):
+            raise ArgumentError("local_mask: leaves a pixel without a key; let it see a place in its window")
+        return local_mask
+
+    def extra_repr(self) -> str:
+        pooling = f"sr_ratio={self.sr_ratio}" if self.pool_size is None else f"pool_size={self.pool_size}"
+        return f"{super().extra_repr()}, window_size={self.window_size}, {pooling if self.pool else 'pool=False'}"
+
+
+def _pooling(
+    sr_ratio: int | Size | None, pool_size: int | Size | None, pool: bool, reducer: nn.Module | None
+) -> tuple[Size | None, Size | None]:
+    """Ratio and size of the pooled map, of which there is one if the pooling is the module's own."""
+    given = {"sr_ratio": sr_ratio, "pool_size": pool_size}
+    named = [name for name, value in given.items() if value is not None]
+    if not pool and (named or reducer is not None):
+        raise ArgumentError(f"{named[0] if named else 'reducer'}: there is no pooled map with pool=False; leave it out")
+    if reducer is not None and named:
+        raise ArgumentError(f"{named[0]}: the reducer decides the size of the pooled map; leave it out")
+    if pool and reducer is None and len(named) != 1:
+        raise ArgumentError(f"sr_ratio, pool_size: pass one of them, got {' and '.join(named) or 'none'}")
+    sizes = {name: as_pair(value) for name, value in given.items() if value is not None}
+    for name, size in sizes.items():
+        if min(size) < 1:
+            raise ArgumentError(f"{name}: must be at least 1, got {size}")
+    return sizes.get("sr_ratio"), sizes.get("pool_size")
