@@ -1,0 +1,142 @@
+"""T2T-ViT (Yuan et al., "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet", ICCV 2021)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.drop_path import drop_path_rates
+from ..modules.linear_init import initialize_linear
+from ..modules.tokens_to_token import TokensToToken, sinusoid_table
+from ..modules.transformer_block import TransformerBlock
+from .registry import Family, State, register_family
+from .vision_model import VisionModel
+
+REDUCTION = 16
+
+
+class T2TViT(VisionModel):
+    """Image ``[B, in_chans, H, W]`` of any size to logits.
+
+    ``forward_features`` gives the normalised tokens ``[B, 1 + N, embed_dim]``, the class token first.
+
+    Positions are sine and cosine codes of the raster index, not of row and column. They are not trained; the state
+    holds them for ``img_size``. An image with another number of tokens gets the codes of its own length, computed
+    when it comes. (The official code resizes them when it fine-tunes; weights saved after that hold theirs.)
+
+    Args:
+        num_classes: 0 for none.
+        in_chans: channels of the image.
+        img_size: whose positions the state holds, in pixels: one side or height and width.
+        kind, token_dims: as in `TokensToToken`.
+        embed_dim, depth, num_heads, mlp_ratio: of the transformer.
+        qkv_bias: whether its query, key and value have a bias.
+        qk_scale: of its dot products; None is ``head_dim ** -0.5``, with which the published weights are evaluated
+            (the official code takes ``embed_dim ** -0.5`` only when asked for pretrained weights by name).
+        drop_path_rate: of the last block.
+        global_pool: ``"token"``, or ``""`` for none.
+
+    Raises:
+        ArgumentError: for arguments that do not fit each other.
+    """
+
+    default_pool: ClassVar[str] = "token"
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int | Sequence[int] = 224,
+        kind: str = "performer",
+        token_dims: Sequence[int] = (64, 64),
+        embed_dim: int = 384,
+        depth: int = 14,
+        num_heads: int = 6,
+        mlp_ratio: float = 3.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "token",
+    ) -> None:
+        super().__init__()
+        self.num_features = self.head_hidden_size = embed_dim
+        self.feature_info = [{"num_chs": embed_dim, "reduction": REDUCTION, "module": "norm"}]
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        tokens = math.prod(TokensToToken.grid(height, width))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        positions = sinusoid_table(1 + tokens, embed_dim).unsqueeze(0).to(self.cls_token)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.tokens_to_token = TokensToToken(in_chans, embed_dim, kind, token_dims)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, rate)
+            for rate in drop_path_rates(drop_path_rate, (depth,))[0]
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        if not self.cls_token.is_meta:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+            self.apply(initialize_linear)
+        self.reset_classifier(num_classes, global_pool)
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        return self._encode(self.tokens_to_token(image).flatten(1, 2))
+
+    def pool(self, features: Tensor) -> Tensor:
+        return features[:, 0]
+
+    def feature_maps(self, image: Tensor) -> list[Tensor]:
+        """One level: the normalised tokens of the map."""
+        tokens = self.tokens_to_token(image)
+        features = self._encode(tokens.flatten(1, 2))[:, 1:]
+        return [features.unflatten(1, tokens.shape[1:3]).permute(0, 3, 1, 2)]
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        tokens = tokens + self._positions(tokens.shape[1])
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def _positions(self, length: int) -> Tensor:
+        if length == self.pos_embed.shape[1]:
+            return self.pos_embed
+        return sinusoid_table(length, self.num_features).unsqueeze(0).to(self.pos_embed)
+
+
+def _variants() -> dict[str, Mapping[str, Any]]:
+    widths = {7: (256, 4, 2.0), 14: (384, 6, 3.0), 19: (448, 7, 3.0), 24: (512, 8, 3.0)}
+    widths |= {10: widths[7], 12: widths[7]}
+
+    def options(depth: int, kind: str) -> dict[str, Any]:
+        embed_dim, num_heads, mlp_ratio = widths[depth]
+        return {
+            "kind": kind, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio,
+        }  # fmt: skip
+
+    fourteen = options(14, "performer")
+    return {
+        **{f"t2t_vit_{depth}": options(depth, "performer") for depth in sorted(widths)},
+        **{f"t2t_vit_t_{depth}": options(depth, "transformer") for depth in (14, 19, 24)},
+        "t2t_vit_14_resnext": {**fourteen, "num_heads": 32},
+        "t2t_vit_14_wide": {**fourteen, "embed_dim": 768, "depth": 4, "num_heads": 12},
+    }
+
+
+def _prepare(state: State) -> tuple[State, dict[str, Any]]:
+    """The positions tell for which square image the weights are."""
+    told: dict[str, Any] = {}
+    tokens = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else 0
+    if tokens > 0 and math.isqrt(tokens) ** 2 == tokens:
+        told["img_size"] = REDUCTION * math.isqrt(tokens)
+    return state, told
+
+
+def _owns(state: State) -> bool:
+    return "tokens_to_token.project.weight" in state
+
+
+register_family(Family(model=T2TViT, variants=_variants(), owns=_owns, prepare=_prepare))

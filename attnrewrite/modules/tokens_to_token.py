@@ -1,0 +1,93 @@
+"""The stem of T2T-ViT (Yuan et al., "Tokens-to-Token ViT", ICCV 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, nearest
+from .patch_projection import PatchGrid, project_patches
+from .token_layers import TokenLayer, TokenPerformer, TokenTransformer
+
+KINDS: dict[str, type[TokenTransformer | TokenPerformer]] = {
+    "transformer": TokenTransformer,
+    "performer": TokenPerformer,
+}
+PIXELS, TOKENS = PatchGrid(7, 4, 2), PatchGrid(3, 2, 1)
+SMALLEST_SIDE = PIXELS.kernel_size - 2 * PIXELS.padding
+
+
+class TokensToToken(nn.Module):
+    """An image to a map of a sixteenth of its sides, through two token layers and a projection of overlapping patches.
+
+    Equal to unfolding three times, but no patch is ever gathered. The image may have any sides.
+
+    Args:
+        in_chans: channels of the image.
+        embed_dim: channels of the result.
+        kind: of the token layers, ``"transformer"`` or ``"performer"``.
+        token_dims: channels after each token layer.
+        normalize: False leaves out the layer norms of the patches, which the official stem has. With them the stem
+            ignores brightness and contrast, so that no convolution of the image can be expressed; without them a
+            16 x 16 one can from ``token_dims`` (48, 192) on, for three channels.
+
+    Raises:
+        ArgumentError: for an unknown kind or widths that are not two positive numbers.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        kind: str = "performer",
+        token_dims: Sequence[int] = (64, 64),
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ArgumentError(f"kind: {kind!r} is none of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+        if len(token_dims) != 2 or min(token_dims) < 1:
+            raise ArgumentError(f"token_dims: two positive widths are needed, one a token layer, got {token_dims}")
+        first, second = token_dims
+        self.attention1: TokenLayer = KINDS[kind](in_chans * PIXELS.kernel_size**2, first)
+        self.attention2: TokenLayer = KINDS[kind](first * TOKENS.kernel_size**2, second)
+        if not normalize:
+            self.attention1.norm1, self.attention2.norm1 = nn.Identity(), nn.Identity()
+        self.project = nn.Linear(second * TOKENS.kernel_size**2, embed_dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[B, in_chans, H, W]`` to ``[B, H', W', embed_dim]``.
+
+        Of a side S there remain ``ceil((S + 1) // 4 / 4)`` tokens: S / 16 where that is whole.
+
+        Raises:
+            ArgumentError: for a side below 3 pixels.
+        """
+        if min(image.shape[-2:]) < SMALLEST_SIDE:
+            raise ArgumentError(
+                f"image: sides of at least {SMALLEST_SIDE} pixels are needed, got {tuple(image.shape[-2:])}"
+            )
+        tokens = self.attention1.forward_patches(image, PIXELS).permute(0, 3, 1, 2)
+        tokens = self.attention2.forward_patches(tokens, TOKENS).permute(0, 3, 1, 2)
+        return project_patches(tokens, nn.Identity(), self.project, TOKENS)
+
+    @staticmethod
+    def grid(height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the result for an image of these sides in pixels."""
+
+        def side(pixels: int) -> int:
+            for kernel_size, stride, padding in (PIXELS, TOKENS, TOKENS):
+                pixels = (pixels + 2 * padding - kernel_size) // stride + 1
+            return pixels
+
+        return side(height), side(width)
+
+
+def sinusoid_table(length: int, dim: int) -> Tensor:
+    """Sine and cosine codes of positions (Vaswani et al. 2017), ``[length, dim]`` in float64: even channels sine."""
+    channels = torch.arange(dim, dtype=torch.float64, device="cpu")
+    wavelengths = 10000 ** (2 * (channels // 2) / dim)
+    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] / wavelengths
+    return torch.where(channels % 2 == 0, angles.sin(), angles.cos())
