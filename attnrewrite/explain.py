@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .ir import line
-from .plan import Plan
-from .ir import Site
+from .ir import Site, line
 from .lift.dataflow import Dataflow
+from .plan import Plan
 from .planning import lifted, prove
 from .targets import NotConvertible, known_targets
 

@@ -22,7 +22,7 @@ from .lift.dataflow import Dataflow
 from .plan import Plan, PlannedSite, matching
 from .rewrite.check import misbehaviour
 from .rewrite.owners import OwnerProgram, build_programs
-from .targets import Exactness, NotConvertible, NothingToDo, Target, recognise_all, target_of
+from .targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, recognise_all, target_of
 
 Selector = str | Iterable[str] | Callable[[Site], bool]
 
@@ -167,8 +167,17 @@ def _classify(chosen: list[PlannedSite], least: Exactness, flow: Dataflow) -> No
         if conversion.exactness < least:
             planned.keep(f"{conversion.exactness.name} is below fidelity={least.name.lower()!r}: {conversion.why}")
             continue
+        _match(conversion, planned.site)
         planned.status, planned.conversion = "convert", conversion
         converted[id(planned.target)] = index + 1
+
+
+def _match(conversion: Conversion, site: Site) -> None:
+    """Give the new core the device and dtype of what the site computes."""
+    value = (site.nodes.output.node if isinstance(site, AttentionSite) else site.result).meta["val"]
+    for core in conversion.core if isinstance(conversion.core, list) else [conversion.core]:
+        if core is not None:
+            core.to(device=value.device, dtype=value.dtype)
 
 
 def _check_behaviour(made: Plan, flow: Dataflow) -> None:
@@ -205,7 +214,7 @@ def _measure(made: Plan) -> None:
             site, conversion = planned.site, planned.conversion
             if not isinstance(site, AttentionSite) or conversion is None or conversion.exactness is Exactness.EXACT:
                 continue
-            if not isinstance(site.keys, Global | Reduced):
+            if not isinstance(site.keys, Global | Reduced) or conversion.extras:
                 continue
             nodes = site.nodes
             parts = [operand_heads_last(made.values[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..ir import MlpSite, Site, StemSite, Window
 from ..cores import Activation, DenseAttention, GatherPatches, MapToTokens, WindowAttention
+from ..ir import MlpSite, Site, StemSite, Window
 from ..targets import Conversion, Exactness, NothingToDo, Target, Weights, register_target
 from .patch_stem import map_width, patch_geometry
 

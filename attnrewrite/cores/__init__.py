@@ -1,12 +1,17 @@
-"""The cores that sites are rewritten to: modules without parameters, on heads-last queries, keys and values."""
+"""The cores that sites are rewritten to, on heads-last queries, keys and values; projections stay the site's own."""
 
+from .aggregated import AggregatedCore, LocalBranch, ReducedAggregatedCore
 from .dense import DenseAttention
+from .grouped import GroupedCore
+from .manhattan import DecomposedManhattanCore, ManhattanCore, ReducedManhattanCore
 from .mlp import Activation
-from .neighborhood import NeighborhoodAttention, ReducedNeighborhoodAttention
+from .neighborhood import NeighborhoodAttention, ReducedNeighborhoodAttention, SlidingAttention
+from .sequence import OfMap
 from .stem import GatherPatches, MapToTokens
 from .window import WindowAttention
 
 __all__ = [
-    "Activation", "DenseAttention", "GatherPatches", "MapToTokens", "NeighborhoodAttention",
-    "ReducedNeighborhoodAttention", "WindowAttention",
+    "Activation", "AggregatedCore", "DecomposedManhattanCore", "DenseAttention", "GatherPatches", "GroupedCore",
+    "LocalBranch", "ManhattanCore", "MapToTokens", "NeighborhoodAttention", "OfMap", "ReducedAggregatedCore",
+    "ReducedManhattanCore", "ReducedNeighborhoodAttention", "SlidingAttention", "WindowAttention",
 ]  # fmt: skip

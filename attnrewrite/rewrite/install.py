@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from ..cores import GatherPatches
 from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
 from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..lift.values import shape_of
-from ..cores import GatherPatches
 from ..targets import Conversion
 from .outline import NotOutlinable, Outlined
 

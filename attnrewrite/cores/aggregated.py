@@ -1,0 +1,177 @@
+"""Aggregated attention in the place of dense, windowed or spatially reduced attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ir import Grid
+from ..modules.adaptive_pool import adaptive_average, cell_bounds
+from ..modules.local_window import inside_map, window_average, window_scores
+from .neighborhood import reached_table
+from .sequence import attend, grid_of, join_map, split_map
+
+Pair = tuple[int, int]
+
+
+class LocalBranch(nn.Module):
+    """What aggregated attention learns for a token's own window (Shi 2024, TransNeXt, section 3.1).
+
+    Everything starts neutral: ``query_embedding`` ``[heads, 1, head_dim]``, ``learnable_tokens`` ``[heads, head_dim,
+    window_size ** 2]`` and ``learnable_bias`` ``[heads, 1, window_size ** 2]`` at zero; ``relative_pos_bias_local``
+    ``[heads, window_size ** 2]`` at ``bias``, or, where that is minus infinity, absent: then the window takes part after
+    the softmax alone.
+    """
+
+    def __init__(self, heads: int, head_dim: int, window_size: int, bias: float) -> None:
+        super().__init__()
+        self.window_size = window_size
+        places = window_size**2
+        self.query_embedding = nn.Parameter(torch.zeros(heads, 1, head_dim))
+        self.learnable_tokens = nn.Parameter(torch.zeros(heads, head_dim, places))
+        self.learnable_bias = nn.Parameter(torch.zeros(heads, 1, places))
+        self.relative_pos_bias_local = None
+        if bias != float("-inf"):
+            self.relative_pos_bias_local = nn.Parameter(torch.full((heads, places), bias))
+
+    def extra_repr(self) -> str:
+        state = "after the softmax only" if self.relative_pos_bias_local is None else "in the softmax"
+        return f"window_size={self.window_size}, {state}"
+
+
+class AggregatedCore(nn.Module):
+    """One softmax over a token's window, the pooled map and the prefix, for ``[prefix, map]`` sequences.
+
+    A cell of the pooled map has the mean of its tokens' keys and values, which are the projections of their mean, and
+    counts once for each of them (``log`` of their number is added to its scores). Prefix tokens see everything.
+
+    Args:
+        local: the window's parameters; None is no window.
+        pool: rows and columns of tokens that a cell stands for.
+        grid: the map and prefix at conversion.
+        scale: multiplies the scores.
+        window, entries: for a site with a bias: the size of its windows, or of the map, and where a flattened bias
+            holds its relative table. The table serves the local window; cells have it where each is one token.
+    """
+
+    def __init__(
+        self,
+        local: LocalBranch | None,
+        pool: Pair,
+        grid: Grid,
+        scale: float,
+        window: Pair | None = None,
+        entries: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.local, self.pool, self.grid, self.scale, self.window = local, pool, grid, scale, window
+        self.register_buffer("entries", entries, persistent=False)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Heads-last ``[batch, tokens, heads, dim]``; ``bias`` ``[1, heads, n, n]`` by slots of a window."""
+        grid = grid_of(query.shape[1], self.grid)
+        prefix = grid.prefix_tokens
+        (first, maps), (keys, key_map), (values, value_map) = (split_map(part, grid) for part in (query, key, value))
+        cells = (max(1, grid.height // self.pool[0]), max(1, grid.width // self.pool[1]))
+        pooled = [adaptive_average(part.flatten(3), cells) for part in (key_map, value_map)]
+        shared = [
+            torch.cat([own, cell.flatten(1, 2).unflatten(-1, own.shape[2:])], dim=1)
+            for own, cell in zip((keys, values), pooled, strict=True)
+        ]
+        added = F.pad(_cell_counts(grid, cells, query).log(), (prefix, 0))
+        if bias is not None and cells == self.window == (grid.height, grid.width):
+            added = bias[0].unflatten(1, (grid.height, grid.width))
+        image = aggregate(
+            maps, key_map, value_map, shared[0], shared[1], added, self.local, self.scale, self._table(bias)
+        )
+        return join_map(attend(first, key, value, None, self.scale) if prefix else first, image)
+
+    def _table(self, bias: Tensor | None) -> Tensor | None:
+        """``[heads, window_size ** 2]``: the part of the windows' bias that the local window reaches."""
+        if bias is None or self.local is None or self.window is None:
+            return None
+        assert isinstance(self.entries, Tensor)
+        reach = self.local.window_size // 2 + 1
+        return reached_table(bias[0], self.entries, self.window, (reach, reach)).flatten(1)
+
+    def extra_repr(self) -> str:
+        return f"pool={self.pool}, grid={self.grid}, scale={self.scale:.4g}"
+
+
+class ReducedAggregatedCore(nn.Module):
+    """One softmax over a token's window and the site's own reduced keys: PVT's reducer is kept.
+
+    Args:
+        local: the window's parameters.
+        grid: the query map at conversion.
+        scale: multiplies the scores.
+    """
+
+    def __init__(self, local: LocalBranch, grid: Grid, scale: float) -> None:
+        super().__init__()
+        self.local, self.grid, self.scale = local, grid, scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, local_key: Tensor, local_value: Tensor) -> Tensor:
+        """Heads-last ``[batch, tokens, heads, dim]``; ``local_key`` and ``local_value`` ``[batch, height, width, heads,
+        dim]`` of the query map."""
+        maps = query.unflatten(1, local_key.shape[1:3])
+        return aggregate(maps, local_key, local_value, key, value, None, self.local, self.scale).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, scale={self.scale:.4g}"
+
+
+def aggregate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor,
+    shared_value: Tensor,
+    shared_bias: Tensor | None,
+    local: LocalBranch | None,
+    scale: float,
+    table: Tensor | None = None,
+) -> Tensor:
+    """Dot-product aggregated attention of a map.
+
+    Args:
+        query, key, value: ``[batch, height, width, heads, dim]``.
+        shared_key, shared_value: ``[batch, keys, heads, dim]``, seen by every token.
+        shared_bias: ``[keys]`` or ``[heads, height, width, keys]``, added to their scores.
+        local: the window's parameters; None is no window.
+        table: ``[heads, window_size ** 2]``, added to the window's scores.
+
+    Returns:
+        ``[batch, height, width, heads, dim]``.
+    """
+    height, width = query.shape[1:3]
+    query, key, value = (part.permute(0, 3, 1, 2, 4) for part in (query, key, value))
+    embedded = query if local is None else query + local.query_embedding[:, None].to(query.dtype)
+    shared = torch.einsum("bhyxd,bmhd->bhyxm", embedded * scale, shared_key)
+    shared = shared if shared_bias is None else shared + shared_bias.to(shared.dtype)
+    if local is None:
+        return torch.einsum("bhyxm,bmhd->byxhd", shared.softmax(-1), shared_value)
+    places = local.window_size**2
+    weights = shared.softmax(-1)
+    after = query @ local.learnable_tokens[:, None].to(query.dtype) + local.learnable_bias[:, None].to(query.dtype)
+    if local.relative_pos_bias_local is not None:
+        bias = local.relative_pos_bias_local if table is None else local.relative_pos_bias_local + table
+        scores = window_scores(embedded * scale, key, local.window_size) + bias[:, None, None].to(query.dtype)
+        inside = inside_map(height, width, local.window_size, query.device).view(height, width, places)
+        scores = scores.masked_fill(~inside, float("-inf"))
+        joint = torch.cat([scores, shared], dim=-1).softmax(-1)
+        after, weights = after + joint[..., :places], joint[..., places:]
+    mixed = window_average(after, value, local.window_size).permute(0, 2, 3, 1, 4)
+    return mixed + torch.einsum("bhyxm,bmhd->byxhd", weights, shared_value)
+
+
+def _cell_counts(grid: Grid, cells: Pair, like: Tensor) -> Tensor:
+    """``[cells]``: how many tokens each cell of the pooled map stands for."""
+    rows, columns = (
+        end - start
+        for start, end in (
+            cell_bounds(side, count, like.device) for side, count in zip((grid.height, grid.width), cells, strict=True)
+        )
+    )
+    return (rows[:, None] * columns).flatten().to(like.dtype)

@@ -1,0 +1,171 @@
+"""Manhattan self-attention in the place of dense attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ir import Grid
+from ..modules.decay import map_bias
+from ..modules.depthwise import DepthwiseConv
+from ..modules.manhattan import manhattan_attention
+from .sequence import attend, grid_of, join_map, split_map, with_prefix
+
+
+class ManhattanCore(nn.Module):
+    """Attention decayed by Manhattan distance, with local context enhancement (Fan et al. 2024), of ``[prefix, map]``.
+
+    The decay acts between tokens of the map; prefix tokens see and are seen without decay. The enhancement starts at
+    zero.
+
+    Args:
+        log_decay: natural logarithm of each head's decay a step; zero is no decay.
+        grid: the map and prefix at conversion.
+        channels: of all heads' values together.
+        scale: multiplies the scores.
+        dropout: rate on the attention weights, in training.
+        placement: of the decay, ``"inside"`` or ``"outside"`` the softmax.
+        lce: whether there is a local context enhancement.
+    """
+
+    def __init__(
+        self,
+        log_decay: tuple[float, ...],
+        grid: Grid,
+        channels: int,
+        scale: float,
+        dropout: float = 0.0,
+        placement: str = "inside",
+        lce: bool = True,
+    ) -> None:
+        super().__init__()
+        self.log_decay, self.grid, self.scale = log_decay, grid, scale
+        self.dropout, self.placement = dropout, placement
+        self.lepe = neutral_enhancement(channels) if lce else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Heads-last ``[batch, tokens, heads, dim]``; ``bias`` ``[1, heads, tokens, tokens]`` is added to the scores."""
+        grid = grid_of(query.shape[1], self.grid)
+        log_decay = decay_of(self.log_decay, query)
+        decay = with_prefix(map_bias(log_decay, grid.height, grid.width), grid.prefix_tokens)[None]
+        if self.placement == "inside":
+            rate = self.dropout if self.training else 0.0
+            mixed = attend(query, key, value, decay if bias is None else decay + bias, self.scale, rate)
+        else:
+            mixed = _decayed_weights(query, key, value, decay, bias, self.scale)
+        return enhanced(mixed, value, grid, self.lepe)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, placement={self.placement!r}, scale={self.scale:.4g}"
+
+
+class DecomposedManhattanCore(nn.Module):
+    """The decomposed form: along rows, then along columns, with the same queries and keys. Tokens of the map see the
+    map alone; prefix tokens see everything.
+
+    ``gate`` blends it with the dense attention that it replaces, ``(1 - gate) * dense + gate * decomposed``; it starts
+    at ``opening`` and trains. None leaves the dense attention out.
+
+    Args: as for ``ManhattanCore``.
+    """
+
+    def __init__(
+        self,
+        log_decay: tuple[float, ...],
+        grid: Grid,
+        channels: int,
+        scale: float,
+        opening: float | None,
+        lce: bool = True,
+    ) -> None:
+        super().__init__()
+        self.log_decay, self.grid, self.scale = log_decay, grid, scale
+        self.gate = None if opening is None else nn.Parameter(torch.full((len(log_decay), 1), opening))
+        self.lepe = neutral_enhancement(channels) if lce else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Heads-last ``[batch, tokens, heads, dim]``."""
+        grid = grid_of(query.shape[1], self.grid)
+        log_decay = decay_of(self.log_decay, query)
+        parts = [split_map(part, grid)[1] for part in (query, key, value)]
+        image = manhattan_attention(parts[0], parts[1], parts[2], log_decay, decomposed=True, scale=self.scale)
+        if self.gate is None:
+            mixed = join_map(attend(query[:, : grid.prefix_tokens], key, value, None, self.scale), image)
+        else:
+            dense = attend(query, key, value, None, self.scale)
+            prefix, old = split_map(dense, grid)
+            mixed = join_map(prefix, old + self.gate.to(old.dtype) * (image - old))
+        return enhanced(mixed, value, grid, self.lepe)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, scale={self.scale:.4g}"
+
+
+class ReducedManhattanCore(nn.Module):
+    """Manhattan decay towards the centres of a reduced key map's cells: PVT's spatial reduction and its cost are kept.
+
+    Args:
+        log_decay: of each head, a step of the query map.
+        grid, reduced: the query and the key map at conversion.
+    """
+
+    def __init__(
+        self, log_decay: tuple[float, ...], grid: Grid, reduced: Grid, scale: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.log_decay, self.scale, self.dropout = log_decay, scale, dropout
+        self.grid, self.reduced = grid, reduced
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Heads-last ``[batch, tokens, heads, dim]`` queries and keys of their own maps."""
+        grid, reduced = grid_of(query.shape[1], self.grid), grid_of(key.shape[1], self.reduced)
+        log_decay = decay_of(self.log_decay, query)
+        rows = _to_cells(grid.height, reduced.height, query.device)
+        columns = _to_cells(grid.width, reduced.width, query.device)
+        distance = rows[:, None, :, None] + columns[None, :, None, :]
+        bias = log_decay[:, None, None] * distance.reshape(grid.tokens, reduced.tokens)
+        return attend(query, key, value, bias[None], self.scale, self.dropout if self.training else 0.0)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, reduced={self.reduced}, scale={self.scale:.4g}"
+
+
+def decay_of(log_decay: tuple[float, ...], like: Tensor) -> Tensor:
+    """``[heads]`` in float64 for float64 values, else in float32: kept as numbers, no cast of a model spoils them."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.tensor(log_decay, dtype=dtype, device=like.device)
+
+
+def neutral_enhancement(channels: int) -> DepthwiseConv:
+    """Local context enhancement that adds nothing yet."""
+    lepe = DepthwiseConv(channels, 5)
+    for parameter in lepe.parameters():
+        nn.init.zeros_(parameter)
+    return lepe
+
+
+def enhanced(mixed: Tensor, value: Tensor, grid: Grid, lepe: nn.Module | None) -> Tensor:
+    """The map's tokens plus the convolution of their values; prefix tokens as they are."""
+    if lepe is None:
+        return mixed
+    prefix, image = split_map(mixed, grid)
+    local = lepe(split_map(value, grid)[1].flatten(-2)).unflatten(-1, image.shape[-2:])
+    return join_map(prefix, image + local)
+
+
+def _decayed_weights(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """The decay after the softmax, as in the paper's equation."""
+    scores = torch.einsum("bnhd,bmhd->bhnm", query * scale, key)
+    weights = (scores if bias is None else scores + bias).softmax(-1) * decay.exp().to(scores.dtype)
+    return torch.einsum("bhnm,bmhd->bnhd", weights, value)
+
+
+def _to_cells(side: int, cells: int, device: torch.device) -> Tensor:
+    """``[side, cells]``: distance of every place to the centre of every cell, in places."""
+    centre = (torch.arange(cells, device=device) + 0.5) * (side / cells) - 0.5
+    return (torch.arange(side, device=device)[:, None] - centre).abs()
+
+
+__all__ = ["DecomposedManhattanCore", "ManhattanCore", "ReducedManhattanCore"]

@@ -1,0 +1,62 @@
+"""Sequences of prefix tokens and a map: what the cores that need the map have in common."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ir import Grid
+from .neighborhood import grid_of
+
+
+def split_map(part: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """``[batch, prefix + height * width, ...]`` to ``[batch, prefix, ...]`` and ``[batch, height, width, ...]``."""
+    prefix = grid.prefix_tokens
+    return part[:, :prefix], part[:, prefix:].unflatten(1, (grid.height, grid.width))
+
+
+def join_map(prefix: Tensor, image: Tensor) -> Tensor:
+    """The inverse of ``split_map``."""
+    tokens = image.flatten(1, 2)
+    return torch.cat([prefix, tokens], dim=1) if prefix.shape[1] else tokens
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Dense attention of heads-last ``[batch, tokens, heads, dim]`` operands; ``bias`` broadcasts to
+    ``[batch, heads, queries, keys]``."""
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    bias = None if bias is None else bias.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale).transpose(1, 2)
+
+
+def with_prefix(bias: Tensor, prefix: int) -> Tensor:
+    """``[heads, tokens, tokens]`` of a map's bias, zero to and from the prefix tokens."""
+    return F.pad(bias, (prefix, 0, prefix, 0)) if prefix else bias
+
+
+class OfMap(nn.Module):
+    """A core of token sequences, on the maps that a windowed site gives."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        pad_key: Tensor | None = None,
+        pad_value: Tensor | None = None,
+    ) -> Tensor:
+        """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` of the one window that is the map."""
+        parts = [part.flatten(1, 2) for part in (query, key, value)]
+        mixed = self.core(*parts, None if bias is None else bias[None])
+        return mixed.unflatten(1, query.shape[1:3])
+
+
+__all__ = ["OfMap", "attend", "grid_of", "join_map", "split_map", "with_prefix"]

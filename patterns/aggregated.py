@@ -1,0 +1,106 @@
+"""Aggregated attention (Shi 2024, TransNeXt), by dot products, from global, windowed and reduced attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..cores import AggregatedCore, LocalBranch, OfMap, ReducedAggregatedCore
+from ..errors import ArgumentError
+from ..ir import AttentionSite, Grid, Reduced, Site, Window
+from ..layout import as_pair
+from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
+from .geometry import bias_entries, grid_of_site, require_positive, text_of, window_bias_entries
+
+Pair = tuple[int, int]
+OFF = float("-inf")
+
+
+@register_target
+@dataclass(frozen=True)
+class Aggregated(Target):
+    """One softmax over a token's window and a pooled map, plus learned weights after it.
+
+    Dot products stay dot products: cosine similarity, the paper's, is the most destructive single change there is.
+    Query embedding, learnable tokens and their bias start at zero and train.
+
+    Args:
+        window_size: side of the local window, odd.
+        pool: tokens a side that a pooled cell stands for, or (rows, columns); 1 keeps every key. None is 2, but 1 on maps
+            of up to 64 tokens, as the paper's last stage attends fully.
+        local_bias: what the window's scores start with; ``-inf`` leaves it out of the softmax. None is 0 where keys are
+            pooled, and ``-inf`` where none are lost: over the reduced keys of spatial reduction, which are kept, and at
+            ``pool=1``.
+    """
+
+    window_size: int = 3
+    pool: int | Pair | None = None
+    local_bias: float | None = None
+    name = "aggregated"
+
+    def __post_init__(self) -> None:
+        if type(self.window_size) is not int or self.window_size < 1 or self.window_size % 2 == 0:
+            raise ArgumentError(f"window_size: must be odd and at least 1, got {self.window_size!r}")
+        if self.pool is not None:
+            require_positive("pool", self.pool)
+        if self.local_bias is not None and (isinstance(self.local_bias, str) or math.isnan(self.local_bias)):
+            raise ArgumentError(f"local_bias: expected a number or -inf, got {self.local_bias!r}")
+
+    def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
+        assert isinstance(site, AttentionSite)
+        if site.dropout:
+            raise NotConvertible("it drops attention weights in training, which this core cannot; leave it with `keep`")
+        if isinstance(site.keys, Reduced):
+            return self._reduced(site, site.keys)
+        if isinstance(site.keys, Window):
+            grid, window, entries = site.map_grid, site.keys.size, window_bias_entries(site, site.keys)
+        else:
+            grid = grid_of_site(site)
+            window, entries = (grid.height, grid.width), bias_entries(site, grid)
+        pool = as_pair(self.pool or (1 if grid.height * grid.width <= 64 else 2))
+        keeps_all = pool == (1, 1) and window == (grid.height, grid.width)
+        bias = self._bias(OFF if keeps_all else 0.0)
+        scale = site.scale if isinstance(site.keys, Window) else site.scale_of_operands
+        core: nn.Module = AggregatedCore(self._local(site, bias), pool, grid, scale, window, entries)
+        core = OfMap(core) if isinstance(site.keys, Window) else core
+        cells = (max(1, grid.height // pool[0]), max(1, grid.width // pool[1]))
+        seen = self.window_size**2 * (bias != OFF) + cells[0] * cells[1] + grid.prefix_tokens
+        settings = {"window_size": self.window_size, "pool": pool, "local_bias": bias}
+        if keeps_all:
+            return Conversion(*_kept(bias), core, settings, "none: every query still sees every key")
+        return Conversion(
+            Exactness.PROJECTED, self._why(site, grid, cells), core, settings, f"{seen} of {grid.tokens} keys a query"
+        )
+
+    def _why(self, site: AttentionSite, grid: Grid, cells: Pair) -> str:
+        lost = "" if site.bias is None else "; its bias serves the window alone"
+        return (
+            f"keys beyond a window of {self.window_size} are means over a pooled {text_of(cells)} map of the {grid} one"
+            + lost
+        )
+
+    def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
+        """The source's reducer makes the pooled keys: exact for as long as the window has no part in the softmax."""
+        grid = grid_of_site(site)
+        if site.bias is not None or site.key is None:
+            raise NotConvertible("its reduced keys have a bias, or are no plain projection; leave it with `keep`")
+        bias = self._bias(OFF)
+        core = ReducedAggregatedCore(self._local(site, bias), grid, site.scale_of_operands)
+        settings = {"window_size": self.window_size, "reducer": keys.reducer, "local_bias": bias}
+        return Conversion(*_kept(bias), core, settings, "none: the window comes on top of the reduced keys", ("local",))
+
+    def _bias(self, default: float) -> float:
+        return default if self.local_bias is None else float(self.local_bias)
+
+    def _local(self, site: AttentionSite, bias: float) -> LocalBranch:
+        return LocalBranch(site.heads, site.head_dim, self.window_size, bias)
+
+
+def _kept(bias: float) -> tuple[Exactness, str]:
+    if bias == OFF:
+        return Exactness.EXACT, "all keys are kept, and the window starts at zero after the softmax"
+    if bias <= -15:
+        return Exactness.CONTINUOUS, f"all keys are kept, and the window's scores start at {bias:g}"
+    return Exactness.PROJECTED, f"the window's scores start at {bias:g} beside keys that are all kept"

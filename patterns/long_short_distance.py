@@ -1,0 +1,117 @@
+"""CrossFormer's long-short distance attention (Wang et al. 2022), from global, windowed and reduced attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cores import GroupedCore, OfMap, WindowAttention
+from ..cores.grouped import fitted, into_groups
+from ..ir import AttentionSite, Grid, Reduced, Site, Window
+from ..layout import as_pair
+from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
+from .geometry import bias_entries, dropped_mass, grid_of_site, require_one_of, require_positive, text_of
+
+Pair = tuple[int, int]
+
+
+@register_target
+@dataclass(frozen=True)
+class LongShortDistance(Target):
+    """Attention inside groups of neighbouring tokens (short), and of tokens an interval apart (long), by turns.
+
+    Args:
+        group_size: tokens of a group, per axis or for both. None is the window of a windowed site, and 7 elsewhere.
+        interval: of the long distance groups; None is the largest with which one region covers the map, as in the
+            paper: ``ceil(side / group_size)``.
+        shifted: what becomes of shifted windows: ``"keep"`` the offset, exactly, or ``"long"`` distance instead.
+    """
+
+    group_size: int | Pair | None = None
+    interval: int | Pair | None = None
+    shifted: str = "keep"
+    name = "long_short_distance"
+
+    def __post_init__(self) -> None:
+        for argument, value in (("group_size", self.group_size), ("interval", self.interval)):
+            if value is not None:
+                require_positive(argument, value)
+        require_one_of("shifted", self.shifted, ("keep", "long"))
+
+    def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
+        assert isinstance(site, AttentionSite)
+        if isinstance(site.keys, Window):
+            return self._windowed(site, site.keys)
+        if isinstance(site.keys, Reduced):
+            raise NotConvertible(
+                "it attends to reduced keys, and groups need a key for every token, which the reducer has not left; use "
+                "to='aggregated' or to='neighborhood', which keep its keys"
+            )
+        grid = grid_of_site(site)
+        bias_entries(site, grid)
+        if site.bias is not None:
+            raise NotConvertible("its bias is learned for the whole map; use to='neighborhood', which follows it")
+        group, interval = self._groups(grid, as_pair(self.group_size or 7), index % 2 == 1)
+        core = GroupedCore(group, interval, grid, site.scale_of_operands, site.dropout)
+        settings = {"group_size": group, "interval": interval}
+        if group == (grid.height, grid.width):
+            return Conversion(
+                Exactness.EXACT, f"one group takes the whole {grid} map", core, settings,
+                "none at this size: every query still sees every key",
+            )  # fmt: skip
+        return Conversion(Exactness.PROJECTED, _why(group, interval), core, settings, _benefit(group, grid))
+
+    def _windowed(self, site: AttentionSite, window: Window) -> Conversion:
+        size = window.size
+        if self.group_size is not None and as_pair(self.group_size) != size:
+            raise NotConvertible(f"its bias is learned for windows of {text_of(size)}; leave group_size out")
+        grid = site.map_grid
+        if not any(window.shift) or self.shifted == "keep":
+            core = WindowAttention(window, grid, site.scale, site.dropout)
+            offset = f" with origin {text_of(window.shift)}" if any(window.shift) else ""
+            settings = {"group_size": size, "interval": (1, 1), "shift": window.shift, "bias": "table"}
+            return Conversion(
+                Exactness.EXACT, f"{window} is short distance attention{offset}", core, settings, "the same keys"
+            )
+        group, interval = self._groups(grid, size, long=True)
+        if group != size:
+            raise NotConvertible("its windows are larger than the map; leave it with shifted='keep'")
+        grouped = OfMap(GroupedCore(group, interval, grid, site.scale, site.dropout))
+        settings = {"group_size": group, "interval": interval, "bias": "table"}
+        return Conversion(Exactness.PROJECTED, _why(group, interval), grouped, settings, "as many keys")
+
+    def _groups(self, grid: Grid, group: Pair, long: bool) -> tuple[Pair, Pair]:
+        sides = (grid.height, grid.width)
+        widest = (-(-sides[0] // group[0]), -(-sides[1] // group[1]))
+        interval = as_pair(self.interval) if self.interval is not None else widest
+        return fitted(group, interval if long else (1, 1), grid)
+
+    def measure(self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
+        """Dropped softmax mass of every head."""
+        assert isinstance(site, AttentionSite)
+        return dropped_mass(site, operands, group_mask(conversion.core))
+
+
+def group_mask(core: GroupedCore) -> Tensor:
+    """``[tokens, tokens]``: which keys each query sees, prefix tokens included."""
+    grid = core.grid
+    place = torch.arange(1, grid.height * grid.width + 1).view(1, grid.height, grid.width, 1, 1)
+    members = into_groups(place, core.group, core.interval)[0, :, :, 0, 0] - 1
+    group_of = torch.empty(grid.height * grid.width, dtype=torch.long)
+    number = torch.arange(len(members))[:, None].expand_as(members)
+    group_of[members[members >= 0]] = number[members >= 0]
+    seen = group_of[:, None] == group_of
+    return torch.nn.functional.pad(seen, (grid.prefix_tokens, 0, grid.prefix_tokens, 0), value=True)
+
+
+def _why(group: Pair, interval: Pair) -> str:
+    if interval == (1, 1):
+        return f"keys outside groups of {text_of(group)} neighbours are dropped"
+    return f"only keys in groups of {text_of(group)}, {text_of(interval)} apart, are kept"
+
+
+def _benefit(group: Pair, grid: Grid) -> str:
+    return f"{group[0] * group[1] + grid.prefix_tokens} of {grid.tokens} keys a query"
