@@ -9,9 +9,10 @@ if not (_here / "patterns").exists() and (_here.parent / "patterns" / "__init__.
     __path__.append(str(_here.parent))
 
 from .convert import convert, report, revert
+from .costs import analyze
 from .errors import AttnRewriteError
 from .explain import explain
 from .planning import plan
 
-__all__ = ["AttnRewriteError", "__version__", "convert", "explain", "plan", "report", "revert"]
+__all__ = ["AttnRewriteError", "__version__", "analyze", "convert", "explain", "plan", "report", "revert"]
 __version__ = "0.1.0"

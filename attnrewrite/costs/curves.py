@@ -1,0 +1,35 @@
+"""Cost over image size as points, for plots of any kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .derive import ModelFormula
+
+if TYPE_CHECKING:
+    from .report import Report
+
+SMALLEST, LARGEST, STEP = 64, 1024, 32
+
+
+@dataclass(frozen=True)
+class Curve:
+    """``(side in pixels, MACs an image)`` of one variant."""
+
+    name: str
+    points: list[tuple[int, int]]
+
+
+def curves(report: Report) -> list[Curve]:
+    """The model's own curve, and that of what it is compared with."""
+    found = [Curve(report.name, _points(report.formula))]
+    if report.comparison is not None:
+        found.append(Curve(report.comparison.names[1], _points(report.comparison.formula)))
+    return found
+
+
+def _points(formula: ModelFormula) -> list[tuple[int, int]]:
+    sides = range(SMALLEST, LARGEST + 1, STEP)
+    points = [(side, formula.macs(1, side, side)) for side in sides]
+    return [(side, macs) for side, macs in points if macs > 0]

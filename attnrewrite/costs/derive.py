@@ -1,0 +1,213 @@
+"""A model's formula: its sites', what they leave as an interpolated polynomial, and both checked against counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import sympy
+from sympy import Expr, Integer
+from torch import nn
+
+from ..capture.examples import Inputs
+from ..errors import ArgumentError, CaptureError, first_line
+from ..ir import Site
+from ..lift.dataflow import Dataflow
+from ..planning import lifted
+from .formulas import ZERO
+from .interpolate import fitted
+from .meta_model import Sizer
+from .sites import CountedSite, SiteReader
+from .symbols import evaluator, lattice_unit, plain
+
+PROBES = 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """Formula and count, in MACs, at one size."""
+
+    height: int
+    width: int
+    batch: int
+    formula: int
+    count: int
+
+    @property
+    def equal(self) -> bool:
+        return self.formula == self.count
+
+    def __str__(self) -> str:
+        size = f"{self.height}x{self.width}" + (f" batch {self.batch}" if self.batch > 1 else "")
+        verdict = "equal" if self.equal else f"formula {self.formula:,}, off by {self.formula - self.count:+,}"
+        return f"{size}: {verdict} ({self.count:,} MAC)".replace(",", " ")
+
+
+@dataclass
+class ModelFormula:
+    """MACs of a whole model in ``H``, ``W`` and batch: ``batch * per_image + once``.
+
+    Attributes:
+        rest, rest_once: what belongs to no site with a formula, per image and per call.
+        off_lattice: whether the rest is known at every size; else on multiples of ``lattice`` pixels.
+        range: smallest and largest side at which counts were compared.
+    """
+
+    sites: list[CountedSite]
+    rest: Expr = ZERO
+    rest_once: Expr = ZERO
+    checks: list[Check] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    @cached_property
+    def per_image(self) -> Expr:
+        return sympy.Add(*(f.total - f.in_pixels(f.once) for f in self._formulas), self.rest)
+
+    @cached_property
+    def once(self) -> Expr:
+        return sympy.Add(*(f.in_pixels(f.once) for f in self._formulas), self.rest_once)
+
+    @cached_property
+    def macs(self) -> Callable[[int, int, int], int]:
+        """``(batch, height, width) -> MACs``."""
+        image, once = evaluator(self.per_image), evaluator(self.once)
+        return lambda batch, height, width: batch * image(1, height, width) + once(1, height, width)
+
+    @cached_property
+    def lattice(self) -> int:
+        return lattice_unit(self.per_image + self.once)
+
+    @property
+    def _formulas(self) -> list[Any]:
+        return [site.formula for site in self.sites if site.formula is not None]
+
+
+def derive(model: nn.Module, example: Inputs, sizer: Sizer) -> ModelFormula:
+    """Lift the sites of ``model`` and complete their formulas to the whole model's."""
+    count = sizer.at_example().total.macs
+    if not sizer.has_image:
+        return ModelFormula([], rest=Integer(count), assumptions=["no image among the inputs: costs are numbers only"])
+    try:
+        args, kwargs = example
+        plan, flow = lifted(model, kwargs if kwargs and not args else args)
+    except (CaptureError, ArgumentError) as cause:
+        found = ModelFormula([])
+        found.assumptions.append(f"no sites, the model could not be captured: {first_line(cause)}")
+        _complete(found, sizer)
+        return found
+    found = _read(flow, [planned.site for planned in plan.sites], sizer)
+    found.refused = [f"{refused.name or '(root)'}: {refused.reason}" for refused in plan.refused]
+    return found
+
+
+def _read(flow: Dataflow, sites: list[Site], sizer: Sizer) -> ModelFormula:
+    """Whether mergings pad or cut odd maps is not seen at one size: the first reading that holds at others is taken."""
+    first = None
+    for odd_up in (True, False):
+        reader = SiteReader(flow, sites, odd_up)
+        found = ModelFormula(reader.read())
+        _complete(found, sizer)
+        if all(check.equal for check in found.checks) or not reader.maps.rounds_merges:
+            return found
+        first = first or found
+    assert first is not None
+    return first
+
+
+def _complete(found: ModelFormula, sizer: Sizer) -> None:
+    """Find what the sites leave, and check the sum at the example, at another batch, and at other sizes."""
+    height, width = sizer.size
+    points = [(height, width), *_probe_sizes(sizer, found.lattice)]
+    rests = [_rest(found, sizer, *point) for point in points]
+    if len(points) == 1:
+        found.assumptions.append(
+            f"the model takes no size but {height}x{width}: other sizes are extrapolated by its formulas, and what is "
+            "no site is taken to stay the same"
+        )
+    if len(set(rests)) == 1:
+        found.rest, found.rest_once = Integer(rests[0][0]), Integer(rests[0][1])
+    else:
+        _interpolate(found, sizer)
+    for name in ("per_image", "once", "macs", "lattice"):
+        found.__dict__.pop(name, None)
+    for side in points:
+        _check(found, sizer, *side, sizer.batch)
+    _check(found, sizer, height, width, sizer.batch + 1)
+
+
+def _check(found: ModelFormula, sizer: Sizer, height: int, width: int, batch: int) -> None:
+    counted = sizer.at(height, width, batch)
+    if counted is not None:
+        found.checks.append(Check(height, width, batch, found.macs(batch, height, width), counted.total.macs))
+
+
+def _rest(found: ModelFormula, sizer: Sizer, height: int, width: int) -> tuple[int, int]:
+    """What the sites leave at a size: per image, and per call whatever the batch."""
+    batch = sizer.batch
+    one, two = sizer.at(height, width, batch), sizer.at(height, width, batch + 1)
+    assert one is not None
+    if two is None:
+        return (one.total.macs - found.macs(batch, height, width)) // batch, 0
+    first = one.total.macs - found.macs(batch, height, width)
+    second = two.total.macs - found.macs(batch + 1, height, width)
+    return second - first, first - batch * (second - first)
+
+
+def _interpolate(found: ModelFormula, sizer: Sizer) -> None:
+    """The rest as polynomials, exact on the lattice; where it is none, the count at the example stands alone."""
+    parts = (0, 1) if _rest(found, sizer, *sizer.size)[1] else (0,)
+    for unit in _units(found.lattice, sizer.size):
+        fits = [fitted(partial(_rest_at, found, sizer, part), unit, sizer.size) for part in parts]
+        fits += [ZERO] * (2 - len(fits))
+        if fits[0] is not None and fits[1] is not None:
+            found.rest, found.rest_once = fits[0], fits[1]
+            found.assumptions.append(
+                f"{plain(found.rest + found.rest_once)} MAC outside of formulas are interpolated: exact where both "
+                f"sides are multiples of {unit} px"
+            )
+            return
+    rest = _rest(found, sizer, *sizer.size)
+    found.rest, found.rest_once = Integer(rest[0]), Integer(rest[1])
+    found.assumptions.append("what is no site follows no polynomial in the sides: its count at the example is kept")
+
+
+def _rest_at(found: ModelFormula, sizer: Sizer, part: int, height: int, width: int) -> int | None:
+    counted = sizer.at(height, width)
+    if counted is None:
+        return None
+    if found.rest_once == 0 and part == 0 and not _grows_without_batch(found, sizer):
+        return (counted.total.macs - found.macs(sizer.batch, height, width)) // sizer.batch
+    return _rest(found, sizer, height, width)[part]
+
+
+def _grows_without_batch(found: ModelFormula, sizer: Sizer) -> bool:
+    return _rest(found, sizer, *sizer.size)[1] != 0
+
+
+def _units(lattice: int, size: tuple[int, int]) -> Iterator[int]:
+    """Lattices to try: the sites' own, then coarser ones that hold strides and windows the sites do not show."""
+    for unit in (lattice, 32, 224, size[0]):
+        if unit % lattice == 0 and unit <= 512:
+            yield unit
+
+
+def _probe_sizes(sizer: Sizer, lattice: int) -> list[tuple[int, int]]:
+    """Up to ``PROBES`` other sizes that the model takes, as awkward as it allows."""
+    height, width = sizer.size
+    step = lattice if lattice <= 64 else 32
+    wanted = [
+        (height + height // 8 + 5, width + width // 4 + 3),
+        (height + step, width + 2 * step),
+        (height + 3 * step, width + step),
+        (height + lattice, width + 2 * lattice),
+        (height + 2 * lattice, width + 3 * lattice),
+        (2 * height, 2 * width),
+    ]
+    taken: list[tuple[int, int]] = []
+    for size in dict.fromkeys(wanted):
+        if len(taken) < PROBES and sizer.at(*size) is not None:
+            taken.append(size)
+    return taken

@@ -1,0 +1,60 @@
+"""``attnrewrite.analyze``: the cost of a model, counted and as formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..capture.examples import normalise_inputs
+from ..errors import ArgumentError
+from ..targets import Target
+from .cost import require_convention
+from .hardware import Hardware, hardware_of
+from .hypothetical import converted_cost
+from .report import Report
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: Any | None = None,
+    *,
+    compare: nn.Module | Report | None = None,
+    to: str | Target | None = None,
+    convention: str = "mac",
+    hardware: str | Hardware | None = None,
+    **options: Any,
+) -> Report:
+    """What ``model`` costs, as numbers on the example and as formulas in the image's height and width.
+
+    The model is neither run nor changed: its operations are counted on the meta device, and its sites are read from its
+    captured graph. Every formula is checked against the count to the integer; a difference is listed.
+
+    Args:
+        example_inputs: what ``forward`` takes, an image ``[batch, channels, height, width]`` or more; derived from the
+            model's own configuration where that states a size.
+        compare: another model, or its report, to stand beside this one.
+        to: a conversion target whose cost to state beside the present one, without converting; ``options`` are its
+            options (``kernel_size``, ``pool_size``, ``decomposed``, …).
+        convention: ``"mac"`` (multiply-accumulates of contractions: what papers of these families call FLOPs),
+            ``"flop"`` (twice that) or ``"fvcore"`` (plus its price of normalisation and pooling).
+        hardware: for ``Report.roofline``.
+
+    Raises:
+        ArgumentError: an argument has no meaning here.
+        CaptureError: the model's cost depends on values, so that shapes alone do not tell it.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if compare is not None and to is not None:
+        raise ArgumentError("compare: give compare or to, not both; a report's compare() takes further ones")
+    if options and to is None:
+        raise ArgumentError(f"{next(iter(options))}: options are those of a target; pass to= as well")
+    machine = None if hardware is None else hardware_of(hardware)
+    found = Report(model, normalise_inputs(model, example_inputs), require_convention(convention), machine)
+    if to is not None:
+        found.comparison = converted_cost(found, to, options)
+    if compare is not None:
+        other = compare if isinstance(compare, Report) else analyze(compare, example_inputs, convention=convention)
+        found.comparison = found.compare(other)
+    return found

@@ -1,0 +1,182 @@
+"""The symbols costs are written in, and what is asked of such expressions: value, order, envelope.
+
+``H`` and ``W`` are the image's sides in pixels and ``B`` the batch. All are positive integers, so that rounding
+disappears where it rounds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, reduce
+from typing import Any
+
+import sympy
+from sympy import Add, Expr, Function, Integer, Min, Poly, Rational, Symbol
+
+from ..operators.partition_rule import AxisPartition, attended_slots
+
+
+def symbol(name: str) -> Symbol:
+    return Symbol(name, positive=True, integer=True)
+
+
+B, H, W = symbol("B"), symbol("H"), symbol("W")
+_ROW, _COLUMN, _SIDE = symbol("a"), symbol("b"), symbol("s")
+
+
+class down(Function):
+    """``⌊x / m⌋``."""
+
+    nargs = 2
+    is_integer = True
+    is_nonnegative = True
+
+    @classmethod
+    def eval(cls, x: Expr, m: Expr) -> Expr | None:
+        return _rounded(cls, x, m, lambda value, unit: value // unit)
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"⌊{printer.doprint(self.args[0] / self.args[1])}⌋"
+
+    def _latex(self, printer: Any) -> str:
+        return rf"\left\lfloor {printer.doprint(self.args[0] / self.args[1])} \right\rfloor"
+
+
+class up(Function):
+    """``⌈x / m⌉``."""
+
+    nargs = 2
+    is_integer = True
+    is_nonnegative = True
+
+    @classmethod
+    def eval(cls, x: Expr, m: Expr) -> Expr | None:
+        return _rounded(cls, x, m, lambda value, unit: -(-value // unit))
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"⌈{printer.doprint(self.args[0] / self.args[1])}⌉"
+
+    def _latex(self, printer: Any) -> str:
+        return rf"\left\lceil {printer.doprint(self.args[0] / self.args[1])} \right\rceil"
+
+
+class block_pairs(Function):
+    """Pairs (token, slot of its block) along an axis of ``length`` cut into blocks of ``size`` at ``shift``.
+
+    ``phantom`` (0 or 1): padded slots count as keys; otherwise border blocks are truncated.
+    """
+
+    nargs = 4
+    is_integer = True
+    is_nonnegative = True
+
+    @classmethod
+    def eval(cls, length: Expr, size: Expr, shift: Expr, phantom: Expr) -> Expr | None:
+        if all(isinstance(value, Integer) for value in (length, size, shift, phantom)):
+            return Integer(count_block_pairs(int(length), int(size), int(shift), int(phantom)))
+        if (length / size).is_integer:
+            return length * size - 2 * shift * (size - shift)
+        return None
+
+    def _sympystr(self, printer: Any) -> str:
+        length, size, shift, _ = self.args
+        return f"pairs({printer.doprint(length)}; {size}, {shift})"
+
+    def _latex(self, printer: Any) -> str:
+        length, size, shift, _ = (printer.doprint(value) for value in self.args)
+        return rf"\operatorname{{pairs}}_{{{size},{shift}}}\left({length}\right)"
+
+
+def count_block_pairs(length: int, size: int, shift: int, phantom: int) -> int:
+    """The number that ``block_pairs`` stands for. An axis that fits into one block is not shifted."""
+    return attended_slots(AxisPartition(length, size, shift if length > size else 0, bool(phantom)))
+
+
+def strided(x: Expr, kernel: int, stride: int, padding: int) -> Expr:
+    """The side of a convolution's result on an axis of ``x``: ``⌊(x + 2 padding - kernel) / stride⌋ + 1``."""
+    offset = 2 * padding - kernel + stride
+    return up(x, stride) if offset == stride - 1 else down(x + offset, stride)
+
+
+def evaluator(expression: Expr) -> Callable[[int, int, int], int]:
+    """``(batch, height, width) -> value`` in exact integers.
+
+    ``expression`` is whole-valued wherever it is asked; its rational coefficients share one denominator.
+    """
+    denominators = [int(number.q) for number in expression.atoms(Rational)]
+    unit = reduce(sympy.ilcm, denominators, 1)
+    scaled = expression if unit == 1 else sympy.expand(expression * unit)
+    names = {"down": lambda x, m: x // m, "up": lambda x, m: -(-x // m), "block_pairs": count_block_pairs, "Min": min}
+    compute = sympy.lambdify((B, H, W), scaled, modules=[names], cse=True)
+    return compute if unit == 1 else lambda batch, height, width: compute(batch, height, width) // unit
+
+
+def lattice_unit(expression: Expr) -> int:
+    """The smallest multiple of pixels on which no rounding in ``expression`` rounds anything."""
+    units = [_unit(part) for part in expression.atoms(down, up, block_pairs)]
+    return int(reduce(sympy.ilcm, units, 1))
+
+
+def envelope(expression: Expr) -> Expr:
+    """The polynomial in H and W that ``expression`` equals on its lattice, where no map is smaller than a kernel."""
+    unit = lattice_unit(expression)
+    on_lattice = _unclipped(expression).subs({H: unit * _ROW, W: unit * _COLUMN}, simultaneous=True)
+    return sympy.expand(on_lattice).subs({_ROW: H / unit, _COLUMN: W / unit}, simultaneous=True)
+
+
+def in_side(expression: Expr) -> Poly:
+    """The envelope on square images as a polynomial in the side."""
+    return Poly(envelope(expression).subs({H: _SIDE, W: _SIDE}, simultaneous=True), _SIDE)
+
+
+def order(expression: Expr) -> str:
+    """Θ in the number of pixels n, everything else fixed."""
+    degree = in_side(expression).degree() if expression.free_symbols & {H, W} else 0
+    return {0: "Θ(1)", 1: "Θ(n^{1/2})", 2: "Θ(n)", 3: "Θ(n^{3/2})", 4: "Θ(n²)"}.get(degree, f"Θ(n^{{{degree}/2}})")
+
+
+def plain(expression: Expr) -> str:
+    """As one writes it: ``4·C²·N + 2·C·N²``."""
+    text = sympy.sstr(expression, order="grlex").replace("**", "^").replace("*", "·")
+    return _superscripts(text)
+
+
+@cache
+def _superscript_digits() -> dict[int, int]:
+    return str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _superscripts(text: str) -> str:
+    head, *powers = text.split("^")
+    for power in powers:
+        digits = len(power) - len(power.lstrip("0123456789"))
+        head += power[:digits].translate(_superscript_digits()) + power[digits:] if digits else f"^{power}"
+    return head
+
+
+def _rounded(kind: Any, x: Expr, m: Expr, divide: Callable[[Any, Any], Any]) -> Expr | None:
+    """What is divisible leaves the rounding; the same rounding twice is one."""
+    if m == 1:
+        return x
+    if isinstance(x, kind):
+        return kind(x.args[0], x.args[1] * m)
+    whole = Add(*(term / m for term in Add.make_args(x) if (term / m).is_integer))
+    rest = x - whole * m
+    if isinstance(rest, Integer) and isinstance(m, Integer):
+        return whole + Integer(divide(int(rest), int(m)))
+    return whole + kind(rest, m) if whole != 0 else None
+
+
+def _unit(part: Expr) -> int:
+    inner = [_unit(deeper) for deeper in part.args[0].atoms(down, up, block_pairs)]
+    return int(part.args[1]) * int(reduce(sympy.ilcm, inner, 1))
+
+
+def _unclipped(expression: Expr) -> Expr:
+    """Without the smaller-than-the-kernel cases: of a minimum, what does not grow."""
+
+    def fixed(*choices: Expr) -> Expr:
+        constant = [choice for choice in choices if not choice.free_symbols]
+        return constant[0] if constant else Min(*choices)
+
+    return expression.replace(Min, fixed)

@@ -1,0 +1,233 @@
+"""One forward call on the meta device, every operation priced where it happens. Nothing is computed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .cost import Cost
+from .op_costs import name_of, price, storage_key
+
+
+@dataclass(frozen=True)
+class Call:
+    """One priced operation of the forward pass: where, what, on which shapes."""
+
+    module: str
+    operator: str
+    shapes: tuple[tuple[int, ...], ...]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Unpriced:
+    """An operation that computes and whose price is not known: it counts nothing, and says so."""
+
+    module: str
+    operator: str
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        shapes = ", ".join("x".join(map(str, shape)) or "scalar" for shape in self.shapes)
+        return f"{self.operator} in {self.module or '(root)'} on {shapes}"
+
+
+@dataclass
+class Trace:
+    """Every operation of one call, in order.
+
+    ``backward`` is the total of the backward pass, if one was run; ``peak`` the most bytes of activations alive at
+    once, the input included and parameters not.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    unpriced: list[Unpriced] = field(default_factory=list)
+    module_calls: dict[str, int] = field(default_factory=dict)
+    saved: dict[str, int] = field(default_factory=dict)
+    backward: Cost = field(default_factory=Cost)
+    peak: int = 0
+
+    @property
+    def total(self) -> Cost:
+        total = sum((call.cost for call in self.calls), Cost())
+        return replace(total, saved=sum(self.saved.values()))
+
+    def of(self, path: str) -> Cost:
+        """Of a module with all that is inside it."""
+        inside = [call.cost for call in self.calls if _within(call.module, path)]
+        saved = sum(size for module, size in self.saved.items() if _within(module, path))
+        return replace(sum(inside, Cost()), saved=saved)
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> Trace:
+    """Price a call of a meta model on meta inputs.
+
+    Args:
+        training: with gradients, followed by the backward pass of the sum of all outputs.
+    """
+    found = Trace()
+    recorder = _Recorder(found, model, (args, kwargs))
+    with _modules_noted(model, recorder), _autocast_off_meta(), ExitStack() as modes:
+        modes.enter_context(torch.set_grad_enabled(training))
+        if training:
+            modes.enter_context(saved_tensors_hooks(recorder.save, lambda tensor: tensor))
+            modes.enter_context(_FusedAttention())
+        modes.enter_context(recorder)
+        output = model(*args, **kwargs)
+        if training:
+            recorder.in_backward = True
+            loss = sum(leaf.sum() for leaf in tree_leaves(output) if _has_gradient(leaf))
+            if isinstance(loss, Tensor):
+                loss.backward()
+    return found
+
+
+class _Recorder(TorchDispatchMode):
+    """Prices what is dispatched; knows the module by the hooks, and the living storages by weak references."""
+
+    def __init__(self, found: Trace, model: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        self.found, self.path, self.in_backward = found, [""], False
+        self._parameters = {storage_key(p) for p in [*model.parameters(), *model.buffers()]}
+        self._living: dict[int, int] = {}
+        self._watches: list[Any] = []
+        self._saved: set[int] = set()
+        for leaf in tree_leaves(inputs):
+            self._note_alive(leaf)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            self._note_alive(leaf)
+        cost = price(func, args, kwargs, result)
+        if cost is None:
+            self._note_unpriced(func, args, result)
+        elif self.in_backward:
+            self.found.backward += cost
+        elif cost != Cost():
+            self.found.calls.append(Call(self.path[-1], name_of(func), _shapes(args), cost))
+        return result
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """What autograd keeps, each storage once."""
+        key = storage_key(tensor)
+        if key not in self._saved and key not in self._parameters:
+            self._saved.add(key)
+            size = tensor.untyped_storage().nbytes()
+            self.found.saved[self.path[-1]] = self.found.saved.get(self.path[-1], 0) + size
+        return tensor
+
+    def _note_alive(self, leaf: Any) -> None:
+        if not isinstance(leaf, Tensor):
+            return
+        storage, key = leaf.untyped_storage(), storage_key(leaf)
+        if key in self._living or key in self._parameters:
+            return
+        self._living[key] = storage.nbytes()
+        self._watches.append(weakref.ref(storage, partial(self._forget, key)))
+        self.found.peak = max(self.found.peak, sum(self._living.values()))
+
+    def _forget(self, key: int, _: Any) -> None:
+        self._living.pop(key, None)
+
+    def _note_unpriced(self, func: Any, args: Any, result: Any) -> None:
+        if any(isinstance(leaf, Tensor) and leaf.numel() for leaf in tree_leaves(result)):
+            self.found.unpriced.append(Unpriced(self.path[-1], name_of(func), _shapes(args)))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as the fused kernels do it, which keep a row of log-sum-exps instead of the attention map.
+
+    The meta device would take the unfused path, whose memory no accelerator needs.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and _fusable(*args, **kwargs):
+            return _fused(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _fusable(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **options: Any) -> bool:
+    plain_mask = attn_mask is None or attn_mask.dtype == query.dtype
+    return query.ndim == key.ndim == 4 and not options.get("enable_gqa") and plain_mask
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    output: Tensor = attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    return output
+
+
+@contextmanager
+def _autocast_off_meta() -> Iterator[None]:
+    """torch raises when it is asked whether autocast is on for the meta device; it never is."""
+    asked = torch.is_autocast_enabled
+
+    def answer(device_type: str | None = None) -> bool:
+        return False if device_type == "meta" else asked(*(() if device_type is None else (device_type,)))
+
+    torch.is_autocast_enabled = answer
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = asked
+
+
+@contextmanager
+def _modules_noted(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    handles = []
+
+    def enter(path: str) -> Any:
+        def hook(*_: Any) -> None:
+            recorder.path.append(path)
+            recorder.found.module_calls[path] = recorder.found.module_calls.get(path, 0) + 1
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        recorder.path.pop()
+
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(path), prepend=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _has_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _shapes(args: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(leaf.shape) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+
+
+def _within(module: str, path: str) -> bool:
+    return not path or module == path or module.startswith(f"{path}.")
