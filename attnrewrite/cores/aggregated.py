@@ -20,8 +20,8 @@ class LocalBranch(nn.Module):
 
     Everything starts neutral: ``query_embedding`` ``[heads, 1, head_dim]``, ``learnable_tokens`` ``[heads, head_dim,
     window_size ** 2]`` and ``learnable_bias`` ``[heads, 1, window_size ** 2]`` at zero; ``relative_pos_bias_local``
-    ``[heads, window_size ** 2]`` at ``bias``, or, where that is minus infinity, absent: then the window takes part after
-    the softmax alone.
+    ``[heads, window_size ** 2]`` at ``bias``, or, where that is minus infinity, absent: then the window takes part
+    after the softmax alone.
     """
 
     def __init__(self, heads: int, head_dim: int, window_size: int, bias: float) -> None:

@@ -73,7 +73,7 @@ class GroupedCore(nn.Module):
             real = into_groups(queries.new_ones(1, grid.height, grid.width, 1, 1), group, interval)[0, :, :, 0, 0] > 0
             real = real | ~real.any(
                 dim=1, keepdim=True
-            )  # a group of padding alone is cut off later, but must be finite
+            )  # padding alone is cut off later, but must be finite
             absent = queries.new_zeros(real.shape).masked_fill(~real, -math.inf)
             total = total + absent[:, None, None, :]
             total = total.repeat(queries.shape[0], 1, 1, 1)

@@ -69,8 +69,14 @@ def read_state(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> State:
         if wrapped is None:
             break
         content = content[wrapped]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(part, Tensor) for part in content.values()):
-        raise CheckpointError(f"the checkpoint holds no mapping of names to tensors, also not under {', '.join(WRAPPERS)}")
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(part, Tensor) for part in content.values())
+    ):
+        raise CheckpointError(
+            f"the checkpoint holds no mapping of names to tensors, also not under {', '.join(WRAPPERS)}"
+        )
     state = {str(name): tensor for name, tensor in content.items()}
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in state):
@@ -97,7 +103,9 @@ def _family_of(model: VisionModel) -> Family:
     for family in FAMILIES:
         if type(model) is family.model:
             return family
-    raise ArgumentError(f"model: {type(model).__name__} is not one of this library's models; load its state_dict itself")
+    raise ArgumentError(
+        f"model: {type(model).__name__} is not one of this library's models; load its state_dict itself"
+    )
 
 
 def _owner(state: State) -> Family:

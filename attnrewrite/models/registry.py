@@ -74,7 +74,9 @@ def create_model(
     known = inspect.signature(family.model).parameters
     for option in options:
         if option not in known:
-            raise ArgumentError(f"{option}: {name} has no such option{nearest(option, known)}; it takes: {', '.join(known)}")
+            raise ArgumentError(
+                f"{option}: {name} has no such option{nearest(option, known)}; it takes: {', '.join(known)}"
+            )
     if out_indices is not None and not features_only:
         raise ArgumentError("out_indices: only with features_only=True")
     if features_only:

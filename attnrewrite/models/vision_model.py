@@ -69,7 +69,9 @@ class VisionModel(nn.Module):
         if num_classes < 0:
             raise ArgumentError(f"num_classes: must not be negative, got {num_classes}")
         if pool not in (self.default_pool, ""):
-            raise ArgumentError(f"global_pool: {type(self).__name__} pools by {self.default_pool!r} or '', got {pool!r}")
+            raise ArgumentError(
+                f"global_pool: {type(self).__name__} pools by {self.default_pool!r} or '', got {pool!r}"
+            )
         if num_classes and not pool:
             raise ArgumentError("global_pool: a classifier needs pooled features; pass num_classes=0 with ''")
         self.num_classes, self.global_pool = num_classes, pool

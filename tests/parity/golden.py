@@ -126,9 +126,7 @@ def _gradients(
             return 1e-10
         return next((value for end, value in subject.float32_tolerances.items() if name.endswith(end)), 1e-4)
 
-    deviations = [
-        _deviation(golden, f"grad/{name}", gradient(name), tolerance(name)) for name in golden.under("grad/")
-    ]
+    deviations = [_deviation(golden, f"grad/{name}", gradient(name), tolerance(name)) for name in golden.under("grad/")]
     for name in golden.under("gradslice/"):
         sliced = gradient(name)[..., ::4, ::4]
         deviations.append(_deviation(golden, f"gradslice/{name}", sliced, 1e-10 if dtype == torch.float64 else 1e-4))
