@@ -181,7 +181,7 @@ def _match(conversion: Conversion, site: Site) -> None:
 
 
 def _check_behaviour(made: Plan, flow: Dataflow) -> None:
-    """Run one rewritten module of every structure beside its donor; an inexact one with cores that keep the function."""
+    """Run one rewritten module of every structure beside its donor; an inexact one with cores that change nothing."""
     planned = {id(p.site): p for p in made.converting}
     verdicts: dict[str, str] = {}
     for owner in made.programs:

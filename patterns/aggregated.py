@@ -28,8 +28,8 @@ class Aggregated(Target):
 
     Args:
         window_size: side of the local window, odd.
-        pool: tokens a side that a pooled cell stands for, or (rows, columns); 1 keeps every key. None is 2, but 1 on maps
-            of up to 64 tokens, as the paper's last stage attends fully.
+        pool: tokens a side that a pooled cell stands for, or (rows, columns); 1 keeps every key. None is 2, but 1 on
+            maps of up to 64 tokens, as the paper's last stage attends fully.
         local_bias: what the window's scores start with; ``-inf`` leaves it out of the softmax. None is 0 where keys are
             pooled, and ``-inf`` where none are lost: over the reduced keys of spatial reduction, which are kept, and at
             ``pool=1``.

@@ -58,7 +58,7 @@ def is_whole_map(site: AttentionSite) -> bool:
 
 
 def dropped_mass(site: AttentionSite, operands: tuple[Tensor, Tensor, Tensor], seen: Tensor) -> dict[str, Any]:
-    """Of every head: the mean, over queries, of the attention paid to keys that are not ``seen`` ``[queries, keys]``."""
+    """Of every head: the mean, over queries, of the attention paid to keys not ``seen`` ``[queries, keys]``."""
     query, key, _ = operands
     scores = torch.einsum("bnhd,bmhd->bhnm", query, key).float() * site.scale_of_operands
     if site.bias is not None:

@@ -47,8 +47,8 @@ class LongShortDistance(Target):
             return self._windowed(site, site.keys)
         if isinstance(site.keys, Reduced):
             raise NotConvertible(
-                "it attends to reduced keys, and groups need a key for every token, which the reducer has not left; use "
-                "to='aggregated' or to='neighborhood', which keep its keys"
+                "it attends to reduced keys, and groups need a key for every token, which the reducer has not left; "
+                "use to='aggregated' or to='neighborhood', which keep its keys"
             )
         grid = grid_of_site(site)
         bias_entries(site, grid)

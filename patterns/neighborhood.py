@@ -65,8 +65,8 @@ class Neighborhood(Target):
                 "none at this size: every query still sees every key",
             )  # fmt: skip
         return Conversion(
-            Exactness.PROJECTED, f"keys outside kernel {text_of(kernel)} dilation {text_of(dilation)} are dropped{clamped}",
-            core, settings, f"{kernel[0] * kernel[1] + grid.prefix_tokens} of {grid.tokens} keys a query",
+            Exactness.PROJECTED,
+            f"keys outside kernel {text_of(kernel)} dilation {text_of(dilation)} are dropped{clamped}", core, settings, f"{kernel[0] * kernel[1] + grid.prefix_tokens} of {grid.tokens} keys a query",
         )  # fmt: skip
 
     def _sliding_windows(self, site: AttentionSite, window: Window, dilation: Pair) -> Conversion:

@@ -44,7 +44,7 @@ class ManhattanCore(nn.Module):
         self.lepe = neutral_enhancement(channels) if lce else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Heads-last ``[batch, tokens, heads, dim]``; ``bias`` ``[1, heads, tokens, tokens]`` is added to the scores."""
+        """Heads-last ``[batch, tokens, heads, dim]``; ``bias`` ``[1, heads, tokens, tokens]`` adds to the scores."""
         grid = grid_of(query.shape[1], self.grid)
         log_decay = decay_of(self.log_decay, query)
         decay = with_prefix(map_bias(log_decay, grid.height, grid.width), grid.prefix_tokens)[None]

@@ -187,7 +187,7 @@ def grid_of(tokens: int, converted: Grid) -> Grid:
 
 
 def reached_table(bias: Tensor, entries: Tensor, sides: Pair, kernel: Pair) -> Tensor:
-    """``[heads, 2k-1, 2k-1]``: the part of a relative table that a kernel reaches, its edge repeated where that is more.
+    """``[heads, 2k-1, 2k-1]``: what a kernel reaches of a relative table, its edge repeated where that is more.
 
     Args:
         bias: ``[heads, n, n]`` of a map or window of ``sides``.
