@@ -66,7 +66,8 @@ class Neighborhood(Target):
             )  # fmt: skip
         return Conversion(
             Exactness.PROJECTED,
-            f"keys outside kernel {text_of(kernel)} dilation {text_of(dilation)} are dropped{clamped}", core, settings, f"{kernel[0] * kernel[1] + grid.prefix_tokens} of {grid.tokens} keys a query",
+            f"keys outside kernel {text_of(kernel)} dilation {text_of(dilation)} are dropped{clamped}", core, settings,
+            f"{kernel[0] * kernel[1] + grid.prefix_tokens} of {grid.tokens} keys a query",
         )  # fmt: skip
 
     def _sliding_windows(self, site: AttentionSite, window: Window, dilation: Pair) -> Conversion:
