@@ -9,6 +9,7 @@ Importing this package also registers them with timm, where timm is installed.
 """
 
 from .checkpoint import load_official
+from .crossformer import CrossFormer
 from .in_timm import register_with_timm
 from .nat import NAT, DiNATS
 from .nat_isotropic import IsotropicNAT
@@ -21,6 +22,7 @@ from .vision_model import FeatureMaps, VisionModel
 __all__ = [
     "NAT",
     "RMT",
+    "CrossFormer",
     "DiNATS",
     "FeatureMaps",
     "IsotropicNAT",
