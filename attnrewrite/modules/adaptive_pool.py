@@ -10,7 +10,7 @@ def adaptive_average(source: Tensor, cells: tuple[int, int]) -> Tensor:
     """``[B, H, W, C]`` to ``[B, *cells, C]``, each the mean of its cell, as `torch.nn.AdaptiveAvgPool2d` cuts them."""
     rows, columns = cells
     by_row = _average(source.flatten(2), rows).unflatten(2, source.shape[2:])
-    return _average(by_row, columns)
+    return _average(by_row.flatten(0, 1), columns).unflatten(0, by_row.shape[:2])
 
 
 def cell_bounds(side: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -20,9 +20,10 @@ def cell_bounds(side: int, cells: int, device: torch.device) -> tuple[Tensor, Te
 
 
 def _average(source: Tensor, cells: int) -> Tensor:
-    """``[..., side, C]`` to ``[..., cells, C]``."""
-    start, end = cell_bounds(source.shape[-2], cells, source.device)
-    place = torch.arange(source.shape[-2], device=source.device)
+    """``[batch, side, C]`` to ``[batch, cells, C]``."""
+    start, end = cell_bounds(source.shape[1], cells, source.device)
+    place = torch.arange(source.shape[1], device=source.device)
     inside = (place >= start[:, None]) & (place < end[:, None])
-    sums = inside.to(source.dtype) @ source  # ones are exact in every dtype, reciprocals of cell sizes are not
+    # Ones are exact in every dtype, reciprocals of cell sizes are not; and bmm asks nothing about symbolic sizes.
+    sums = torch.bmm(inside.to(source.dtype).expand(source.shape[0], -1, -1), source)
     return sums / (end - start)[:, None]

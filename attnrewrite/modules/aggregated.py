@@ -112,8 +112,9 @@ class AggregatedAttention(LengthScaledAttention):
             ArgumentError: for a mask of another shape, or one that leaves a pixel without a key.
         """
         pixels = (source.shape[1], source.shape[2])
-        query = self.unit(self.heads(self.q(source)))
-        key, value = self._keys(source)
+        tokens = source.flatten(1, 2)
+        query = self.unit(self.heads(self.q(tokens)))
+        key, value = self._keys(tokens)
         seen = inside_map(*pixels, self.window_size, source.device)
         shared = self._shared_keys(source, prefix)
         if local_mask is not None:
@@ -136,9 +137,9 @@ class AggregatedAttention(LengthScaledAttention):
         rows, columns = (torch.sym_max(side // ratio, 1) for side, ratio in zip(pixels, self.sr_ratio, strict=True))
         return rows, columns
 
-    def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit keys and values ``[B, heads, tokens, head_dim]``."""
-        key, value = map(self.heads, self.kv(source).chunk(2, dim=-1))
+    def _keys(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit keys and values ``[B, heads, tokens, head_dim]`` of ``[B, tokens, C]``."""
+        key, value = map(self.heads, self.kv(tokens).chunk(2, dim=-1))
         return self.unit(key), value
 
     def _weights(
@@ -174,7 +175,8 @@ class AggregatedAttention(LengthScaledAttention):
             assert self.norm is not None
             activated = F.gelu(self.sr(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
             pooled = self.norm(adaptive_average(activated, self.key_grid(pixels)))
-        return SharedKeys(*self._keys(pooled), self.position_bias(pixels, (pooled.shape[1], pooled.shape[2])))
+        key, value = self._keys(pooled.flatten(1, 2))
+        return SharedKeys(key, value, self.position_bias(pixels, (pooled.shape[1], pooled.shape[2])))
 
     def _attend_prefix(self, prefix: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Prefix tokens attend to all pixels, given by keys and values, and to each other."""

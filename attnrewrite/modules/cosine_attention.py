@@ -96,8 +96,8 @@ class LengthScaledAttention(nn.Module):
         self._bias_cache = BiasCache()
 
     def heads(self, projected: Tensor) -> Tensor:
-        """``[B, ..., C]`` to ``[B, heads, tokens, head_dim]``."""
-        return projected.flatten(1, -2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        """``[B, tokens, C]`` to ``[B, heads, tokens, head_dim]``."""
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def unit(self, vectors: Tensor) -> Tensor:
         """Scaled to unit length along the last axis, if queries and keys are."""
@@ -186,7 +186,7 @@ class CosineAttention(LengthScaledAttention):
     def forward(self, source: Tensor) -> Tensor:
         """``[B, H, W, dim]`` to the same shape."""
         pixels = (source.shape[1], source.shape[2])
-        query, key, value = map(self.heads, self.qkv(source).chunk(3, dim=-1))
+        query, key, value = map(self.heads, self.qkv(source.flatten(1, 2)).chunk(3, dim=-1))
         seen = torch.full((1,), pixels[0] * pixels[1], device=source.device)
         query = self.scaled_query(self.unit(query), seen)
         mixed = self.dense(query, self.unit(key), value, self.position_bias(pixels, pixels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -35,37 +36,47 @@ def log_cpb(fc1: nn.Module, fc2: nn.Module, pixels: Size, cells: Size, pretrain:
     )
     offsets = torch.stack(torch.meshgrid(vertical, horizontal, indexing="ij"), dim=-1).to(weight.dtype)
     table = fc2(F.relu(fc1(offsets))).permute(2, 0, 1)
-    pairs = table.index_select(1, rows.flatten()).index_select(2, columns.flatten())
-    return pairs.unflatten(2, columns.shape).unflatten(1, rows.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    pairs = table[:, rows][..., columns]  # [heads, H, rows, W, columns]
+    return pairs.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def resample_bias(bias: Tensor, pixels: Size, cells: Size, new_pixels: Size, new_cells: Size) -> Tensor:
     """A bias ``[heads, H * W, rows * columns]`` for other sizes: bilinear between cells, then between pixels."""
-    by_cell = F.interpolate(bias.unflatten(2, cells), size=new_cells, mode="bilinear").flatten(2)
-    by_pixel = F.interpolate(by_cell.transpose(1, 2).unflatten(2, pixels), size=new_pixels, mode="bilinear")
-    return by_pixel.flatten(2).transpose(1, 2)
+    by_axis = bias.unflatten(2, cells).unflatten(1, pixels)
+    for axis, (old, new) in enumerate(zip((*pixels, *cells), (*new_pixels, *new_cells), strict=True), start=1):
+        by_axis = torch.tensordot(by_axis, _bilinear(old, new, bias), dims=([axis], [1])).movedim(-1, axis)
+    return by_axis.flatten(3).flatten(1, 2)
+
+
+def _bilinear(old: int, new: int, like: Tensor) -> Tensor:
+    """``[new, old]``: how much of each old sample goes to each new one; the outermost ones reach to the border."""
+    centre = (torch.arange(new, device=like.device, dtype=torch.float64) + 0.5) * old / new - 0.5
+    distance = centre.clamp(0, old - 1)[:, None] - torch.arange(old, device=like.device)
+    return (1 - distance.abs()).clamp_min(0).to(like.dtype)
 
 
 def _axis(side: int, cells: int, pretrain: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Log-spaced offsets ``[offsets]``, and which of them each pixel has to each cell, ``[side, cells]``."""
     start, end = cell_bounds(side, cells, like.device)
-    # In half pixels, as the centre of a cell may lie between two; the cells lie symmetrically.
+    # In half pixels, as the centre of a cell may lie between two.
     half_pixels = 2 * torch.arange(side, device=like.device)[:, None] - (start + end - 1)
-    furthest = 2 * side - 1 - (side + cells - 1) // cells
-    step = 2 if _whole_steps(side, cells) else 1
+    furthest, step = _offset_range(side, cells)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    offset = torch.arange(-furthest, furthest + 1, step, device=like.device).to(dtype) / 2
+    offset = (torch.arange(2 * furthest // step + 1, device=like.device) * step - furthest).to(dtype) / 2
     stretched = offset * REACH / max(pretrain - 1, 1)
-    logarithm = stretched.sign() * torch.log1p(stretched.abs()) / torch.log1p(stretched.new_tensor(REACH - 1.0))
+    logarithm = stretched.sign() * torch.log1p(stretched.abs()) / math.log(REACH)
     return logarithm, (half_pixels + furthest) // step
 
 
-def _whole_steps(side: int, cells: int) -> bool:
-    """Whether all offsets along an axis differ by whole pixels; for symbolic sizes, whether that is known."""
-    if isinstance(side, int) and isinstance(cells, int):
-        doubled_centres = (cell * side // cells - (-(cell + 1) * side // cells) - 1 for cell in range(cells))
-        return len({centre % 2 for centre in doubled_centres}) == 1
-    return statically_known_true(side % cells == 0)
+def _offset_range(side: int, cells: int) -> tuple[int, int]:
+    """The largest offset along an axis, to both sides, and the step between offsets, in half pixels."""
+    if statically_known_true(side % cells == 0):
+        return 2 * side - 1 - side // cells, 2
+    if not (isinstance(side, int) and isinstance(cells, int)):
+        return 2 * side - 2, 1  # not all of them occur, but these are sizes that can be reasoned about symbolically
+    doubled_centres = [cell * side // cells - (-(cell + 1) * side // cells) - 1 for cell in range(cells)]
+    alike = len({centre % 2 for centre in doubled_centres}) == 1
+    return doubled_centres[-1], 2 if alike else 1
 
 
 class _Kept(NamedTuple):
