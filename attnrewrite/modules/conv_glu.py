@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..cores.mlp import Activation
 from ..errors import ArgumentError, nearest
 from ..lift.activations import ACTIVATIONS
 from .initialization import initialize
-from ..cores import Activation
 
 
 class GateConv(nn.Module):
