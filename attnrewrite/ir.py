@@ -234,6 +234,11 @@ class AttentionSite:
         assert self.grid is not None
         return self.grid
 
+    def weights(self) -> list[Node]:
+        """Weights and biases of its projections."""
+        parts = [part for part in (self.query, self.key, self.value, self.output) if part is not None]
+        return [node for part in parts for node in (part.weight, part.bias) if node is not None]
+
     def describe(self) -> str:
         grid = f" grid {self.grid}" if self.grid else ""
         bias = f" bias {self.bias}" if self.bias else ""
@@ -269,7 +274,8 @@ class Stage:
 class MlpSite:
     """``second(stages(first(source)))``: two linear maps with activation, gate, depthwise convolution between.
 
-    ``rows`` are the rows of ``first``'s weight that the stages start from. ``result`` is ``second``'s value.
+    ``rows`` are the rows of ``first``'s weight that the stages start from. ``result`` is ``second``'s value; ``grid``
+    the map that the tokens lie on.
     """
 
     name: str
@@ -281,11 +287,19 @@ class MlpSite:
     rows: Tensor = field(repr=False)
     stages: tuple[Stage, ...]
     second: Node
+    grid: Grid | None = None
     kind = "mlp"
 
     @property
     def result(self) -> Node:
         return self.second
+
+    def weights(self) -> list[Node]:
+        """Weights and biases of its linear maps and convolutions."""
+        gates = [stage.gate for stage in self.stages if stage.gate is not None]
+        inner = [stage.node for stage in self.stages if stage.kind in ("convolution", "norm")]
+        used = (n for node in (self.first, self.second, *gates, *inner) for n in node.args[1:3])
+        return [node for node in used if isinstance(node, Node)]
 
     def describe(self) -> str:
         return f"mlp {self.width}->{self.hidden_width} {', '.join(map(str, self.stages))}"
@@ -314,6 +328,9 @@ class StemSite:
     patches: Tensor | None = field(default=None, repr=False)
     norm_node: Node | None = None
     kind = "stem"
+
+    def weights(self) -> list[Node]:
+        return [node for node in (self.weight, self.bias) if node is not None]
 
     def describe(self) -> str:
         form = "stem" if self.patches is None else "merge"

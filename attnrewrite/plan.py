@@ -15,7 +15,7 @@ from .capture import Capture, NodeRef
 from .certify import Certificate
 from .certify.certificate import relative_error
 from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, first_line
-from .ir import Refused, Site, line
+from .ir import Refused, Site, StemSite, line
 from .lift.dataflow import Dataflow
 from .lift.values import Values
 from .report import ConversionReport, SiteReport, suggestion
@@ -128,7 +128,8 @@ class Plan:
 
     def report(self, output_error: float | None = None) -> ConversionReport:
         """What is planned, as a report; ``output_error`` is known after ``apply``."""
-        rows = [_row(planned) for planned in self.sites]
+        dropped = {id(site): owner.dropped for owner in self.programs for site in owner.sites}
+        rows = [_row(planned, self.flow, dropped.get(id(planned.site), [])) for planned in self.sites]
         rows += [SiteReport(r.name, r.kind, "", "refused", why=r.reason) for r in self.refused]
         inputs = (self.capture.tensors[node] for node in self.capture.inputs)
         shapes = [list(value.shape) for value in inputs if isinstance(value, Tensor)]
@@ -208,11 +209,12 @@ def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _row(planned: PlannedSite) -> SiteReport:
+def _row(planned: PlannedSite, flow: Dataflow, dropped: list[str]) -> SiteReport:
     site, conversion = planned.site, planned.conversion
     status = "converted" if planned.status == "convert" else planned.status
     certificate = str(planned.certificate) if planned.certificate else ""
-    row = SiteReport(site.name, site.kind, site.describe(), status, why=planned.why, certificate=certificate)
+    grid = "" if isinstance(site, StemSite) or site.grid is None else str(site.grid)
+    row = SiteReport(site.name, site.kind, site.describe(), status, why=planned.why, certificate=certificate, grid=grid)
     if conversion is None or planned.status != "convert":
         return row
     return replace(
@@ -222,8 +224,22 @@ def _row(planned: PlannedSite) -> SiteReport:
         why=conversion.why,
         benefit=conversion.benefit,
         settings=dict(conversion.settings),
+        parameters=_parameters(planned, flow, dropped),
         **planned.measured,
     )
+
+
+def _parameters(planned: PlannedSite, flow: Dataflow, dropped: list[str]) -> dict[str, int]:
+    """How many serve as before, are new, and are not used any more."""
+    assert planned.conversion is not None
+    modules = [planned.site.owner.module.get_submodule(path) for path in dropped]
+    lost = {id(parameter): parameter.numel() for module in modules for parameter in module.parameters()}
+    core = planned.conversion.core
+    cores = [part for part in core if part is not None] if isinstance(core, list) else [core]
+    new = {id(parameter): parameter.numel() for part in cores for parameter in part.parameters()}
+    own = {id(flow.weights(node)): flow.weights(node).numel() for node in planned.site.weights()}
+    kept = sum(count for key, count in own.items() if key not in lost)
+    return {"moved": kept, "new": sum(new.values()), "dropped": sum(lost.values())}
 
 
 def _fate(planned: PlannedSite) -> str:

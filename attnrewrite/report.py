@@ -13,17 +13,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .errors import nearest
+from .errors import ConversionError, nearest
+from .report_page import html_page
+from .targets import Exactness
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class SiteReport:
     """One site. ``status`` is converted, kept, refused or untouched; ``why`` is one clause.
 
-    ``certificate`` is the text of the proof that the site was read right; ``error`` the measured local error of the new
-    core on the example input (None: not measured); ``dropped_mass`` the share of attention per head that is lost.
+    ``certificate`` is the text of the proof that the site was read right; ``grid`` the map for which the class holds;
+    ``parameters`` how many were ``moved`` (they serve as before), are ``new`` or were ``dropped``; ``error`` the measured
+    local error of the new core on the example input (None: not measured); ``dropped_mass`` the share of attention per
+    head that is lost.
     """
 
     name: str
@@ -36,6 +40,8 @@ class SiteReport:
     certificate: str = ""
     benefit: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    grid: str = ""
+    parameters: dict[str, int] = field(default_factory=dict)
     error: float | None = None
     dropped_mass: list[float] | None = None
 
@@ -67,6 +73,38 @@ class ConversionReport:
         rows += ["| " + " | ".join(_cells(names, site)) + " |" for names, site in folded(self.sites)]
         return "\n".join([f"**{self.headline()}**", "", *rows])
 
+    def to_html(self) -> str:
+        """One self-contained page."""
+        return html_page(
+            self.headline(), _COLUMNS, [_cells(names, site) for names, site in folded(self.sites)], self.notes()
+        )
+
+    def raise_if(
+        self, *, max_output_error: float | None = None, below: str | None = None, refused: bool = False
+    ) -> None:
+        """Stop where a conversion came out worse than it may.
+
+        Args:
+            max_output_error: largest relative error of the output on the example input; one that was not measured is
+                too large.
+            below: no converted site may be of a class below this one ("exact", "continuous", "projected").
+            refused: whether a refused site is a reason too.
+
+        Raises:
+            ConversionError: with every site or figure that is out of bounds.
+        """
+        problems = []
+        error = math.inf if self.output_error is None else self.output_error
+        if max_output_error is not None and not error <= max_output_error:
+            problems.append(f"output error {number(self.output_error)} is above {max_output_error:.1e}")
+        if below is not None:
+            least = Exactness[below.upper()]
+            problems += [f"{s.name}: {s.exactness}, {s.why}" for s in self.converted if Exactness[s.exactness] < least]
+        if refused:
+            problems += [f"{s.name}: refused, {s.why}" for s in self.sites if s.status == "refused"]
+        if problems:
+            raise ConversionError(f"the conversion of {self.model} is out of bounds:\n  " + "\n  ".join(problems))
+
     def headline(self) -> str:
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
         error = f"; output error {number(self.output_error)}" if self.converted else ""
@@ -97,7 +135,7 @@ class ConversionReport:
         return notes
 
 
-_COLUMNS = ("site", "status", "class", "source", "error", "mass kept", "why")
+_COLUMNS = ("site", "status", "class", "source", "grid", "moved/new/dropped", "error", "mass kept", "why")
 
 
 def number(value: float | None) -> str:
@@ -143,7 +181,16 @@ def _cells(names: str, site: SiteReport) -> tuple[str, ...]:
     if site.dropped_mass:
         kept = f"{1 - sum(site.dropped_mass) / len(site.dropped_mass):.2f}"
     error = number(site.error) if site.status == "converted" else ""
-    return (names, site.status, site.exactness, site.source, error, kept, site.why)
+    counts = "/".join(short(site.parameters[key]) for key in ("moved", "new", "dropped")) if site.parameters else ""
+    return (names, site.status, site.exactness, site.source, site.grid, counts, error, kept, site.why)
+
+
+def short(count: int) -> str:
+    """``1.18M``, ``148k``, ``96``."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{suffix}"
+    return str(count)
 
 
 def suggestion(wanted: str, names: list[str]) -> str:

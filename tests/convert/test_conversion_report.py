@@ -62,7 +62,7 @@ def test_what_was_not_measured_is_never_zero(exact):
 
 def test_the_json_has_a_schema_version_and_the_sites(projected):
     data = json.loads(attnrewrite.report(projected).to_json())
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert data["model"] == "VisionTransformer"
     assert data["input_shapes"] == [[2, 3, 64, 64]]
     rows = {site["name"]: site for site in data["sites"]}
