@@ -41,7 +41,7 @@ class AggregatedAttention(LengthScaledAttention):
         dim, num_heads, position_bias, options: of `LengthScaledAttention`.
         window_size: side of the window, odd; it may exceed the map.
         sr_ratio: pixels a side, or (rows, columns), that a cell of the pooled map stands for; the pooled map has
-            ``side // sr_ratio`` cells, at least one.
+            ``side // sr_ratio`` cells, at least one; two at least where it is exported with sides that are not known.
         pool_size: cells of the pooled map, a side or (rows, columns), for maps of any size, instead of ``sr_ratio``.
         pool: whether there is a pooled map; without it and a position bias this is attention in windows.
         reducer: what makes the pooled map ``[B, rows, columns, dim]`` of the map ``[B, H, W, dim]``; None is linear map

@@ -109,7 +109,7 @@ def test_half_precision_is_finite(dtype):
     assert all(part.grad.isfinite().all() for part in half.parameters())
 
 
-@pytest.mark.slow  # tracing four stages takes a minute
+@pytest.mark.slow  # tracing four stages takes most of the time of this file
 def test_export_with_any_number_of_images():
     model = TransNeXt(**SMALL).eval()
     exported = export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: Dim("B", max=64)},)).module()
