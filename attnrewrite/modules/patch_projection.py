@@ -34,11 +34,11 @@ def project_patches(image: Tensor, norm: nn.Module, linear: nn.Linear, patches: 
         patches: the patches.
 
     Returns:
-        ``[B, H', W', linear.out_features]``.
+        ``[B, H', W', linear.out_features]``, contiguous: fused attention takes no other layout.
     """
     if not isinstance(norm, nn.LayerNorm):
         projected = F.conv2d(image, _filters(linear.weight, patches), linear.bias, patches.stride, patches.padding)
-        return projected.permute(0, 2, 3, 1)
+        return projected.permute(0, 2, 3, 1).contiguous()
     dtype = linear.weight.dtype if not torch.is_autocast_enabled(image.device.type) else None
     with torch.autocast(image.device.type, enabled=False):
         projected = _project_normalized(image, norm, linear, patches)
@@ -66,7 +66,7 @@ def _project_normalized(image: Tensor, norm: nn.LayerNorm, linear: nn.Linear, pa
     square = F.avg_pool2d(centred.square().mean(1, keepdim=True), patches.kernel_size, patches.stride)
     deviation = ((square - mean.square()).clamp_min(0) + norm.eps).sqrt()
     projected = F.conv2d(centred, _filters(filters, patches), stride=patches.stride) / deviation
-    return projected.permute(0, 2, 3, 1) + constant
+    return projected.permute(0, 2, 3, 1).contiguous() + constant
 
 
 def _filters(weight: Tensor, patches: PatchGrid) -> Tensor:
