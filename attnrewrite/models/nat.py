@@ -204,7 +204,9 @@ def _dinat_s_variants() -> dict[str, Mapping[str, Any]]:
         "base": _shape(128, (2, 2, 18, 2), 4, 4.0, 0.5),
         "large": _shape(192, (2, 2, 18, 2), 6, 4.0, 0.35),
     }
-    variants = {f"dinat_s_{size}": _dilated(shape, AT_224) for size, shape in shapes.items()}
+    variants: dict[str, Mapping[str, Any]] = {
+        f"dinat_s_{size}": _dilated(shape, AT_224) for size, shape in shapes.items()
+    }
     variants["dinat_s_large_384"] = _dilated(shapes["large"], AT_384)
     return variants
 

@@ -78,7 +78,7 @@ class NeighborhoodAttention2d(nn.Module):
 
     def _bias(self, kernel_size: tuple[int, int]) -> Tensor | None:
         """``[heads, 2k - 1, 2k - 1]``, the centre of the table that these kernels reach."""
-        table = self.rpb
+        table: Tensor | None = self.rpb
         if table is None:
             return None
         for axis, fitting in enumerate(kernel_size, start=1):
@@ -118,6 +118,8 @@ class NeighborhoodBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = FeedForward(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
+        self.gamma1: nn.Parameter | None
+        self.gamma2: nn.Parameter | None
         for name in ("gamma1", "gamma2"):
             self.register_parameter(
                 name, None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))

@@ -7,6 +7,7 @@ box filters. Patch channels are ordered as ``torch.nn.Unfold`` orders them: chan
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,11 @@ class PatchGrid(NamedTuple):
     padding: int
 
 
+def autocast_off(device: str) -> AbstractContextManager[None]:
+    """For what keeps its own precision; devices without autocast (meta) refuse to be asked."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def project_patches(image: Tensor, norm: nn.Module, linear: nn.Linear, patches: PatchGrid) -> Tensor:
     """``linear(norm(patch))`` for every patch of an image.
 
@@ -34,15 +40,14 @@ def project_patches(image: Tensor, norm: nn.Module, linear: nn.Linear, patches: 
         patches: the patches.
 
     Returns:
-        ``[B, H', W', linear.out_features]``, contiguous: fused attention takes no other layout.
+        ``[B, H', W', linear.out_features]``, contiguous, as fused attention needs it, in the dtype of the weights
+        (also under autocast).
     """
     if not isinstance(norm, nn.LayerNorm):
         projected = F.conv2d(image, _filters(linear.weight, patches), linear.bias, patches.stride, patches.padding)
         return projected.permute(0, 2, 3, 1).contiguous()
-    dtype = linear.weight.dtype if not torch.is_autocast_enabled(image.device.type) else None
-    with torch.autocast(image.device.type, enabled=False):
-        projected = _project_normalized(image, norm, linear, patches)
-    return projected.to(dtype or torch.get_autocast_dtype(image.device.type))
+    with autocast_off(image.device.type):
+        return _project_normalized(image, norm, linear, patches).to(linear.weight.dtype)
 
 
 def _project_normalized(image: Tensor, norm: nn.LayerNorm, linear: nn.Linear, patches: PatchGrid) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..operators.precision import accumulation_dtype
 from .feed_forward import FeedForward
-from .patch_projection import PatchGrid, project_patches
+from .patch_projection import PatchGrid, autocast_off, project_patches
 
 
 class TokenLayer(nn.Module):
@@ -131,7 +131,7 @@ class TokenPerformer(TokenLayer):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """In float32 at least: the features are exponentials, and their sums' guard is zero in half precision."""
         dtype, wide = query.dtype, accumulation_dtype(query.dtype)
-        with torch.autocast(query.device.type, enabled=False):
+        with autocast_off(query.device.type):
             query, key = self._features(query.to(wide)), self._features(key.to(wide))
             weighted = query @ (key.transpose(1, 2) @ value.to(wide))
             total = query @ key.sum(dim=1).unsqueeze(-1)
