@@ -10,6 +10,7 @@ from torch import nn
 from .errors import ArgumentError, ConversionError
 from .planning import Selector, plan
 from .report import ConversionReport
+from .rewrite.aspect import release_aspect
 from .rewrite.rewritten import RewrittenModule, restore_module
 from .targets import Target
 
@@ -83,6 +84,7 @@ def revert(model: nn.Module) -> nn.Module:
     for module in rewritten:
         while isinstance(module, RewrittenModule):  # a model converted twice was rewritten twice
             restore_module(module)
+    release_aspect(model)
     model.__dict__.pop("attnrewrite_report", None)
     return model
 

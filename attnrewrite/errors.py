@@ -21,6 +21,10 @@ class ConversionError(AttnRewriteError, RuntimeError):
     """A site could not be rewritten as asked."""
 
 
+class CalibrationError(AttnRewriteError, ValueError):
+    """Calibration data, or a pair of models, that nothing can be learned from."""
+
+
 class CheckpointError(AttnRewriteError, ValueError):
     """A file or mapping does not hold the weights that were expected."""
 
@@ -46,6 +50,6 @@ def first_line(cause: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the known ones that look like it, if any."""
-    close = difflib.get_close_matches(name, list(known), n=2)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    """The end of a message about an unknown name: the known one that looks most like it, if any does."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

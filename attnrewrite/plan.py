@@ -15,10 +15,11 @@ from .capture import Capture, NodeRef
 from .certify import Certificate
 from .certify.certificate import relative_error
 from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, first_line
-from .ir import Refused, Site, StemSite, line
+from .ir import AttentionSite, Grid, Refused, Site, StemSite, Window, line
 from .lift.dataflow import Dataflow
 from .lift.values import Values
 from .report import ConversionReport, SiteReport, suggestion
+from .rewrite.aspect import guard_aspect
 from .rewrite.owners import OwnerProgram, build_programs
 from .rewrite.rewritten import restore_module
 from .targets import Conversion, Exactness, Target
@@ -123,6 +124,9 @@ class Plan:
                     "as it was. Find the site with max_rewrites and `keep` it"
                 ) from cause
             raise
+        if any(_maps_a_sequence(planned) for planned in self.converting):
+            args, kwargs = self.capture.example
+            guard_aspect(model, (*args, *kwargs.values()))
         model.attnrewrite_report = self.report(error)  # type: ignore[assignment]
         return model
 
@@ -191,6 +195,16 @@ def matching(glob: str, sites: list[PlannedSite], argument: str) -> list[Planned
         names = [planned.site.name for planned in sites]
         raise ArgumentError(f"{argument}: {glob!r} matches no site{suggestion(glob, names)}")
     return found
+
+
+def _maps_a_sequence(planned: PlannedSite) -> bool:
+    """Whether the new core takes the map from the length of a sequence."""
+    site = planned.site
+    if planned.conversion is None or (isinstance(site, AttentionSite) and isinstance(site.keys, Window)):
+        return False
+    core = planned.conversion.core
+    cores = core if isinstance(core, list) else [core]
+    return any(isinstance(getattr(part, "grid", None), Grid) for part in cores)
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:

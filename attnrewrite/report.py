@@ -25,9 +25,9 @@ class SiteReport:
     """One site. ``status`` is converted, kept, refused or untouched; ``why`` is one clause.
 
     ``certificate`` is the text of the proof that the site was read right; ``grid`` the map for which the class holds;
-    ``parameters`` how many were ``moved`` (they serve as before), are ``new`` or were ``dropped``; ``error`` the measured
-    local error of the new core on the example input (None: not measured); ``dropped_mass`` the share of attention per
-    head that is lost.
+    ``parameters`` how many were ``moved`` (they serve as before), are ``new`` or were ``dropped``; ``error`` the
+    measured local error of the new core on the example input (None: not measured); ``dropped_mass`` the share of
+    attention per head that is lost.
     """
 
     name: str

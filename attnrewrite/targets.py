@@ -30,10 +30,10 @@ class Conversion:
     """One site's conversion: ``core`` takes the place of the site's computation.
 
     ``why`` is one clause; ``benefit`` says whether the target is cheaper as soon as it is converted. ``extras`` are
-    given to the core by keyword, beside its operands: ``local``, as ``local_key`` and ``local_value`` an attention site's
-    keys and values of the query map itself, ``[B, H, W, heads, dim]``, where it attends to a reduced one; ``source``,
-    what feeds an MLP's or stem's first linear map. A ``whole`` core takes the site's source to its result by itself, and the
-    site's own linear maps are dropped.
+    given to the core by keyword, beside its operands: ``local``, as ``local_key`` and ``local_value`` an attention
+    site's keys and values of the query map itself, ``[B, H, W, heads, dim]``, where it attends to a reduced one;
+    ``source``, what feeds an MLP's or stem's first linear map. A ``whole`` core takes the site's source to its result
+    by itself, and the site's own linear maps are dropped.
     """
 
     exactness: Exactness

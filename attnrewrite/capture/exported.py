@@ -130,7 +130,7 @@ def _require_plain_module(model: nn.Module) -> None:
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ArgumentError(
-            f"model: the parameters of {type(model).__name__} are sharded; convert the model first, then shard it"
+            f"model: the parameters of {type(model).__name__} are sharded; convert the model first, then wrap it"
         )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     inner = model._orig_mod if hasattr(model, "_orig_mod") else None

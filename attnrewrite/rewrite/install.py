@@ -178,7 +178,9 @@ def _block_bias(outlined: Outlined, site: AttentionSite) -> list[Node]:
 def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
     if captured.meta["val"].numel() != torch.Size(shape).numel():
         raise NotOutlinable("the learned bias is not given once for every head, query and key")
-    return outlined.value(captured)
+    value = outlined.value(captured)
+    outlined.guard_tables(value)
+    return value
 
 
 def _after_projection(outlined: Outlined, site: AttentionSite, mixed: Node) -> Node:

@@ -28,7 +28,7 @@ class Outlined:
 
     ``made[node]`` are the values that stand for captured ``node``, in the order they were made: a child that hands its
     input on (an inactive DropPath) makes a second one. ``constants`` and ``modules`` are to be added to the module;
-    ``tied`` says what holds for the captured size only.
+    ``tied`` says what holds for the captured size only; ``tables`` are the shapes of the parameters that make biases.
     """
 
     call: ModuleCall
@@ -38,6 +38,7 @@ class Outlined:
     constants: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     tied: list[str] = field(default_factory=list)
+    tables: dict[str, tuple[int, ...]] = field(default_factory=dict)
     handed_on: bool = False
     value: Callable[[Node], Node] = field(init=False)
     """The value of a captured node, computed here if it is a constant that was not needed before."""
@@ -72,6 +73,16 @@ class Outlined:
         name = next(n for n in _numbered(f"attnrewrite_{stem}") if n not in taken)
         self.modules[name] = module
         return name
+
+    def guard_tables(self, bias: Node) -> None:
+        """The bias is read off its parameters by position, so that they must keep their shapes."""
+        pending, seen = [bias], set()
+        while pending:
+            node = pending.pop()
+            if node.op == "get_attr" and str(node.target) not in self.constants:
+                self.tables[str(node.target)] = tuple(operator.attrgetter(str(node.target))(self.call.module).shape)
+            pending += [used for used in node.all_input_nodes if used not in seen]
+            seen.update(node.all_input_nodes)
 
     def add_constant(self, value: Tensor) -> Node:
         name = f"attnrewrite_constant_{len(self.constants)}"

@@ -112,6 +112,19 @@ def expect_shape(what: str, shape: torch.Size, captured: tuple[int, ...]) -> Non
         )
 
 
+def expect_table(what: str, shape: torch.Size, captured: tuple[int, ...]) -> None:
+    """A bias table must not be resized behind a rewritten module, which reads it by position.
+
+    Raises:
+        ConversionError: naming the table.
+    """
+    if tuple(shape) != captured:
+        raise ConversionError(
+            f"{what} had shape {list(captured)} when this module was converted and has {list(shape)} now; set the "
+            "model's size first, then convert it"
+        )
+
+
 class _ForwardCode(CodeGen):
     """Writes the donor's signature, unpacks its arguments, and packs the result as the donor does."""
 
@@ -120,7 +133,7 @@ class _ForwardCode(CodeGen):
         self.outlined, self.fixed_to = outlined, fixed_to
         self.names: dict[str, Any] = {
             "expect_same": expect_same, "expect_no_more": expect_no_more, "expect_alias": expect_alias,
-            "expect_shape": expect_shape,
+            "expect_shape": expect_shape, "expect_table": expect_table,
         }  # fmt: skip
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
@@ -144,6 +157,9 @@ class _ForwardCode(CodeGen):
                 lines.append(f"    {placeholder.name} = {spelled}")
             elif self.fixed_to or not self._is_side(number):
                 lines.append(f"    expect_same({spelled!r}, {spelled}, {self._constant(leaf)})")
+        lines += [
+            f"    expect_table({name!r}, self.{name}.shape, {shape})" for name, shape in self.outlined.tables.items()
+        ]
         lines += [f"    expect_no_more({name!r}, {name}, {sorted(call.arguments[name])})" for name in _keywords(call)]
         return "\n".join(lines)
 

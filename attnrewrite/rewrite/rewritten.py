@@ -54,13 +54,14 @@ def rewrite_module(
     previous: Rewriting | None = module.__dict__.get("attnrewrite_rewriting")
     donor_class = type(module) if previous is None else previous.donor_class
     parameter = next(module.parameters(), None)
+    taken = [_take_out(module, path) for path in dropped]  # first: what was there before is what revert restores
     for name, child in modules.items():
         child.train(module.training)
         module.add_module(name, child if parameter is None else child.to(parameter.device))
     for name, value in buffers.items():
         module.register_buffer(name, value, persistent=False)
     module.__dict__["attnrewrite_rewriting"] = Rewriting(
-        program, donor_class, list(modules), list(buffers), [_take_out(module, path) for path in dropped], previous
+        program, donor_class, list(modules), list(buffers), taken, previous
     )
     if isinstance(module, nn.MultiheadAttention):
         module._qkv_same_embed_dim = False  # or torch's encoder layers would use its weights past its forward

@@ -12,11 +12,7 @@ import attnrewrite
 
 # Known gaps: what these tests ask for and the library does not do yet. Each is in the changelog's list of limits.
 KNOWN_GAPS = {
-    "test_identity_refuses_no_site": "a plain Sequential around a stem has no signature to restate",
-    "test_timm_swin_set_input_size_is_right_or_refused": "a table resized behind a rewrite",
     "test_eager_attentions_are_those_of_the_new_operator": "returned attention weights are the donor's, not the core's",
-    "test_a_sharded_model_is_refused": "a sharded model is refused, in other words than this test asks for",
-    "test_another_map_with_as_many_tokens_is_right_or_refused": "a sequence does not tell 4x4 from 8x2",
 }
 
 
@@ -24,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         reason = KNOWN_GAPS.get(getattr(item, "originalname", item.name))
         if reason is not None:
-            item.add_marker(pytest.mark.xfail(reason=reason, strict=False))
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 @pytest.fixture(scope="session")
