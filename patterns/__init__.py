@@ -2,22 +2,26 @@
 
 from . import (
     aggregated,
+    conv_glu,
     identity,
     long_short_distance,
     manhattan,
     mlp,
     neighborhood,
     patch_stem,
+    recipes,
     softmax_attention,
 )
 
 __all__ = [
     "aggregated",
+    "conv_glu",
     "identity",
     "long_short_distance",
     "manhattan",
     "mlp",
     "neighborhood",
     "patch_stem",
+    "recipes",
     "softmax_attention",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..errors import UNFORESEEN, unforeseen
 from ..ir import AttentionSite, MlpSite, Refused, Site, Stage
 from ..lift.activations import ACTIVATIONS, probe_points, recognise_activation
 from ..lift.dataflow import Dataflow
+from ..lift.grid import token_grids
 from ..lift.movement import moved_operands
 from ..lift.values import input_of, operator_name, run_node, shape_of
 from ..targets import register_recogniser
@@ -71,7 +72,8 @@ def recognise_mlps(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
                 results.append(_site(second, walked, flow))
         except UNFORESEEN as cause:
             results.append(Refused(flow.capture.enclosing_call([second]).path, "mlp", unforeseen(cause)))
-    return results
+    grids = token_grids(flow, [result.source for result in results if isinstance(result, MlpSite)])
+    return [replace(r, grid=grids.get(r.source)) if isinstance(r, MlpSite) else r for r in results]
 
 
 @dataclass

@@ -1,0 +1,169 @@
+"""Convolutional gated linear units in the place of MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ..cores.conv_gate import ConvGate, ConvGatedMlp
+from ..ir import Grid, MlpSite, Site, Stage
+from ..lift.values import input_of, operator_name, shape_of
+from ..modules.conv_glu import gated_width
+from ..targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, Weights, register_target
+from .geometry import require_one_of
+
+_WITHOUT_CONVOLUTION = [("activation",), ("gate",), ("gate", "norm")]
+_WITH_CONVOLUTION = [("convolution", "activation"), ("activation", "convolution", "activation")]
+
+
+@register_target
+@dataclass(frozen=True)
+class ConvGlu(Target):
+    """Convolutional gated linear unit (Shi 2024, TransNeXt): a depthwise convolution before the activation.
+
+    A convolution before the activation (PVT v2) is kept live, and so are a gate's value and what follows it.
+
+    Args:
+        hidden: ``"keep"`` keeps the hidden width, and with it the function; ``"match"`` takes two thirds of it, with
+            which the unit has as many weights as the MLP had.
+    """
+
+    hidden: str = "keep"
+    name = "conv_glu"
+    kinds = ("mlp",)
+
+    def __post_init__(self) -> None:
+        require_one_of("hidden", self.hidden, ("keep", "match"))
+
+    def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
+        assert isinstance(site, MlpSite)
+        _require_activation_before_convolution(site)
+        if self.hidden == "match" and not _gates(site):
+            return _matched(site, weights)
+        return _kept(site, weights)
+
+
+def _kept(site: MlpSite, weights: Weights) -> Conversion:
+    last = max(number for number, stage in enumerate(site.stages) if stage.kind in ("activation", "gate"))
+    stage = site.stages[last]
+    if shape_of(stage.node)[:-1] != shape_of(site.source)[:-1] or _is_moved(site):
+        raise NotConvertible("its activation acts on another layout than its input has; leave it with `keep`")
+    convolves = any(other.kind == "convolution" for other in site.stages)
+    grid = None if convolves else _grid_of(site)
+    source_dim = None if stage.kind == "gate" else site.width
+    gate = ConvGate(stage.name, site.hidden_width, source_dim, not convolves, grid).to(_weight_of(site.first, weights))
+    core: list[nn.Module | None] = [None] * len(site.stages)
+    core[last] = gate
+    parts = ["its own convolution" if convolves else "an identity convolution"]
+    parts += ["its own gate" if source_dim is None else "a value of one"]
+    parts += ["its inner norm kept"] if site.stages[-1].kind == "norm" else []
+    added = sum(parameter.numel() for parameter in gate.parameters())
+    return Conversion(
+        Exactness.EXACT, f"{stage.name} with {', '.join(parts)}", core, {"hidden": site.hidden_width},
+        f"none at once: {added} new weights to train", ("source",) if source_dim is not None else (),
+    )  # fmt: skip
+
+
+def _matched(site: MlpSite, weights: Weights) -> Conversion:
+    """The hidden units whose columns of the second map are largest; how active they are, only data would tell."""
+    width = gated_width(site.hidden_width)
+    if width < 1:
+        raise NotConvertible(f"two thirds of {site.hidden_width} hidden units are none; use hidden='keep'")
+    second = _weight_of(site.second, weights)
+    kept = second.norm(dim=0).topk(width).indices.sort().values
+    rows = site.rows.to(kept.device)[kept]
+    pre_activation = site.stages[0].name if len(site.stages) == 3 else "identity"
+    core = ConvGatedMlp(
+        site.width, width, len(second), site.stages[-1].name, _grid_of(site), pre_activation, _dropout(site)
+    ).to(second)
+    convolution = next((stage for stage in site.stages if stage.kind == "convolution"), None)
+    with torch.no_grad():
+        _fill(core.fc1, _weight_of(site.first, weights)[rows], _bias_of(site.first, weights, rows))
+        _fill(core.fc2, second[:, kept], _bias_of(site.second, weights, slice(None)))
+        if convolution is not None:
+            assert core.gate.conv is not None
+            taps = _taps(convolution, weights)[kept]
+            _fill(core.gate.conv.conv, taps, _bias_of(convolution.node, weights, kept))
+        share = float((second[:, kept].norm() / second.norm()) ** 2)
+    return Conversion(
+        Exactness.PROJECTED, f"{width} of {site.hidden_width} hidden units kept, those the second map weighs most",
+        core, {"hidden": width, "kept_weight": round(share, 6)}, "as many weights as the MLP had", whole=True,
+    )  # fmt: skip
+
+
+def _require_activation_before_convolution(site: MlpSite) -> None:
+    kinds = tuple(stage.kind for stage in site.stages)
+    if kinds == ("convolution", "gate"):
+        raise NothingToDo("it is a convolutional gated linear unit already")
+    if kinds in _WITHOUT_CONVOLUTION or kinds in _WITH_CONVOLUTION:
+        return
+    between = ", ".join(map(str, site.stages))
+    if "norm" in kinds:
+        reason = f"a norm between its linear maps ({between}) has no place in a gated unit"
+    elif kinds[-1:] == ("convolution",):
+        reason = f"its convolution follows its activation ({between}), and a gated unit's comes before it"
+    else:
+        reason = f"it is no activation between two linear maps but {between}"
+    raise NotConvertible(f"{reason}; leave it with `keep`")
+
+
+def _gates(site: MlpSite) -> bool:
+    return any(stage.kind == "gate" for stage in site.stages)
+
+
+def _grid_of(site: MlpSite) -> Grid | None:
+    """The map that a sequence of tokens holds; None where they lie on a map as they are."""
+    sides = shape_of(site.source)[1:-1]
+    if site.grid is not None and sides == (site.grid.height, site.grid.width):
+        return None
+    if site.grid is None or sides != (site.grid.tokens,):
+        raise NotConvertible(
+            "where its tokens lie on the map is not known, and a convolution needs that; leave it with `keep`"
+        )
+    return site.grid
+
+
+def _between(site: MlpSite) -> Iterator[Node]:
+    """From the second map back to the last stage: what only moves or drops values."""
+    node = input_of(site.second)
+    while node is not site.stages[-1].node:
+        yield node
+        node = input_of(node)
+
+
+def _is_moved(site: MlpSite) -> bool:
+    return any(operator_name(node) not in ("aten::dropout", "aten::clone") for node in _between(site))
+
+
+def _dropout(site: MlpSite) -> float:
+    return max((float(node.args[1]) for node in _between(site) if operator_name(node) == "aten::dropout"), default=0.0)  # type: ignore[arg-type]
+
+
+def _taps(stage: Stage, weights: Weights) -> Tensor:
+    """``[channels, 1, 3, 3]`` of a ConvFFN's convolution."""
+    taps = weights(input_of(stage.node, 1))
+    if taps.shape[-2:] != (3, 3) or shape_of(stage.node) != shape_of(stage.before):
+        raise NotConvertible(
+            f"its convolution is {taps.shape[-2]}x{taps.shape[-1]} from {stage.before.meta['val'].shape[-2:]} to "
+            f"{stage.grid}, not 3x3 on the same map; use hidden='keep', which leaves it as it is"
+        )
+    return taps
+
+
+def _weight_of(linear: Node, weights: Weights) -> Tensor:
+    return weights(input_of(linear, 1))
+
+
+def _bias_of(node: Node, weights: Weights, rows: Tensor | slice) -> Tensor | None:
+    bias = node.args[2] if len(node.args) > 2 else None
+    return weights(bias)[rows] if isinstance(bias, Node) else None
+
+
+def _fill(module: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
+    module.weight.copy_(weight)
+    assert module.bias is not None
+    module.bias.copy_(torch.zeros_like(module.bias) if bias is None else bias)
