@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ from ..errors import ArgumentError, CaptureError, first_line
 from ..ir import Site
 from ..lift.dataflow import Dataflow
 from ..planning import lifted
+from .autocast_regions import disabled_ones_left_out
 from .formulas import ZERO
 from .interpolate import fitted
 from .meta_model import Sizer
@@ -50,14 +52,16 @@ class ModelFormula:
     """MACs of a whole model in ``H``, ``W`` and batch: ``batch * per_image + once``.
 
     Attributes:
-        rest, rest_once: what belongs to no site with a formula, per image and per call.
-        off_lattice: whether the rest is known at every size; else on multiples of ``lattice`` pixels.
-        range: smallest and largest side at which counts were compared.
+        sites: with their formulas; those without are part of the rest.
+        rest, rest_once: what belongs to no formula, per image and per call, exact on multiples of ``rest_unit`` pixels.
+        checks: the formula against counts.
+        refused: what looked like a site and could not be lifted.
     """
 
     sites: list[CountedSite]
     rest: Expr = ZERO
     rest_once: Expr = ZERO
+    rest_unit: int = 1
     checks: list[Check] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -78,7 +82,7 @@ class ModelFormula:
 
     @cached_property
     def lattice(self) -> int:
-        return lattice_unit(self.per_image + self.once)
+        return math.lcm(lattice_unit(self.per_image + self.once), self.rest_unit)
 
     @property
     def _formulas(self) -> list[Any]:
@@ -92,7 +96,8 @@ def derive(model: nn.Module, example: Inputs, sizer: Sizer) -> ModelFormula:
         return ModelFormula([], rest=Integer(count), assumptions=["no image among the inputs: costs are numbers only"])
     try:
         args, kwargs = example
-        plan, flow = lifted(model, kwargs if kwargs and not args else args)
+        with disabled_ones_left_out():
+            plan, flow = lifted(model, kwargs if kwargs and not args else args)
     except (CaptureError, ArgumentError) as cause:
         found = ModelFormula([])
         found.assumptions.append(f"no sites, the model could not be captured: {first_line(cause)}")
@@ -121,7 +126,8 @@ def _complete(found: ModelFormula, sizer: Sizer) -> None:
     """Find what the sites leave, and check the sum at the example, at another batch, and at other sizes."""
     height, width = sizer.size
     points = [(height, width), *_probe_sizes(sizer, found.lattice)]
-    rests = [_rest(found, sizer, *point) for point in points]
+    first = _rest(found, sizer, height, width)
+    rests = [first, *(_rest(found, sizer, *point, both=first[1] != 0) for point in points[1:])]
     if len(points) == 1:
         found.assumptions.append(
             f"the model takes no size but {height}x{width}: other sizes are extrapolated by its formulas, and what is "
@@ -144,47 +150,42 @@ def _check(found: ModelFormula, sizer: Sizer, height: int, width: int, batch: in
         found.checks.append(Check(height, width, batch, found.macs(batch, height, width), counted.total.macs))
 
 
-def _rest(found: ModelFormula, sizer: Sizer, height: int, width: int) -> tuple[int, int]:
-    """What the sites leave at a size: per image, and per call whatever the batch."""
+def _rest(found: ModelFormula, sizer: Sizer, height: int, width: int, both: bool = True) -> tuple[int, int]:
+    """What the sites leave at a size: per image, and per call whatever the batch (0 unless ``both`` are asked for)."""
     batch = sizer.batch
-    one, two = sizer.at(height, width, batch), sizer.at(height, width, batch + 1)
+    one, two = sizer.at(height, width, batch), sizer.at(height, width, batch + 1) if both else None
     assert one is not None
-    if two is None:
-        return (one.total.macs - found.macs(batch, height, width)) // batch, 0
     first = one.total.macs - found.macs(batch, height, width)
+    if two is None:
+        return first // batch, 0
     second = two.total.macs - found.macs(batch + 1, height, width)
     return second - first, first - batch * (second - first)
 
 
 def _interpolate(found: ModelFormula, sizer: Sizer) -> None:
     """The rest as polynomials, exact on the lattice; where it is none, the count at the example stands alone."""
-    parts = (0, 1) if _rest(found, sizer, *sizer.size)[1] else (0,)
+    at_example = _rest(found, sizer, *sizer.size)
+    parts = (0, 1) if at_example[1] else (0,)
     for unit in _units(found.lattice, sizer.size):
-        fits = [fitted(partial(_rest_at, found, sizer, part), unit, sizer.size) for part in parts]
+        fits = [fitted(partial(_rest_at, found, sizer, parts, part), unit, sizer.size) for part in parts]
         fits += [ZERO] * (2 - len(fits))
         if fits[0] is not None and fits[1] is not None:
-            found.rest, found.rest_once = fits[0], fits[1]
+            found.rest, found.rest_once, found.rest_unit = fits[0], fits[1], unit
             found.assumptions.append(
                 f"{plain(found.rest + found.rest_once)} MAC outside of formulas are interpolated: exact where both "
                 f"sides are multiples of {unit} px"
             )
             return
-    rest = _rest(found, sizer, *sizer.size)
-    found.rest, found.rest_once = Integer(rest[0]), Integer(rest[1])
+    found.rest, found.rest_once = Integer(at_example[0]), Integer(at_example[1])
     found.assumptions.append("what is no site follows no polynomial in the sides: its count at the example is kept")
 
 
-def _rest_at(found: ModelFormula, sizer: Sizer, part: int, height: int, width: int) -> int | None:
-    counted = sizer.at(height, width)
-    if counted is None:
+def _rest_at(
+    found: ModelFormula, sizer: Sizer, parts: tuple[int, ...], part: int, height: int, width: int
+) -> int | None:
+    if sizer.at(height, width) is None:
         return None
-    if found.rest_once == 0 and part == 0 and not _grows_without_batch(found, sizer):
-        return (counted.total.macs - found.macs(sizer.batch, height, width)) // sizer.batch
-    return _rest(found, sizer, height, width)[part]
-
-
-def _grows_without_batch(found: ModelFormula, sizer: Sizer) -> bool:
-    return _rest(found, sizer, *sizer.size)[1] != 0
+    return _rest(found, sizer, height, width, both=len(parts) > 1)[part]
 
 
 def _units(lattice: int, size: tuple[int, int]) -> Iterator[int]:

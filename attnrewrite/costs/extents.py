@@ -127,8 +127,19 @@ class Maps:
         if before is None:
             return
         made = [strided(Integer(side), *axis) for side, axis in zip(size, read, strict=True)]
-        sides = [strided(side, *axis) for side, axis in zip(before.sides, read, strict=True)]
+        padded = [self._fitted(side, axis[1], operand) for side, axis in zip(before.sides, read, strict=True)]
+        sides = [strided(side, *axis) for side, axis in zip(padded, read, strict=True)]
         self._maps.append(Map(node, (int(made[0]), int(made[1])), (sides[0], sides[1]), before.fixed))
+
+    def _fitted(self, side: Expr, stride: int, operand: Node) -> Expr:
+        """The side a strided operation sees behind a padding of nothing: one that fills up to its stride elsewhere."""
+        node = operand
+        while operator_name(node) in _IN_PLACE_OF_PADDING:
+            node = node.args[0]  # type: ignore[assignment]
+        if operator_name(node) != "aten::pad":
+            return side
+        self.rounds_merges = True
+        return self._round(side, Integer(stride)) * stride
 
     def _behind(self, operand: Node, size: tuple[int, int]) -> Map | None:
         """The nearest map of that size that a value is made from."""
@@ -188,4 +199,5 @@ _STRIDED = {
     "aten::max_pool2d": _pooling,
     "aten::im2col": _soft_split,
 }
+_IN_PLACE_OF_PADDING = {"aten::permute", "aten::transpose", "aten::contiguous", "aten::clone"}
 _FIXED = {"aten::adaptive_avg_pool2d", "aten::adaptive_max_pool2d"}

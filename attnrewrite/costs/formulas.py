@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from sympy import Expr, Integer, Min, Symbol, sympify
 
-from .symbols import H, W, block_pairs, down, order, strided, symbol, up
+from .symbols import H, W, block_pairs, down, grouped_cells, order, strided, symbol, up
 
 Extent: TypeAlias = Any
 """An expression or a number."""
@@ -193,32 +193,26 @@ def _fitting(side: Extent, dilation: int) -> Expr:
 
 
 def aggregated_attention(
-    tokens: Extent,
-    pooled: Extent,
-    kernel: int,
-    widths: Widths,
-    *,
-    offsets: Extent = 0,
-    position_width: int = 512,
-    learnable: bool = True,
+    tokens: Extent, pooled: Extent, window_size: int, widths: Widths, *, learnable: bool = True
 ) -> SiteFormula:
-    """TransNeXt's aggregated attention (Shi 2024): k² neighbours and P pooled cells in one softmax; with ``learnable``
-    tokens a third ``Nk²C``. ``offsets`` distinct relative offsets go through the position MLP of ``position_width``
-    once: ``5NC² + 2PC² + 2NPC + 3Nk²C``; without ``learnable`` it is pixel-focused attention, ``2Nk²C``."""
+    """TransNeXt's aggregated attention (Shi 2024): k² neighbours and P pooled cells in one softmax, and with
+    ``learnable`` tokens a third ``Nk²C``: ``5NC² + 2PC² + 2NPC + 3Nk²C``. Without them it is pixel-focused attention,
+    ``2Nk²C``. The position MLP is separate (``with_position_mlp``)."""
     a, local = widths.inner, (3 if learnable else 2)
-    values = {N: tokens, P: pooled, K: kernel**2, **widths.symbols}
-    once = ZERO
-    if offsets != 0:
-        values |= {TABLE: offsets, E: position_width}
-        once = TABLE * (2 * E + E * h)
     maps = h * N * (K + P)
     return _formula(
-        "AA" if learnable else "PFA", values,
-        dense=5 * N * C * a + 2 * P * C * a, core=2 * N * P * a + local * N * K * a, once=once,
-        attention_map=maps + (h * N * K if learnable else 0),
-        saved=C * N + 4 * a * N + 2 * a * P + maps, moved=4 * a * N + 2 * a * P,
+        "AA" if learnable else "PFA", {N: tokens, P: pooled, K: window_size**2, **widths.symbols},
+        dense=5 * N * C * a + 2 * P * C * a, core=2 * N * P * a + local * N * K * a,
+        attention_map=maps, saved=C * N + 4 * a * N + 2 * a * P + maps, moved=4 * a * N + 2 * a * P,
         streams=2 * C * N + 6 * a * N + C * P + 2 * a * P, weights=5 * C * a,
     )  # fmt: skip
+
+
+def with_position_mlp(formula: SiteFormula, offsets: Extent, width: int) -> SiteFormula:
+    """And the log-spaced continuous position bias (Liu et al. 2022): an MLP of 2 to ``width`` = E to heads channels,
+    once for each of T relative offsets, whatever the batch: ``T(2E + Eh)``. It can be folded at a fixed size."""
+    values = formula.values | {TABLE: sympify(offsets), E: Integer(width)}
+    return replace(formula, once=formula.once + TABLE * (2 * E + E * h), values=values)
 
 
 def manhattan_attention(
@@ -227,20 +221,21 @@ def manhattan_attention(
     """RMT's Manhattan self-attention (Fan et al. 2024) with its ``local`` x ``local`` depthwise convolution of the
     values: full ``4NC² + 2N²C + 25NC``, or along rows and columns ``4NC² + 2N(H+W)C + 25NC``."""
     a = widths.inner
-    values = {N: height * width + prefix, K: local**2, **widths.symbols}
+    values = {N: height * width + prefix, **widths.symbols, **({K: local**2} if local else {})}
+    around = K if local else ZERO
     if not decomposed:
         return _formula(
             "MaSA", values,
-            dense=4 * N * C * a + K * N * a, core=2 * N**2 * a, attention_map=h * N**2,
+            dense=4 * N * C * a + around * N * a, core=2 * N**2 * a, attention_map=h * N**2,
             saved=C * N + 4 * a * N + h * N**2, moved=4 * a * N,
-            streams=2 * C * N + 6 * a * N, weights=4 * C * a + K * a,
+            streams=2 * C * N + 6 * a * N, weights=4 * C * a + around * a,
         )  # fmt: skip
     values |= {ROWS: height, COLUMNS: width}
     return _formula(
         "MaSA-d", values,
-        dense=4 * N * C * a + K * N * a, core=2 * N * (ROWS + COLUMNS) * a, attention_map=h * N * (ROWS + COLUMNS),
+        dense=4 * N * C * a + around * N * a, core=2 * N * (ROWS + COLUMNS) * a, attention_map=h * N * (ROWS + COLUMNS),
         saved=C * N + 8 * a * N + h * N * (ROWS + COLUMNS), moved=8 * a * N,
-        streams=2 * C * N + 6 * a * N, weights=4 * C * a + K * a,
+        streams=2 * C * N + 6 * a * N, weights=4 * C * a + around * a,
     )  # fmt: skip
 
 
@@ -248,17 +243,20 @@ def long_short_attention(
     height: Extent, width: Extent, group: int, interval: int, widths: Widths, *, position_bias: bool = True
 ) -> SiteFormula:
     """CrossFormer's groups (Wang et al. 2022) of G x G neighbours (``interval`` 1, SDA) or of cells ``interval`` apart
-    (LDA), on a map padded to a multiple of ``G · interval``; the position MLP runs once on ``(2G-1)²`` offsets."""
-    a, unit = widths.inner, group * interval
-    values = {PADDED: up(sympify(height), Integer(unit)) * up(sympify(width), Integer(unit)) * unit**2,
-              G: group, **widths.symbols}  # fmt: skip
+    (LDA), on a map padded to N̂ cells, a multiple of ``G · interval`` a side: ``3N̂C² + NC² + 2N̂G²C``. Maps that a group
+    covers are one group, cut down to the shorter side. The position MLP of width E = C/16 runs once on ``(2G-1)²``
+    offsets. (CrossFormer's own code projects the padding too: ``4N̂C²``.)"""
+    a = widths.inner
+    height, width, size = sympify(height), sympify(width), Integer(group)
+    values = {PADDED: grouped_cells(height, width, size, Integer(interval)), N: height * width,
+              G: Min(size, height, width), **widths.symbols}  # fmt: skip
     once = ZERO
     if position_bias:
-        values[D] = widths.model // 16
-        once = (2 * G - 1) ** 2 * (2 * D + 2 * D**2 + D * h)
+        values[E] = Integer(widths.model // 16)
+        once = (2 * G - 1) ** 2 * (2 * E + 2 * E**2 + E * h)
     return _formula(
         "SDA" if interval == 1 else "LDA", values,
-        dense=4 * C * a * PADDED, core=2 * G**2 * a * PADDED, once=once, attention_map=h * G**2 * PADDED,
+        dense=3 * C * a * PADDED + C * a * N, core=2 * G**2 * a * PADDED, once=once, attention_map=h * G**2 * PADDED,
         saved=C * PADDED + 4 * a * PADDED + h * G**2 * PADDED, moved=4 * a * PADDED,
         streams=2 * C * PADDED + 4 * a * PADDED, weights=4 * C * a,
     )  # fmt: skip

@@ -47,42 +47,53 @@ class DilatedNeighborhood(Neighborhood):
 
 @dataclass(frozen=True)
 class Aggregated:
-    """TransNeXt's: ``pool_size`` p pools to p x p cells at every size, ``pool_ratio`` R to one cell in R x R."""
+    """TransNeXt's: ``pool`` R pools R x R tokens to a cell, ``pool_size`` p the whole map to p x p cells (None: 7).
 
-    kernel_size: int = 3
+    The position MLP is left out: it is constant at a fixed size.
+    """
+
+    window_size: int = 3
+    pool: int | None = None
     pool_size: int | None = None
-    pool_ratio: int | None = None
     learnable_tokens: bool = True
 
     def attention(self, site: CountedSite, index: int) -> SiteFormula:
-        if self.pool_size and self.pool_ratio:
-            raise ArgumentError("pool_size: give pool_size or pool_ratio, not both")
+        if self.pool_size and self.pool:
+            raise ArgumentError("pool_size: give pool or pool_size, not both")
         height, width = _sides(site)
-        pool = self.pool_size or 7
-        pooled = formulas.cells(height, width, self.pool_ratio) if self.pool_ratio else pool * pool
+        cells = self.pool_size or 7
+        pooled = formulas.cells(height, width, self.pool) if self.pool else cells * cells
         tokens = height * width + _prefix(site)
         return formulas.aggregated_attention(
-            tokens, pooled, self.kernel_size, _widths(site), learnable=self.learnable_tokens
+            tokens, pooled, self.window_size, _widths(site), learnable=self.learnable_tokens
         )
 
 
 @dataclass(frozen=True)
 class Manhattan:
-    """RMT's, along rows and columns, or full; with its local convolution of the values."""
+    """RMT's on the whole map, with its local convolution of the values."""
 
-    decomposed: bool = True
-    local_size: int = 5
+    lce: bool = True
+    decomposed = False
 
     def attention(self, site: CountedSite, index: int) -> SiteFormula:
         height, width = _sides(site)
+        local = 5 if self.lce else 0
         return formulas.manhattan_attention(
-            height, width, _widths(site), decomposed=self.decomposed, local=self.local_size, prefix=_prefix(site)
+            height, width, _widths(site), decomposed=self.decomposed, local=local, prefix=_prefix(site)
         )
 
 
 @dataclass(frozen=True)
+class ManhattanDecomposed(Manhattan):
+    """RMT's along rows, then along columns."""
+
+    decomposed = True
+
+
+@dataclass(frozen=True)
 class LongShortDistance:
-    """CrossFormer's, short and long distance in turn. ``interval`` None spreads a group over the map at the example."""
+    """CrossFormer's, short and long distance in turn. ``interval`` None spreads a group over the example's map."""
 
     group_size: int = 7
     interval: int | None = None
@@ -91,7 +102,7 @@ class LongShortDistance:
     def attention(self, site: CountedSite, index: int) -> SiteFormula:
         height, width = _sides(site)
         smallest = min(_numbers(site))
-        spread = max(1, smallest // self.group_size) if self.interval is None else self.interval
+        spread = -(-smallest // self.group_size) if self.interval is None else self.interval
         interval = spread if index % 2 and smallest > self.group_size else 1
         return formulas.long_short_attention(
             height, width, self.group_size, interval, _widths(site), position_bias=self.position_bias
@@ -100,16 +111,17 @@ class LongShortDistance:
 
 @dataclass(frozen=True)
 class ConvGlu:
-    """TransNeXt's gated MLP; ``hidden`` None takes two thirds of the width, which keeps the parameters about equal."""
+    """TransNeXt's gated MLP; ``hidden`` "match" takes two thirds of the width, "keep" keeps it."""
 
-    hidden: int | None = None
-    kernel_size: int = 3
+    hidden: str = "match"
 
     def mlp(self, site: CountedSite, index: int) -> SiteFormula:
         assert site.formula is not None
+        if self.hidden not in ("match", "keep"):
+            raise ArgumentError(f"hidden: expected 'match' or 'keep', got {self.hidden!r}")
         values = site.formula.values
-        hidden = self.hidden or int(2 * int(values[D]) / 3)
-        width = int(values[C])
+        width, hidden = int(values[C]), int(values[D])
+        hidden = 2 * hidden // 3 if self.hidden == "match" else hidden
         return formulas.mlp(values[N], width, hidden, int(values.get(formulas.OUT, width)), gated=True, depthwise=3)
 
 
@@ -145,17 +157,44 @@ class NotApplicable(Exception):
     """A site that a target does not take; the reason."""
 
 
+@dataclass(frozen=True)
+class TransNeXt(Aggregated, ConvGlu):
+    """Aggregated attention and gated MLPs."""
+
+
+@dataclass(frozen=True)
+class Rmt:
+    """Manhattan attention, decomposed on maps of more than ``full_tokens`` tokens at the example."""
+
+    full_tokens: int = 196
+
+    def attention(self, site: CountedSite, index: int) -> SiteFormula:
+        rows, columns = _numbers(site)
+        kind = ManhattanDecomposed if rows * columns > self.full_tokens else Manhattan
+        return kind().attention(site, index)
+
+
+@dataclass(frozen=True)
+class CrossFormer(LongShortDistance, CrossScale):
+    """Groups of short and long distance, and cross-scale embeddings."""
+
+
 TARGETS: dict[str, type] = {
     "neighborhood": Neighborhood,
     "dilated_neighborhood": DilatedNeighborhood,
-    "dilated": DilatedNeighborhood,
     "aggregated": Aggregated,
     "manhattan": Manhattan,
-    "long_short": LongShortDistance,
+    "manhattan_decomposed": ManhattanDecomposed,
     "long_short_distance": LongShortDistance,
     "conv_glu": ConvGlu,
     "tokens_to_token": TokensToToken,
     "cross_scale": CrossScale,
+    "nat": Neighborhood,
+    "dinat": DilatedNeighborhood,
+    "transnext": TransNeXt,
+    "rmt": Rmt,
+    "crossformer": CrossFormer,
+    "t2t": TokensToToken,
 }
 _PARTS = {"SA": "attention", "WSA": "attention", "SRA": "attention", "XA": "attention", "MLP": "mlp", "ConvFFN": "mlp",
           "stem": "stem"}  # fmt: skip
@@ -184,7 +223,7 @@ def converted_cost(report: Report, to: str | Target, options: dict[str, Any]) ->
         [_evaluated(site, batch, height, width) for site in after], report.formula.rest, report.formula.rest_once
     )
     rows = [replace(r, after=s, after_macs=s.macs) for r, s in zip(rows, formula.sites, strict=True)]
-    if name == "aggregated":
+    if isinstance(target, Aggregated):
         notes.append("the position MLP of aggregated attention is constant at a fixed size and not counted")
     return Comparison((report.name, f'to="{name}"'), report.size, batch, rows, report.formula, formula, notes)
 

@@ -63,7 +63,7 @@ def price(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: 
         return Cost(0, _inputs(args), _inputs(args), read, written)
     if name in _REDUCTIONS:
         return Cost(0, _inputs(args), 0, read, written)
-    if torch.Tag.pointwise in operator.tags:
+    if torch.Tag.pointwise in operator.tags or name in _POINTWISE:
         return Cost(0, elements, 0, read, written)
     return None
 
@@ -143,6 +143,9 @@ _NORMS = {
 """Operations an element, and what fvcore charges for one."""
 
 _ACTIVATIONS = {"gelu": 5, "silu": 3, "hardswish": 4, "mish": 5, "elu": 3, "softplus": 3, "log_sigmoid_forward": 3}
+
+_POINTWISE = {"floor_divide", "fmod", "remainder", "true_divide"}
+"""Pointwise operators that torch does not tag as such."""
 
 _POOLS = {
     "_adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d",

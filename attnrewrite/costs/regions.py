@@ -11,6 +11,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from ..capture import ModuleCall
 from ..lift.dataflow import Dataflow
 from ..lift.values import is_call
 from .op_costs import contraction_macs
@@ -32,6 +33,13 @@ class Regions:
             return None
         self._taken |= counting
         return sum(map(self.macs, counting))
+
+    def claim_call(self, call: ModuleCall) -> int:
+        """MACs of everything inside a module's call, position networks of parameters alone included."""
+        position = self._flow.capture.position
+        inside = [node for node in position if call.encloses(position[node])]
+        self._taken |= {node for node in inside if self.macs(node)}
+        return sum(map(self.macs, inside))
 
     def unclaimed(self) -> list[Node]:
         """Every counting node that no site has."""

@@ -11,14 +11,31 @@ from sympy import Expr
 from torch import Tensor
 from torch.fx import Node
 
+from ..capture import ModuleCall, NodeRef
 from ..ir import AttentionSite, Global, MlpSite, Reduced, Site, StemSite, Window
 from ..lift.dataflow import Dataflow
 from ..lift.values import operator_name, shape_of
 from . import formulas
+from .definitions import definition_of
 from .extents import Maps, Sides
 from .formulas import SiteFormula, Widths
 from .operator_sites import OperatorSite, operator_sites
 from .regions import Regions
+
+
+@dataclass(frozen=True)
+class OwnModule:
+    """One of this library's modules, called once; ``kind`` is of sites."""
+
+    name: str
+    kind: str
+    text: str
+
+    def describe(self) -> str:
+        return self.text
+
+
+AnySite = Site | OperatorSite | OwnModule
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,7 @@ class CountedSite:
     describe: str
     macs: int
     formula: SiteFormula | None
-    site: Site | OperatorSite | None
+    site: AnySite | None
     sides: Sides | None = None
     why: str = ""
 
@@ -54,7 +71,7 @@ class SiteReader:
 
     def read(self) -> list[CountedSite]:
         """In graph order. Operators of this library first: they may hold what looks like a site of its own."""
-        found: list[tuple[Node, CountedSite]] = []
+        found: list[tuple[Node, CountedSite]] = self._own_modules(self.flow.capture.root)
         for operator in self.operators:
             macs = self.regions.claim([operator.source], operator.end, operator.linears)
             if macs is not None:
@@ -66,6 +83,34 @@ class SiteReader:
                 found.append((end, self._counted(site, macs, _FORMULAS[type(site)](self, site))))
         found += [(node, counted) for node in self.regions.unclaimed() if (counted := self._lone(node)) is not None]
         return [counted for _, counted in sorted(found, key=lambda pair: pair[0])]
+
+    def _own_modules(self, call: ModuleCall) -> list[tuple[Node, CountedSite]]:
+        """Calls of this library's attention modules; their formula is their definition, or has to equal the count."""
+        definition = definition_of(call.module)
+        if definition is None:
+            return [pair for child in call.children for pair in self._own_modules(child)]
+        reference = call.arguments[definition.argument]
+        source = self._tensor(reference)
+        others = [v for k, v in call.arguments.items() if k not in (definition.argument, "tables")]
+        if source is None or any(value is not None for value in others):
+            return []
+        size = definition.sides(shape_of(source))
+        sides = self.maps.sides(size, source.next)
+        formula = None if sides is None else definition.formula(call.module, *sides)
+        if formula is None:
+            return []
+        macs = self.regions.claim_call(call)
+        if definition.replaces_count:
+            macs = formula.macs_of(self.batch, *self._example_size())
+        describe = f"{type(call.module).__name__} on {size[0]}x{size[1]}"
+        site = OwnModule(call.path, definition.kind, describe)
+        return [(source, self._counted(site, macs, iter([formula]), sides))]
+
+    def _tensor(self, reference: Any) -> Node | None:
+        """The value a call was given; one without a shape stands for the model's own input, handed on as it is."""
+        if not isinstance(reference, NodeRef) or reference.node is None:
+            return None
+        return reference.node if isinstance(reference.node.meta["val"], Tensor) else self.flow.capture.inputs[0]
 
     def _lone(self, node: Node) -> CountedSite | None:
         """A linear map or convolution that belongs to no site: a head, a merging, a positional convolution."""
@@ -90,8 +135,10 @@ class SiteReader:
             return None
         return replace(formulas.patch_embedding(*sides, weight[1], weight[0], (weight[2], weight[3])), kind="conv")
 
-    def _counted(self, site: Site | OperatorSite, macs: int, candidates: Iterator[SiteFormula]) -> CountedSite:
-        sides = self._sides(site)
+    def _counted(
+        self, site: AnySite, macs: int, candidates: Iterator[SiteFormula], sides: Sides | None = None
+    ) -> CountedSite:
+        sides = sides or self._sides(site)
         for formula in candidates:
             if formula.macs_of(self.batch, *self._example_size()) == macs:
                 return CountedSite(site.name, formula.kind, site.describe(), macs, formula, site, sides)
@@ -103,7 +150,7 @@ class SiteReader:
         height, width = next(image.shape[-2:] for image in images if isinstance(image, Tensor) and image.ndim == 4)
         return height, width
 
-    def _sides(self, site: Site | OperatorSite) -> Sides | None:
+    def _sides(self, site: AnySite) -> Sides | None:
         if isinstance(site, AttentionSite) and site.grid is not None:
             return self.maps.sides((site.grid.height, site.grid.width), site.nodes.product)
         if isinstance(site, OperatorSite):

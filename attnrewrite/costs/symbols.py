@@ -11,7 +11,7 @@ from functools import cache, reduce
 from typing import Any
 
 import sympy
-from sympy import Add, Expr, Function, Integer, Min, Poly, Rational, Symbol
+from sympy import Add, Expr, Function, Integer, Max, Min, Poly, Rational, Symbol
 
 from ..operators.partition_rule import AxisPartition, attended_slots
 
@@ -87,6 +87,64 @@ class block_pairs(Function):
         return rf"\operatorname{{pairs}}_{{{size},{shift}}}\left({length}\right)"
 
 
+class offsets(Function):
+    """Distinct distances, along an axis, from its pixels to the centres of the ``cells`` they are pooled to."""
+
+    nargs = 2
+    is_integer = True
+    is_nonnegative = True
+
+    @classmethod
+    def eval(cls, side: Expr, cells: Expr) -> Expr | None:
+        if isinstance(side, Integer) and isinstance(cells, Integer):
+            return Integer(count_offsets(int(side), int(cells)))
+        return 2 * side - side / cells if (side / cells).is_integer else None
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"offsets({printer.doprint(self.args[0])}, {printer.doprint(self.args[1])})"
+
+    def _latex(self, printer: Any) -> str:
+        side, cells = (printer.doprint(value) for value in self.args)
+        return rf"\operatorname{{offsets}}\left({side}, {cells}\right)"
+
+
+@cache
+def count_offsets(side: int, cells: int) -> int:
+    """The number that ``offsets`` stands for, in half pixels as a cell's centre may lie between two."""
+    bounds = ((cell * side // cells, -(-(cell + 1) * side // cells)) for cell in range(cells))
+    return len({2 * pixel - (start + end - 1) for start, end in bounds for pixel in range(side)})
+
+
+class grouped_cells(Function):
+    """Cells of a map padded to groups of ``group`` x ``group``, ``interval`` apart, which small maps do without."""
+
+    nargs = 4
+    is_integer = True
+    is_nonnegative = True
+
+    @classmethod
+    def eval(cls, height: Expr, width: Expr, group: Expr, interval: Expr) -> Expr | None:
+        if all(isinstance(value, Integer) for value in (height, width, group, interval)):
+            return Integer(count_grouped_cells(int(height), int(width), int(group), int(interval)))
+        return None
+
+    def _sympystr(self, printer: Any) -> str:
+        height, width, group, interval = (printer.doprint(value) for value in self.args)
+        return f"padded({height}, {width}; {group}·{interval})"
+
+    def _latex(self, printer: Any) -> str:
+        height, width, group, interval = (printer.doprint(value) for value in self.args)
+        return rf"\operatorname{{padded}}_{{{group} \cdot {interval}}}\left({height}, {width}\right)"
+
+
+def count_grouped_cells(height: int, width: int, group: int, interval: int) -> int:
+    """The number that ``grouped_cells`` stands for."""
+    if min(height, width) <= group:
+        group, interval = min(group, height, width), 1
+    unit = group * interval
+    return -(-height // unit) * unit * (-(-width // unit) * unit)
+
+
 def count_block_pairs(length: int, size: int, shift: int, phantom: int) -> int:
     """The number that ``block_pairs`` stands for. An axis that fits into one block is not shifted."""
     return attended_slots(AxisPartition(length, size, shift if length > size else 0, bool(phantom)))
@@ -106,14 +164,21 @@ def evaluator(expression: Expr) -> Callable[[int, int, int], int]:
     denominators = [int(number.q) for number in expression.atoms(Rational)]
     unit = reduce(sympy.ilcm, denominators, 1)
     scaled = expression if unit == 1 else sympy.expand(expression * unit)
-    names = {"down": lambda x, m: x // m, "up": lambda x, m: -(-x // m), "block_pairs": count_block_pairs, "Min": min}
+    names: dict[str, Any] = {
+        "down": lambda x, m: x // m,
+        "up": lambda x, m: -(-x // m),
+        "block_pairs": count_block_pairs,
+        "Min": min,
+        "Max": max,
+    }
+    names |= {"offsets": count_offsets, "grouped_cells": count_grouped_cells}
     compute = sympy.lambdify((B, H, W), scaled, modules=[names], cse=True)
     return compute if unit == 1 else lambda batch, height, width: compute(batch, height, width) // unit
 
 
 def lattice_unit(expression: Expr) -> int:
     """The smallest multiple of pixels on which no rounding in ``expression`` rounds anything."""
-    units = [_unit(part) for part in expression.atoms(down, up, block_pairs)]
+    units = [_unit(part) for part in _unclipped(expression).atoms(down, up, block_pairs)]
     return int(reduce(sympy.ilcm, units, 1))
 
 
@@ -173,10 +238,19 @@ def _unit(part: Expr) -> int:
 
 
 def _unclipped(expression: Expr) -> Expr:
-    """Without the smaller-than-the-kernel cases: of a minimum, what does not grow."""
+    """Without the cases of small maps: of a minimum what does not grow, of a maximum what does, and padded groups."""
+    fixed = expression.replace(Min, lambda *choices: _chosen(Min, choices, grows=False))
+    growing = fixed.replace(Max, lambda *choices: _chosen(Max, choices, grows=True))
+    return growing.replace(
+        grouped_cells,
+        lambda height, width, group, interval: _padded(height, group * interval) * _padded(width, group * interval),
+    )
 
-    def fixed(*choices: Expr) -> Expr:
-        constant = [choice for choice in choices if not choice.free_symbols]
-        return constant[0] if constant else Min(*choices)
 
-    return expression.replace(Min, fixed)
+def _chosen(kind: Any, choices: tuple[Expr, ...], grows: bool) -> Expr:
+    wanted = [choice for choice in choices if bool(choice.free_symbols) == grows]
+    return wanted[0] if len(wanted) == 1 else kind(*choices)
+
+
+def _padded(side: Expr, unit: Expr) -> Expr:
+    return up(side, unit) * unit

@@ -16,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..capture.boundaries import bind_arguments
+from .autocast_regions import off_on_meta
 from .cost import Cost
+from .definitions import defined_macs, definition_of
 from .op_costs import name_of, price, storage_key
 
 
@@ -48,7 +51,8 @@ class Trace:
     """Every operation of one call, in order.
 
     ``backward`` is the total of the backward pass, if one was run; ``peak`` the most bytes of activations alive at
-    once, the input included and parameters not.
+    once, the input included and parameters not. ``defined`` are the modules counted by their definition, and
+    ``executed`` the MACs of all contractions that took place, theirs too.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -57,6 +61,8 @@ class Trace:
     saved: dict[str, int] = field(default_factory=dict)
     backward: Cost = field(default_factory=Cost)
     peak: int = 0
+    executed: int = 0
+    defined: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> Cost:
@@ -78,7 +84,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, tr
     """
     found = Trace()
     recorder = _Recorder(found, model, (args, kwargs))
-    with _modules_noted(model, recorder), _autocast_off_meta(), ExitStack() as modes:
+    with _modules_noted(model, recorder), off_on_meta(), ExitStack() as modes:
         modes.enter_context(torch.set_grad_enabled(training))
         if training:
             modes.enter_context(saved_tensors_hooks(recorder.save, lambda tensor: tensor))
@@ -99,6 +105,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, found: Trace, model: nn.Module, inputs: Any) -> None:
         super().__init__()
         self.found, self.path, self.in_backward = found, [""], False
+        self.by_definition: str | None = None
         self._parameters = {storage_key(p) for p in [*model.parameters(), *model.buffers()]}
         self._living: dict[int, int] = {}
         self._watches: list[Any] = []
@@ -116,9 +123,22 @@ class _Recorder(TorchDispatchMode):
             self._note_unpriced(func, args, result)
         elif self.in_backward:
             self.found.backward += cost
-        elif cost != Cost():
-            self.found.calls.append(Call(self.path[-1], name_of(func), _shapes(args), cost))
+        else:
+            self._note(func, args, cost)
         return result
+
+    def define(self, path: str, macs: int, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """From here to ``path``'s end, operations count no MACs of their own."""
+        self.by_definition = path
+        self.found.defined.append(path)
+        self.found.calls.append(Call(path, "by definition", shapes, Cost(macs)))
+
+    def _note(self, func: Any, args: Any, cost: Cost) -> None:
+        self.found.executed += cost.macs
+        if self.by_definition is not None:
+            cost = replace(cost, macs=0)
+        if cost != Cost():
+            self.found.calls.append(Call(self.path[-1], name_of(func), _shapes(args), cost))
 
     def save(self, tensor: Tensor) -> Tensor:
         """What autograd keeps, each storage once."""
@@ -183,36 +203,26 @@ def _fused(
 
 
 @contextmanager
-def _autocast_off_meta() -> Iterator[None]:
-    """torch raises when it is asked whether autocast is on for the meta device; it never is."""
-    asked = torch.is_autocast_enabled
-
-    def answer(device_type: str | None = None) -> bool:
-        return False if device_type == "meta" else asked(*(() if device_type is None else (device_type,)))
-
-    torch.is_autocast_enabled = answer
-    try:
-        yield
-    finally:
-        torch.is_autocast_enabled = asked
-
-
-@contextmanager
 def _modules_noted(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     handles = []
 
     def enter(path: str) -> Any:
-        def hook(*_: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             recorder.path.append(path)
             recorder.found.module_calls[path] = recorder.found.module_calls.get(path, 0) + 1
+            if definition_of(module) is not None and recorder.by_definition is None:
+                macs = defined_macs(module, bind_arguments(module, args, kwargs))
+                if macs is not None:
+                    recorder.define(path, macs, _shapes(args))
 
         return hook
 
     def leave(*_: Any) -> None:
-        recorder.path.pop()
+        if recorder.path.pop() == recorder.by_definition:
+            recorder.by_definition = None
 
     for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(path), prepend=True))
+        handles.append(module.register_forward_pre_hook(enter(path), prepend=True, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield

@@ -1,0 +1,131 @@
+"""What the attention modules of this library cost by their definition, whatever operations they are made of.
+
+Some products are not spelled as contractions (a window's scores are sums of shifted products), some contractions stand
+for something else (an average written as a product with ones, position codes appended to keys). So that a cost is
+that of the operator and not of its spelling, such a module is counted by its formula; ``Trace.executed`` keeps what its
+operations contract. The others have a formula that has to equal the count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sympy import Integer, Max, sympify
+from torch import Tensor, nn
+
+from ..modules.aggregated import AggregatedAttention
+from ..modules.cosine_attention import CPB_HIDDEN, CosineAttention
+from ..modules.long_short_distance import LongShortDistanceAttention
+from ..modules.manhattan import ManhattanAttention
+from ..modules.tokens_to_token import TokensToToken
+from . import formulas
+from .formulas import Extent, SiteFormula, Widths
+from .symbols import down, offsets
+
+
+@dataclass(frozen=True)
+class Definition:
+    """How to read one class of modules.
+
+    Attributes:
+        formula: of the module and the sides of its map; None for options that no formula covers.
+        argument: the forward's argument that holds the map; ``channels_first`` says how.
+        replaces_count: whether the module is counted by the formula.
+    """
+
+    formula: Callable[[Any, Extent, Extent], SiteFormula | None]
+    argument: str = "source"
+    channels_first: bool = False
+    replaces_count: bool = False
+    kind: str = "attention"
+
+    def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return (shape[2], shape[3]) if self.channels_first else (shape[1], shape[2])
+
+
+def definition_of(module: nn.Module) -> Definition | None:
+    return _DEFINITIONS.get(type(module))
+
+
+def defined_macs(module: nn.Module, arguments: dict[str, Any]) -> int | None:
+    """MACs of one call by definition; None for modules that are counted by their operations."""
+    definition = definition_of(module)
+    if definition is None or not definition.replaces_count or not _plain(definition, arguments):
+        return None
+    shape = tuple(arguments[definition.argument].shape)
+    formula = definition.formula(module, *map(Integer, definition.sides(shape)))
+    return None if formula is None else formula.macs_of(shape[0], 1, 1)
+
+
+def _plain(definition: Definition, arguments: dict[str, Any]) -> bool:
+    """Whether the map is the only thing that changes the cost."""
+    others = {name: value for name, value in arguments.items() if name not in (definition.argument, "tables")}
+    return isinstance(arguments[definition.argument], Tensor) and all(value is None for value in others.values())
+
+
+def _aggregated(module: AggregatedAttention, height: Extent, width: Extent) -> SiteFormula | None:
+    if not module.pool or module.reducer is not None or module.interpolate_bias:
+        return None
+    if module.pool_size is not None:
+        cells = tuple(map(Integer, module.pool_size))
+    else:
+        assert module.sr_ratio is not None
+        cells = tuple(Max(1, down(s, Integer(r))) for s, r in zip((height, width), module.sr_ratio, strict=True))
+    formula = formulas.aggregated_attention(
+        height * width, cells[0] * cells[1], module.window_size, _widths(module),
+        learnable=module.learnable_tokens is not None,
+    )  # fmt: skip
+    if module.cpb_fc1 is None:
+        return formula
+    return formulas.with_position_mlp(formula, offsets(height, cells[0]) * offsets(width, cells[1]), CPB_HIDDEN)
+
+
+def _cosine(module: CosineAttention, height: Extent, width: Extent) -> SiteFormula | None:
+    formula = formulas.self_attention(height * width, _widths(module))
+    if module.interpolate_bias:
+        return None
+    if module.cpb_fc1 is None:
+        return formula
+    return formulas.with_position_mlp(formula, (2 * height - 1) * (2 * width - 1), CPB_HIDDEN)
+
+
+def _manhattan(module: ManhattanAttention, height: Extent, width: Extent) -> SiteFormula:
+    local = 0 if module.lepe is None else 5
+    return formulas.manhattan_attention(height, width, _widths(module), decomposed=module.decomposed, local=local)
+
+
+def _long_short(module: LongShortDistanceAttention, height: Extent, width: Extent) -> SiteFormula | None:
+    rows, columns = module.group_size
+    if rows != columns or isinstance(module.interval, str) or module.small_map != "shrink":
+        return None
+    interval = 1 if module.interval is None else int(module.interval)
+    return formulas.long_short_attention(
+        height, width, rows, interval, _widths(module), position_bias=module.pos is not None
+    )
+
+
+def _tokens_to_token(module: TokensToToken, height: Extent, width: Extent) -> SiteFormula | None:
+    performer = hasattr(module.attention1, "w")
+    first, second = (int(layer.norm2.normalized_shape[0]) for layer in (module.attention1, module.attention2))  # type: ignore[union-attr, index]
+    if first != second or not isinstance(module.attention1.norm1, nn.LayerNorm):
+        return None
+    channels = module.attention1.projection().in_features // 49
+    return formulas.tokens_to_token(
+        sympify(height), sympify(width), channels, module.project.out_features, width_inside=first, performer=performer
+    )
+
+
+def _widths(module: Any) -> Widths:
+    out = module.proj if hasattr(module, "proj") else module.out_proj
+    return Widths(out.out_features, module.num_heads, out.in_features)
+
+
+_DEFINITIONS: dict[type[nn.Module], Definition] = {
+    AggregatedAttention: Definition(_aggregated, replaces_count=True),
+    CosineAttention: Definition(_cosine),
+    ManhattanAttention: Definition(_manhattan, replaces_count=True),
+    LongShortDistanceAttention: Definition(_long_short),
+    TokensToToken: Definition(_tokens_to_token, "image", channels_first=True, replaces_count=True, kind="stem"),
+}
