@@ -60,7 +60,7 @@ class NeighborhoodAttention(nn.Module):
             maps[1],
             maps[2],
             kernel,
-            self.dilation,
+            needed_dilation(kernel, self.dilation),
             scale=self.scale,
             bias=table,
             additional_keys=extra_keys,
@@ -130,7 +130,9 @@ class SlidingAttention(nn.Module):
         if bias is not None:
             assert isinstance(self.entries, Tensor)
             table = reached_table(bias, self.entries, self.window, kernel).to(query.dtype)
-        mixed = neighborhood_attention(query, key, value, kernel, self.dilation, scale=self.scale, bias=table)
+        mixed = neighborhood_attention(
+            query, key, value, kernel, needed_dilation(kernel, self.dilation), scale=self.scale, bias=table
+        )
         assert isinstance(mixed, Tensor)
         return mixed
 
@@ -201,10 +203,16 @@ def reached_table(bias: Tensor, entries: Tensor, sides: Pair, kernel: Pair) -> T
 
 
 def clamped_kernel(kernel_size: Pair, dilation: Pair, grid: Grid) -> Pair:
-    """The largest kernel up to ``kernel_size`` that the map holds at this dilation."""
+    """The largest kernel up to ``kernel_size`` that the map holds at this dilation; at least the query itself."""
     sides = (grid.height, grid.width)
     height, width = (max(1, min(k, side // d)) for k, d, side in zip(kernel_size, dilation, sides, strict=True))
     return height, width
+
+
+def needed_dilation(kernel_size: Pair, dilation: Pair) -> Pair:
+    """A kernel of one has nothing to space; a dilation beyond the map would be refused."""
+    rows, columns = (1 if k == 1 else d for k, d in zip(kernel_size, dilation, strict=True))
+    return rows, columns
 
 
 def covers(kernel_size: Pair, dilation: Pair, grid: Grid) -> bool:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..operators.precision import autocast_dtype
 from .adaptive_pool import cell_bounds
 
 Size = tuple[int, int]
@@ -102,9 +103,7 @@ class BiasCache:
         """
         if torch.compiler.is_compiling() or any(type(weight) is not nn.Parameter for weight in weights):
             return compute()
-        device = weights[0].device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (sizes, autocast, *map(_stamp, weights))
+        key = (sizes, autocast_dtype(weights[0].device.type), *map(_stamp, weights))
         kept = self._kept
         if kept is not None and kept.key == key and _same_values(kept.weights, weights):
             return kept.bias

@@ -15,8 +15,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast to the autocast dtype where autocast is on; as everywhere in torch it leaves float64 alone."""
-    device = next(tensor for tensor in tensors if tensor is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(next(tensor for tensor in tensors if tensor is not None).device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(tensor if tensor is None or tensor.dtype is torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on a kind of device; None where it is off, or unknown as on the meta device."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
