@@ -57,5 +57,5 @@ def may_hold(module, name):
 def config_of(block_class):
     """The configuration class beside a transformers block."""
     module = importlib.import_module(block_class.__module__.replace("modeling_", "configuration_"))
-    own = (value for key, value in vars(module).items() if key.endswith("Config") and value.__module__ == module.__name__)
-    return next(own)
+    named = (value for key, value in vars(module).items() if key.endswith("Config"))
+    return next(value for value in named if value.__module__ == module.__name__)
