@@ -33,6 +33,7 @@ class Definition:
         formula: of the module and the sides of its map; None for options that no formula covers.
         argument: the forward's argument that holds the map; ``channels_first`` says how.
         replaces_count: whether the module is counted by the formula.
+        result: the sides of the map it makes, where those are others.
     """
 
     formula: Callable[[Any, Extent, Extent], SiteFormula | None]
@@ -40,6 +41,7 @@ class Definition:
     channels_first: bool = False
     replaces_count: bool = False
     kind: str = "attention"
+    result: Callable[[Extent, Extent], tuple[Any, Any]] | None = None
 
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return (shape[2], shape[3]) if self.channels_first else (shape[1], shape[2])
@@ -127,5 +129,12 @@ _DEFINITIONS: dict[type[nn.Module], Definition] = {
     CosineAttention: Definition(_cosine),
     ManhattanAttention: Definition(_manhattan, replaces_count=True),
     LongShortDistanceAttention: Definition(_long_short),
-    TokensToToken: Definition(_tokens_to_token, "image", channels_first=True, replaces_count=True, kind="stem"),
+    TokensToToken: Definition(
+        _tokens_to_token,
+        "image",
+        channels_first=True,
+        replaces_count=True,
+        kind="stem",
+        result=lambda height, width: formulas.soft_splits(height, width)[-1],
+    ),
 }

@@ -48,6 +48,10 @@ class Maps:
         for node in capture.graph.nodes:
             self._note(node, capture)
 
+    def add(self, made: Map) -> None:
+        """A map that a module is known to make, however it does."""
+        self._maps = sorted([*self._maps, made], key=lambda known: known.node)
+
     def sides(self, size: tuple[int, int], before: Node, fixed: bool = False) -> Sides | None:
         """Of the latest map of that size made before a node; ``fixed`` allows pooled ones."""
         found = self._latest(before, lambda made: made.size == size and (fixed or not made.fixed))

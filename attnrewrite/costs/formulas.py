@@ -327,18 +327,28 @@ def token_transformer(tokens: Extent, patch: int, width: int, *, performer: bool
     )  # fmt: skip
 
 
+SOFT_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
+"""Kernel, stride and padding of T2T's overlapping patches."""
+
+
+def soft_splits(height: Extent, width: Extent) -> list[tuple[Expr, Expr]]:
+    """The sides of the map after each split."""
+    sides, made = (sympify(height), sympify(width)), []
+    for split in SOFT_SPLITS:
+        sides = (strided(sides[0], *split), strided(sides[1], *split))
+        made.append(sides)
+    return made
+
+
 def tokens_to_token(
     height: Expr, width: Expr, channels: int, out: int, *, width_inside: int, performer: bool
 ) -> SiteFormula:
     """T2T's stem: soft splits 7/4/2 and 3/2/1 with a ``token_transformer`` after each, then 3/2/1 and a linear map."""
-    splits = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
-    sides, cells = (height, width), []
-    for kernel, stride, padding in splits:
-        sides = (strided(sides[0], kernel, stride, padding), strided(sides[1], kernel, stride, padding))
-        cells.append(sides[0] * sides[1])
+    tokens = [rows * columns for rows, columns in soft_splits(height, width)]
+    patches = [kernel**2 for kernel, _, _ in SOFT_SPLITS]
     stages = [
-        token_transformer(cells[0], splits[0][0] ** 2 * channels, width_inside, performer=performer),
-        token_transformer(cells[1], splits[1][0] ** 2 * width_inside, width_inside, performer=performer),
+        token_transformer(tokens[0], patches[0] * channels, width_inside, performer=performer),
+        token_transformer(tokens[1], patches[1] * width_inside, width_inside, performer=performer),
     ]
     found = SiteFormula("T2T stem", dense=ZERO)
     for index, stage in enumerate(stages, start=1):
@@ -352,7 +362,7 @@ def tokens_to_token(
             values=found.values | {own.get(name, name): value for name, value in stage.values.items()},
         )
     found = found.plus(9 * E * OUT * N, O=out)
-    return replace(found, values=found.values | {N: cells[2]})
+    return replace(found, values=found.values | {N: tokens[2]})
 
 
 def cells(height: Expr, width: Expr, ratio: int) -> Expr:

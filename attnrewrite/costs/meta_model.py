@@ -151,13 +151,13 @@ def _interpolated(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     return {"interpolate_pos_encoding": True}
 
 
-def _longer_embedding(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+def _longer_embedding(model: Any, size: tuple[int, int]) -> dict[str, Any]:
     """torchvision's vision transformer fixes one side and one position embedding."""
-    patch, embedding = model.patch_size, model.encoder.pos_embedding  # type: ignore[union-attr]
-    cells = (size[0] // patch) * (size[1] // patch)  # type: ignore[operator]
-    prefix = embedding.shape[1] - (model.image_size // patch) ** 2  # type: ignore[operator, union-attr, index]
-    model.encoder.pos_embedding = nn.Parameter(embedding.new_empty(1, cells + prefix, embedding.shape[2]))  # type: ignore
-    model.image_size = _AnySide()  # type: ignore[assignment]
+    patch, embedding = model.patch_size, model.encoder.pos_embedding
+    cells = (size[0] // patch) * (size[1] // patch)
+    prefix = embedding.shape[1] - (model.image_size // patch) ** 2
+    model.encoder.pos_embedding = nn.Parameter(embedding.new_empty(1, cells + prefix, embedding.shape[2]))
+    model.image_size = _AnySide()
     return {}
 
 

@@ -128,7 +128,7 @@ class Report:
 
     @cached_property
     def uncalled_modules(self) -> list[str]:
-        """Modules with parameters of their own that the call did not pass through."""
+        """Modules with parameters of their own that were not called; others may still have used their parameters."""
         own = [(path, list(m.parameters(recurse=False))) for path, m in self._model.named_modules()]
         return [path for path, found in own if found and path not in self.trace.module_calls]
 
@@ -151,8 +151,6 @@ class Report:
         notes = list(self.formula.assumptions)
         notes += [f"formula and count differ: {check}" for check in self.checks if not check.equal]
         notes += [f"no formula: {site.name or '(root)'}: {site.why}" for site in self.sites if site.formula is None]
-        if self.uncalled_modules:
-            notes.append(f"not called, so not counted: {', '.join(self.uncalled_modules[:8])}")
         return notes
 
     @property

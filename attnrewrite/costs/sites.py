@@ -17,7 +17,7 @@ from ..lift.dataflow import Dataflow
 from ..lift.values import operator_name, shape_of
 from . import formulas
 from .definitions import definition_of
-from .extents import Maps, Sides
+from .extents import Map, Maps, Sides
 from .formulas import SiteFormula, Widths
 from .operator_sites import OperatorSite, operator_sites
 from .regions import Regions
@@ -62,6 +62,7 @@ class SiteReader:
         self.flow, self.batch = flow, flow.capture.batch
         merges = [site for site in sites if isinstance(site, StemSite) and site.patches is not None]
         self.maps = Maps(flow.capture, merges, odd_up)
+        self._note_maps(flow.capture.root)
         self.regions = Regions(flow)
         self.sites = sites
         grids = [site.grid for site in sites if isinstance(site, AttentionSite) and site.grid is not None]
@@ -83,6 +84,19 @@ class SiteReader:
                 found.append((end, self._counted(site, macs, _FORMULAS[type(site)](self, site))))
         found += [(node, counted) for node in self.regions.unclaimed() if (counted := self._lone(node)) is not None]
         return [counted for _, counted in sorted(found, key=lambda pair: pair[0])]
+
+    def _note_maps(self, call: ModuleCall) -> None:
+        """Maps that modules of this library are known to make."""
+        definition = definition_of(call.module)
+        made = self._tensor(call.output) if definition is not None and definition.result is not None else None
+        if definition is not None and definition.result is not None and made is not None:
+            source = self._tensor(call.arguments[definition.argument])
+            sides = None if source is None else self.maps.sides(definition.sides(shape_of(source)), source.next)
+            if sides is not None:
+                shape = shape_of(made)
+                self.maps.add(Map(made, (shape[1], shape[2]), definition.result(*sides)))
+        for child in call.children:
+            self._note_maps(child)
 
     def _own_modules(self, call: ModuleCall) -> list[tuple[Node, CountedSite]]:
         """Calls of this library's attention modules; their formula is their definition, or has to equal the count."""

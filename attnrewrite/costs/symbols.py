@@ -24,6 +24,10 @@ B, H, W = symbol("B"), symbol("H"), symbol("W")
 _ROW, _COLUMN, _SIDE = symbol("a"), symbol("b"), symbol("s")
 
 
+def _quotient(printer: Any, x: Expr, m: Expr) -> str:
+    return f"({printer.doprint(x)})/{m}" if isinstance(x, Add) else printer.doprint(x / m)
+
+
 class down(Function):
     """``⌊x / m⌋``."""
 
@@ -36,7 +40,7 @@ class down(Function):
         return _rounded(cls, x, m, lambda value, unit: value // unit)
 
     def _sympystr(self, printer: Any) -> str:
-        return f"⌊{printer.doprint(self.args[0] / self.args[1])}⌋"
+        return f"⌊{_quotient(printer, *self.args)}⌋"
 
     def _latex(self, printer: Any) -> str:
         return rf"\left\lfloor {printer.doprint(self.args[0] / self.args[1])} \right\rfloor"
@@ -54,7 +58,7 @@ class up(Function):
         return _rounded(cls, x, m, lambda value, unit: -(-value // unit))
 
     def _sympystr(self, printer: Any) -> str:
-        return f"⌈{printer.doprint(self.args[0] / self.args[1])}⌉"
+        return f"⌈{_quotient(printer, *self.args)}⌉"
 
     def _latex(self, printer: Any) -> str:
         return rf"\left\lceil {printer.doprint(self.args[0] / self.args[1])} \right\rceil"
