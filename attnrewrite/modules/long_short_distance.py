@@ -19,11 +19,12 @@ SMALL_MAPS = ("shrink", "global")
 
 
 class Grouping(NamedTuple):
-    """How a map falls into groups: their rows and columns, the steps between their tokens, and the padding in front
-    and behind, per axis."""
+    """How a map falls into groups: their rows and columns, the steps between their tokens, how many regions they come
+    in, and the padding in front and behind, per axis."""
 
     group: tuple[int, int]
     interval: tuple[int, int]
+    regions: tuple[int, int]
     before: tuple[int, int]
     after: tuple[int, int]
 
@@ -38,7 +39,8 @@ class LongShortDistanceAttention(nn.Module):
 
     The map is cut into regions of ``group_size * interval`` tokens a side (short: an interval of 1). Tokens at the same
     place modulo the interval in the same region form a group. What the size of the map decides is decided at each
-    call.
+    call; an exported program with sizes that vary keeps the branches of the map it was traced with: more than one
+    region an axis, or a map that a group covers.
 
     Args:
         dim: channels in and out.
@@ -122,9 +124,10 @@ class LongShortDistanceAttention(nn.Module):
             bias = self._masked(bias, grouping, height, width, query)
         mixed = F.scaled_dot_product_attention(query, key, value, bias, scale=self.scale)
         mixed = mixed.transpose(1, 2).flatten(-2).unflatten(0, (batch, -1))
-        mixed = join_groups(mixed, grouping, source.shape[1], source.shape[2])
+        mixed = join_groups(mixed, grouping)
         if grouping.pads:
-            mixed = mixed[:, top : top + height, left : left + width]
+            # Not a slice: its strides would bind an exported program to maps that need padding.
+            mixed = F.pad(mixed, (0, 0, -left, -right, -top, -bottom))
         return self.proj(mixed)
 
     def grouping(self, height: int, width: int) -> Grouping:
@@ -139,10 +142,12 @@ class LongShortDistanceAttention(nn.Module):
             steps = (-(-side // group[0]), -(-side // group[1]))
         else:
             steps = as_pair(1 if interval is None else int(interval))
-        missing = [-side % (size * step) for side, size, step in zip(sides, group, steps, strict=True)]
+        regions = [-(-side // (size * step)) for side, size, step in zip(sides, group, steps, strict=True)]
+        extents = [count * size * step for count, size, step in zip(regions, group, steps, strict=True)]
+        missing = [extent - side for extent, side in zip(extents, sides, strict=True)]
         before = [short // 2 if self.centred else 0 for short in missing]
         after = [short - front for short, front in zip(missing, before, strict=True)]
-        return Grouping(group, steps, (before[0], before[1]), (after[0], after[1]))
+        return Grouping(group, steps, (regions[0], regions[1]), (before[0], before[1]), (after[0], after[1]))
 
     def bias(self, rows: int, columns: int) -> Tensor | None:
         """``[1, num_heads, n, n]`` of the ``n = rows * columns`` queries and keys of a group."""
@@ -173,16 +178,14 @@ class LongShortDistanceAttention(nn.Module):
 
 def split_groups(source: Tensor, grouping: Grouping) -> Tensor:
     """``[B, H, W, C]`` of a padded map to ``[B, groups, n, C]``."""
-    (rows, columns), (down, right) = grouping.group, grouping.interval
-    places = source.unflatten(2, (-1, columns, right)).unflatten(1, (-1, rows, down))
+    (rows, columns), (down, right), (high, wide) = grouping.group, grouping.interval, grouping.regions
+    places = source.unflatten(2, (wide, columns, right)).unflatten(1, (high, rows, down))
     return places.permute(0, 1, 4, 3, 6, 2, 5, 7).flatten(5, 6).flatten(1, 4)
 
 
-def join_groups(groups: Tensor, grouping: Grouping, height: int, width: int) -> Tensor:
-    """The inverse of `split_groups`, for a padded map of this size."""
-    (rows, columns), (down, right) = grouping.group, grouping.interval
-    regions = (height // (rows * down), width // (columns * right))
-    places = groups.unflatten(2, grouping.group).unflatten(1, (*regions, *grouping.interval))
+def join_groups(groups: Tensor, grouping: Grouping) -> Tensor:
+    """The inverse of `split_groups`."""
+    places = groups.unflatten(2, grouping.group).unflatten(1, (*grouping.regions, *grouping.interval))
     return places.permute(0, 1, 5, 3, 2, 6, 4, 7).flatten(4, 6).flatten(1, 3)
 
 
