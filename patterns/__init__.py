@@ -3,6 +3,7 @@
 from . import (
     aggregated,
     conv_glu,
+    cross_scale,
     identity,
     long_short_distance,
     manhattan,
@@ -16,6 +17,7 @@ from . import (
 __all__ = [
     "aggregated",
     "conv_glu",
+    "cross_scale",
     "identity",
     "long_short_distance",
     "manhattan",

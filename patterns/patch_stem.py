@@ -49,6 +49,8 @@ def _convolution(node: Node, flow: Dataflow) -> StemSite | Refused | None:
     _, channels, *kernel = weight.meta["val"].shape  # type: ignore[union-attr]
     tokens = _as_tokens(node, flow)
     call = flow.capture.enclosing_call([node] if tokens is None else [node, tokens])
+    if call.parent is not None and not call.children:  # the convolution itself: its parent can do without it
+        call = call.parent
     return StemSite(
         name=flow.capture.enclosing_call([node]).path,
         owner=call,

@@ -88,8 +88,19 @@ def _take_out(module: nn.Module, path: str) -> tuple[str, dict[str, nn.Module | 
     parent, _, name = path.rpartition(".")
     children = module.get_submodule(parent)._modules
     before = dict(children)
-    del children[name]
+    children[name] = TakenOut(module.get_submodule(path))
     return parent, before
+
+
+class TakenOut(nn.Module):
+    """Stands where a child was whose work a core does now.
+
+    It holds no parameter; its empty ``weight`` tells dtype and device, which models ask of their first convolution.
+    """
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("weight", next(child.parameters()).detach().new_empty(0), persistent=False)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
