@@ -12,9 +12,10 @@ from ..errors import ArgumentError
 from ..modules.cross_scale import CrossScaleMerge, CrossScaleStem
 from ..modules.drop_path import DropPath, drop_path_rates
 from ..modules.feed_forward import FeedForward
-from ..modules.linear_init import initialize_linear
+from ..modules.initialization import initialize_linear
 from ..modules.long_short_distance import LongShortDistanceAttention, check_choice
 from .registry import Family, State, register_family
+from .stage import Stage
 from .vision_model import VisionModel
 
 COOLING_PERIOD = 3
@@ -59,21 +60,6 @@ class CrossFormerBlock(nn.Module):
         if self.ex_conv is not None and self.ex_ln is not None:
             source = self.ex_ln(self.ex_conv(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return source
-
-
-class Stage(nn.Module):
-    """Blocks of one width."""
-
-    def __init__(self, blocks: Sequence[CrossFormerBlock], downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-    def forward(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, H, W, C]`` to what the last block gives, and to that downsampled, if there is a next stage."""
-        for block in self.blocks:
-            source = block(source)
-        return source, source if self.downsample is None else self.downsample(source)
 
 
 class CrossFormer(VisionModel):

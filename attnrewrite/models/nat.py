@@ -6,14 +6,14 @@ Transformer", 2022.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..modules.drop_path import drop_path_rates
-from ..modules.linear_init import initialize_linear
+from ..modules.initialization import initialize_linear
 from ..modules.neighborhood_block import (
     ConvDownsampler,
     ConvTokenizer,
@@ -22,26 +22,12 @@ from ..modules.neighborhood_block import (
     PatchMerging,
 )
 from .registry import Family, State, register_family
+from .stage import Stage
 from .vision_model import VisionModel
 
 STEM_REDUCTION = 4
 AT_224, AT_384 = (8, 4, 2, 1), (13, 6, 3, 1)
 """Widest dilation of each level for kernel 7 at 224 and at 384 pixels; the former also for kernel 11 at 384."""
-
-
-class Level(nn.Module):
-    """Blocks of one width, and what follows them."""
-
-    def __init__(self, blocks: Iterable[NeighborhoodBlock], downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-    def forward(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, H, W, C]`` to what the last block gives, and to that downsampled, if there is a next level."""
-        for block in self.blocks:
-            source = block(source)
-        return source, source if self.downsample is None else self.downsample(source)
 
 
 class NAT(VisionModel):
@@ -100,12 +86,12 @@ class NAT(VisionModel):
             "layer_scale": layer_scale,
         }  # fmt: skip
 
-        def level(index: int) -> Level:
+        def level(index: int) -> Stage:
             blocks = (
                 NeighborhoodBlock(dims[index], num_heads[index], dilation=dilation, drop_path=rate, **shared)
                 for dilation, rate in zip(dilations[index], rates[index], strict=True)
             )
-            return Level(blocks, self.make_downsample(dims[index]) if index + 1 < len(dims) else None)
+            return Stage(blocks, self.make_downsample(dims[index]) if index + 1 < len(dims) else None)
 
         self.patch_embed = self.make_stem(in_chans, embed_dim)
         self.add_module(self.levels_name, nn.ModuleList(level(index) for index in range(len(dims))))

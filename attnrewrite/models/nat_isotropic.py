@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..modules.drop_path import drop_path_rates
-from ..modules.linear_init import initialize_linear
+from ..modules.initialization import initialize_linear
 from ..modules.neighborhood_block import NeighborhoodBlock, PatchEmbedding
 from .registry import Family, State, register_family
 from .vision_model import VisionModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.drop_path import drop_path_rates
-from ..modules.linear_init import initialize_linear
+from ..modules.initialization import initialize_linear
 from ..modules.tokens_to_token import TokensToToken, sinusoid_table
 from ..modules.transformer_block import TransformerBlock
 from .registry import Family, State, register_family

@@ -6,8 +6,9 @@ from golden import Golden, Subject
 from torch import nn
 
 from attnrewrite.functional import neighborhood_attention
-from attnrewrite.models.nat import NAT, DiNATS, Level
+from attnrewrite.models.nat import NAT, DiNATS
 from attnrewrite.models.nat_isotropic import IsotropicNAT
+from attnrewrite.models.stage import Stage
 from attnrewrite.modules.feed_forward import FeedForward
 from attnrewrite.modules.neighborhood_block import (
     ConvDownsampler,
@@ -60,7 +61,7 @@ def observed(module):
     """The results of a whole model's parts by official place, filled when it runs."""
     features = {}
     for name, part in module.named_modules():
-        if isinstance(part, (NeighborhoodBlock, Level)) or name in ("patch_embed", "norm"):
+        if isinstance(part, (NeighborhoodBlock, Stage)) or name in ("patch_embed", "norm"):
             part.register_forward_hook(
                 lambda _part, _inputs, output, name=name: features.update({f"feature/{name}": final(output)})
             )
@@ -107,7 +108,7 @@ def level(downsampler, downsampled):
         depth, dilations = options.pop("depth"), options.pop("dilations", None)
         given = taken(options, *ATTENTION, "mlp_ratio", "layer_scale", qk_scale="scale")
         blocks = [NeighborhoodBlock(**given, dilation=one) for one in dilations or [1] * depth]
-        return Level(blocks, downsampler(given["dim"]) if downsample else None)
+        return Stage(blocks, downsampler(given["dim"]) if downsample else None)
 
     return build_level
 
