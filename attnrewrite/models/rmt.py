@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, CheckpointError, nearest
 from ..modules.drop_path import drop_path_rates
+from ..modules.initialization import initialize_linear
 from ..modules.manhattan import ManhattanAttention
 from ..modules.rmt_block import ConvDownsample, ConvStem, ManhattanBlock, StagePosition
 from .registry import Family, State, register_family
@@ -144,7 +145,7 @@ class RMT(VisionModel):
         self.token_label = token_label
         self.aux_head: nn.Module | None = None
         self.reset_classifier(num_classes, global_pool)
-        self.apply(_initialise)
+        self.apply(initialize_linear)
         self.register_load_state_dict_pre_hook(_refuse_other_decays)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -153,7 +154,7 @@ class RMT(VisionModel):
             width = self.num_features if self.token_label == "map" else self.head_hidden_size
             reference = next(self.parameters())
             self.aux_head = nn.Linear(width, num_classes, device=reference.device, dtype=reference.dtype)
-            _initialise(self.aux_head)
+            initialize_linear(self.aux_head)
         else:
             self.aux_head = None
 
@@ -213,12 +214,6 @@ def _check(
         raise ArgumentError(
             f"depths: all options given per stage must be as long, got {[len(values) for values in per_stage]}"
         )
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def _refuse_other_decays(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
