@@ -188,7 +188,7 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         owned = [planned[id(site)] for site in owner.sites]
         structure = f"{type(owner.call.module)} {owner.program.source} {list(owner.modules.values())}"
         if structure not in verdicts:
-            twin = owner if all(p.conversion.keeps_function for p in owned) else _with_own_function(owner, flow)
+            twin = owner if all(p.conversion and p.conversion.keeps_function for p in owned) else _with_own_function(owner, flow)
             verdicts[structure] = misbehaviour(twin, flow.constants | made.values, made.capture.batch) if twin else ""
         for each in owned if verdicts[structure] else ():
             each.refuse(verdicts[structure])

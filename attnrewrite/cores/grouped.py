@@ -49,13 +49,14 @@ class GroupedCore(nn.Module):
         )
         queries = into_groups(query_map, group, interval)
         count = queries.shape[1]
-        parts = [
+        grouped_keys, grouped_values = (
             torch.cat([own[:, None].expand(-1, count, -1, -1, -1), into_groups(image, group, interval)], dim=2)
             for own, image in ((keys, key_map), (values, value_map))
-        ]
+        )
         added = self._bias(bias, group, grid, interval, queries)
         rate = self.dropout if self.training else 0.0
-        mixed = attend(queries.flatten(0, 1), *(part.flatten(0, 1) for part in parts), added, self.scale, rate)
+        operands = (queries.flatten(0, 1), grouped_keys.flatten(0, 1), grouped_values.flatten(0, 1))
+        mixed = attend(operands[0], operands[1], operands[2], added, self.scale, rate)
         image = from_groups(mixed.unflatten(0, (-1, count)), (grid.height, grid.width), group, interval)
         return join_map(attend(first, key, value, None, self.scale) if first.shape[1] else first, image)
 

@@ -86,7 +86,7 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
     _replace(old, new)
 
 
-def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Node]:
+def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Any]:
     """The projections that made keys and values of the reduced map, of the query map itself."""
     assert site.key is not None
     assert site.value is not None
@@ -242,7 +242,7 @@ def _stem(outlined: Outlined, site: StemSite, conversion: Conversion) -> None:
     _replace(old, new)
 
 
-def _source(outlined: Outlined, site: MlpSite | StemSite, conversion: Conversion) -> dict[str, Node]:
+def _source(outlined: Outlined, site: MlpSite | StemSite, conversion: Conversion) -> dict[str, Any]:
     return {"source": outlined.latest(site.source)} if "source" in conversion.extras else {}
 
 
