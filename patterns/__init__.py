@@ -12,6 +12,7 @@ from . import (
     patch_stem,
     recipes,
     softmax_attention,
+    tokens_to_token,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "patch_stem",
     "recipes",
     "softmax_attention",
+    "tokens_to_token",
 ]

@@ -1,0 +1,26 @@
+"""Tokens-to-token stems (T2T-ViT, Yuan et al. 2021) in the place of a convolution of 16 x 16 patches, or beside it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..modules.tokens_to_token import TokensToToken
+
+
+class TokensToTokenStem(TokensToToken):
+    """The map as a convolution gives it: channels first, a token for every whole patch."""
+
+    STRIDE = 16
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[B, in_chans, H, W]`` to ``[B, embed_dim, H // 16, W // 16]``."""
+        rows, columns = (side // self.STRIDE for side in image.shape[-2:])
+        return super().forward(image)[:, :rows, :columns].permute(0, 3, 1, 2)
+
+
+class TokensToTokenBranch(TokensToTokenStem):
+    """The same, added to what a convolution made of the image."""
+
+    def forward(self, projected: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]
+        """``projected`` ``[B, embed_dim, H // 16, W // 16]`` of the image ``source`` in, the same shape out."""
+        return projected + super().forward(source)
