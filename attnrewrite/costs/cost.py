@@ -38,6 +38,9 @@ class Cost:
         return self.bytes_read + self.bytes_written
 
 
+LAYER_NORM, BATCH_NORM = 5, 2
+"""What fvcore charges an element of a normalisation."""
+
 CONVENTIONS: dict[str, Callable[[Cost], int]] = {
     "mac": lambda cost: cost.macs,
     "flop": lambda cost: 2 * cost.macs,

@@ -21,6 +21,7 @@ from ..modules.long_short_distance import LongShortDistanceAttention
 from ..modules.manhattan import ManhattanAttention
 from ..modules.tokens_to_token import TokensToToken
 from . import formulas
+from .cost import LAYER_NORM, Cost
 from .formulas import Extent, SiteFormula, Widths
 from .symbols import down, offsets
 
@@ -34,6 +35,7 @@ class Definition:
         argument: the forward's argument that holds the map; ``channels_first`` says how.
         replaces_count: whether the module is counted by the formula.
         result: the sides of the map it makes, where those are others.
+        normalisation: what fvcore charges an image for norms and poolings that are no operations of their own.
     """
 
     formula: Callable[[Any, Extent, Extent], SiteFormula | None]
@@ -42,6 +44,7 @@ class Definition:
     replaces_count: bool = False
     kind: str = "attention"
     result: Callable[[Extent, Extent], tuple[Any, Any]] | None = None
+    normalisation: Callable[[Any, Extent, Extent], Any] | None = None
 
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return (shape[2], shape[3]) if self.channels_first else (shape[1], shape[2])
@@ -51,14 +54,18 @@ def definition_of(module: nn.Module) -> Definition | None:
     return _DEFINITIONS.get(type(module))
 
 
-def defined_macs(module: nn.Module, arguments: dict[str, Any]) -> int | None:
-    """MACs of one call by definition; None for modules that are counted by their operations."""
+def defined_cost(module: nn.Module, arguments: dict[str, Any]) -> Cost | None:
+    """MACs, and the price of absorbed norms, of one call; None for modules that are counted by their operations."""
     definition = definition_of(module)
     if definition is None or not definition.replaces_count or not _plain(definition, arguments):
         return None
     shape = tuple(arguments[definition.argument].shape)
-    formula = definition.formula(module, *map(Integer, definition.sides(shape)))
-    return None if formula is None else formula.macs_of(shape[0], 1, 1)
+    sides = tuple(map(Integer, definition.sides(shape)))
+    formula = definition.formula(module, *sides)
+    if formula is None:
+        return None
+    absorbed = 0 if definition.normalisation is None else int(definition.normalisation(module, *sides))
+    return Cost(formula.macs_of(shape[0], 1, 1), normalisation=shape[0] * absorbed)
 
 
 def _plain(definition: Definition, arguments: dict[str, Any]) -> bool:
@@ -119,13 +126,25 @@ def _tokens_to_token(module: TokensToToken, height: Extent, width: Extent) -> Si
     )
 
 
+def _pooling(module: AggregatedAttention, height: Extent, width: Extent) -> Any:
+    return height * width * module.proj.in_features
+
+
+def _patch_norms(module: TokensToToken, height: Extent, width: Extent) -> Any:
+    splits = formulas.soft_splits(height, width)
+    layers = (module.attention1, module.attention2)
+    return LAYER_NORM * sum(
+        rows * columns * layer.projection().in_features for (rows, columns), layer in zip(splits, layers, strict=False)
+    )
+
+
 def _widths(module: Any) -> Widths:
     out = module.proj if hasattr(module, "proj") else module.out_proj
     return Widths(out.out_features, module.num_heads, out.in_features)
 
 
 _DEFINITIONS: dict[type[nn.Module], Definition] = {
-    AggregatedAttention: Definition(_aggregated, replaces_count=True),
+    AggregatedAttention: Definition(_aggregated, replaces_count=True, normalisation=_pooling),
     CosineAttention: Definition(_cosine),
     ManhattanAttention: Definition(_manhattan, replaces_count=True),
     LongShortDistanceAttention: Definition(_long_short),
@@ -136,5 +155,6 @@ _DEFINITIONS: dict[type[nn.Module], Definition] = {
         replaces_count=True,
         kind="stem",
         result=lambda height, width: formulas.soft_splits(height, width)[-1],
+        normalisation=_patch_norms,
     ),
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .cost import Cost
+from .cost import BATCH_NORM, LAYER_NORM, Cost
 
 
 def name_of(operator: Any) -> str:
@@ -131,14 +131,14 @@ _SOFTMAX = 5  # maximum, difference, exponential, sum, quotient
 _SOFTMAXES = {"_softmax", "_safe_softmax", "_log_softmax"}
 
 _NORMS = {
-    "native_layer_norm": (7, 5),
-    "native_group_norm": (7, 5),
+    "native_layer_norm": (7, LAYER_NORM),
+    "native_group_norm": (7, LAYER_NORM),
     "_fused_rms_norm": (4, 0),
-    "native_batch_norm": (2, 2),
-    "_native_batch_norm_legit": (2, 2),
-    "_native_batch_norm_legit_no_training": (2, 2),
-    "_batch_norm_no_update": (2, 2),
-    "_batch_norm_with_update": (2, 2),
+    "native_batch_norm": (2, BATCH_NORM),
+    "_native_batch_norm_legit": (2, BATCH_NORM),
+    "_native_batch_norm_legit_no_training": (2, BATCH_NORM),
+    "_batch_norm_no_update": (2, BATCH_NORM),
+    "_batch_norm_with_update": (2, BATCH_NORM),
 }
 """Operations an element, and what fvcore charges for one."""
 

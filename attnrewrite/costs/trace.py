@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..capture.boundaries import bind_arguments
 from .autocast_regions import off_on_meta
 from .cost import Cost
-from .definitions import defined_macs, definition_of
+from .definitions import defined_cost, definition_of
 from .op_costs import name_of, price, storage_key
 
 
@@ -127,11 +127,11 @@ class _Recorder(TorchDispatchMode):
             self._note(func, args, cost)
         return result
 
-    def define(self, path: str, macs: int, shapes: tuple[tuple[int, ...], ...]) -> None:
+    def define(self, path: str, cost: Cost, shapes: tuple[tuple[int, ...], ...]) -> None:
         """From here to ``path``'s end, operations count no MACs of their own."""
         self.by_definition = path
         self.found.defined.append(path)
-        self.found.calls.append(Call(path, "by definition", shapes, Cost(macs)))
+        self.found.calls.append(Call(path, "by definition", shapes, cost))
 
     def _note(self, func: Any, args: Any, cost: Cost) -> None:
         self.found.executed += cost.macs
@@ -211,9 +211,9 @@ def _modules_noted(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             recorder.path.append(path)
             recorder.found.module_calls[path] = recorder.found.module_calls.get(path, 0) + 1
             if definition_of(module) is not None and recorder.by_definition is None:
-                macs = defined_macs(module, bind_arguments(module, args, kwargs))
-                if macs is not None:
-                    recorder.define(path, macs, _shapes(args))
+                cost = defined_cost(module, bind_arguments(module, args, kwargs))
+                if cost is not None:
+                    recorder.define(path, cost, _shapes(args))
 
         return hook
 
