@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from ..cores import GatherPatches
+from ..cores import DenseAttention, GatherPatches, WindowAttention
 from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
 from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..lift.values import shape_of
 from ..targets import Conversion
+from .attention_weights import withhold
 from .outline import NotOutlinable, Outlined
 
 
@@ -84,6 +85,8 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
             from_heads_last, (new, nodes.output.axes, nodes.batch_groups, nodes.head_groups, head_sizes)
         )
     _replace(old, new)
+    if not isinstance(conversion.core, DenseAttention):
+        withhold(outlined, site)
 
 
 def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Any]:
@@ -141,6 +144,8 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
             mixed = graph.call_method("flatten", (mixed, 1, 2))
         new = _after_projection(outlined, site, mixed)
     _replace(old, new)
+    if not isinstance(core, WindowAttention):
+        withhold(outlined, site)
 
 
 def _projector(outlined: Outlined, site: AttentionSite, source: Node) -> Callable[[Projection, Node], Node]:

@@ -1,4 +1,4 @@
-"""The models that the tests of conversion share, each converted once, and the known gaps."""
+"""The models that the tests of conversion share, each converted once."""
 
 from __future__ import annotations
 
@@ -9,18 +9,6 @@ from pairs import CONVERSIONS, Pair
 from small_models import BUILDERS, images, small_model
 
 import attnrewrite
-
-# Known gaps: what these tests ask for and the library does not do yet. Each is in the changelog's list of limits.
-KNOWN_GAPS = {
-    "test_eager_attentions_are_those_of_the_new_operator": "returned attention weights are the donor's, not the core's",
-}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        reason = KNOWN_GAPS.get(getattr(item, "originalname", item.name))
-        if reason is not None:
-            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 @pytest.fixture(scope="session")
