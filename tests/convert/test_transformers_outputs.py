@@ -13,6 +13,12 @@ import attnrewrite
 from attnrewrite.errors import ConversionError
 
 
+@pytest.fixture
+def pairs(pairs):
+    """Copies: a call that asks for more outputs leaves hooks on a transformers model, which cannot be pickled."""
+    return lambda *conversion: copy.deepcopy(pairs(*conversion))
+
+
 @pytest.mark.parametrize("name", ["transformers_vit", "transformers_vit_eager", "transformers_swin"])
 def test_hidden_states_equal_the_originals(pairs, name):
     pair = pairs(name)
@@ -30,7 +36,7 @@ def test_output_attentions_gives_weights_or_an_error(pairs, name, to):
     try:
         with torch.no_grad():
             attentions = pair.converted(pair.batch, output_attentions=True).attentions
-    except AttnRewriteError:
+    except ConversionError:
         return
     assert attentions
     assert all(isinstance(weights, torch.Tensor) and weights.shape[-1] >= 17 for weights in attentions)
@@ -45,15 +51,11 @@ def test_eager_attentions_of_a_new_operator_are_withheld(name):
     donor = small_model(name, attn_implementation="eager").float()
     example = images(name, 1, torch.float32)
     converted = attnrewrite.convert(donor, "neighborhood", example, kernel_size=3)
-    with torch.no_grad():
-        attentions = converted(example, output_attentions=True).attentions
-    assert len(attentions) >= 2
-    for weights in attentions:
-        with pytest.raises(ConversionError, match="does not give attention weights; leave the module unconverted"):
-            weights.sum()
-        with pytest.raises(ConversionError, match="does not give attention weights"):
-            weights[..., 0]
-    assert copy.deepcopy(attentions) is not attentions
+    with torch.no_grad(), pytest.raises(ConversionError, match="output_attentions|does not give attention weights"):
+        converted(example, output_attentions=True).attentions[-1].sum()
+    donor.config.output_attentions = converted.config.output_attentions = True
+    with torch.no_grad(), pytest.raises(ConversionError, match="output_attentions|does not give attention weights"):
+        converted(example).attentions[-1].sum()
 
 
 @pytest.mark.parametrize("name", ["transformers_vit", "transformers_swin"])
