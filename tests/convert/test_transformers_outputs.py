@@ -51,10 +51,10 @@ def test_eager_attentions_of_a_new_operator_are_withheld(name):
     donor = small_model(name, attn_implementation="eager").float()
     example = images(name, 1, torch.float32)
     converted = attnrewrite.convert(donor, "neighborhood", example, kernel_size=3)
-    with torch.no_grad(), pytest.raises(ConversionError, match="output_attentions|does not give attention weights"):
+    with torch.no_grad(), pytest.raises(ConversionError, match=r"output_attentions|does not give attention weights"):
         converted(example, output_attentions=True).attentions[-1].sum()
     donor.config.output_attentions = converted.config.output_attentions = True
-    with torch.no_grad(), pytest.raises(ConversionError, match="output_attentions|does not give attention weights"):
+    with torch.no_grad(), pytest.raises(ConversionError, match=r"output_attentions|does not give attention weights"):
         converted(example).attentions[-1].sum()
 
 
