@@ -1,0 +1,59 @@
+"""Donors converted once each, and what their new parameters hold."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+from attention_definitions import LocalWeights
+from target_donors import attention_rows, donor, images, new_parameters
+from torch import Tensor, nn
+
+import attnrewrite
+
+Case = tuple[str, str, dict[str, Any]]
+
+
+def case_name(case: Case) -> str:
+    donor_name, target, options = case
+    return " ".join([donor_name, "->", target, *(f"{name}={value}" for name, value in options.items())])
+
+
+@cache
+def _converted(name: str, target: str, options: tuple[tuple[str, Any], ...], fidelity: str) -> nn.Module:
+    return attnrewrite.convert(donor(name), target, images(name), fidelity=fidelity, **dict(options))
+
+
+def converted(case: Case, fidelity: str = "projected") -> nn.Module:
+    """Shared by all tests of a case, so never changed by one."""
+    name, target, options = case
+    return _converted(name, target, tuple(options.items()), fidelity)
+
+
+def copied(case: Case, fidelity: str = "projected") -> nn.Module:
+    return copy.deepcopy(converted(case, fidelity))
+
+
+def learned(model: nn.Module, name: str) -> list[dict[str, Tensor]]:
+    """The new parameters of every attention, in order, by the end of their names; none where nothing was converted."""
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for full, parameter in new_parameters(model, donor(name)).items():
+        place, _, own = full.partition(".attnrewrite_attention.")
+        by_site.setdefault(place, {})[own.removeprefix("core.").removeprefix("local.")] = parameter.detach()
+    groups = iter(by_site.values())
+    return [next(groups, {}) if row.status == "converted" else {} for row in attention_rows(model)]
+
+
+def local_weights(new: dict[str, Tensor]) -> LocalWeights:
+    return LocalWeights(
+        new["query_embedding"], new["learnable_tokens"], new["learnable_bias"], new.get("relative_pos_bias_local")
+    )
+
+
+def head_decay(decay: float | str | None, heads: int) -> Tensor:
+    """``[heads]`` a step; RMT's first stages are ``1 - 2 ** -(2 + 4 n / heads)``."""
+    if decay == "official":
+        return torch.tensor([1 - 2 ** -(2 + 4 * head / heads) for head in range(heads)], dtype=torch.float64)
+    return torch.full((heads,), 1.0 if decay is None else float(decay), dtype=torch.float64)

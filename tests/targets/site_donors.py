@@ -1,0 +1,60 @@
+"""More donors, for the targets of MLPs and stems, and what tests ask of such sites."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from target_donors import DONORS, VIT, timm_pyramid, timm_vit
+from timm.layers import Mlp, SwiGLUPacked
+from timm.models.eva import Eva
+from torch import nn
+
+import attnrewrite
+from attnrewrite.report import SiteReport
+
+
+def eva(**options: object) -> nn.Module:
+    return Eva(img_size=(64, 96), patch_size=16, swiglu_mlp=True, qkv_fused=False, **(VIT | options))
+
+
+def dropping_vit() -> nn.Module:
+    model = timm_vit(img_size=(64, 96), mlp_ratio=2.0)
+    for block in model.blocks:
+        block.mlp.drop1.p, block.mlp.drop2.p = 0.2, 0.3
+    return model
+
+
+DONORS |= {
+    "vit, dynamic": (lambda: timm_vit(img_size=(64, 96), dynamic_img_size=True), (64, 96)),
+    "vit, packed gate": (lambda: timm_vit(img_size=(64, 96), mlp_layer=SwiGLUPacked), (64, 96)),
+    "vit, dropout": (dropping_vit, (64, 96)),
+    "vit, swiglu": (partial(eva, scale_mlp=False), (64, 96)),
+    "vit, swiglu and norm": (partial(eva, scale_mlp=True), (64, 96)),
+    "vit, inner norm": (
+        lambda: timm_vit(img_size=(64, 96), mlp_layer=partial(Mlp, norm_layer=nn.LayerNorm)),
+        (64, 96),
+    ),
+    "pvt v2, any size": (lambda: timm_pyramid("pvt_v2_b0", embed_dims=(16, 32, 64, 64)), (64, 64)),
+    "vit, patches of 14": (lambda: timm_vit("vit_tiny_patch16_224", img_size=56, patch_size=14), (56, 56)),
+    "vit, patches of 32": (lambda: timm_vit("vit_tiny_patch16_224", img_size=64, patch_size=32), (64, 64)),
+}
+
+
+def rows_of(model: nn.Module, kind: str) -> list[SiteReport]:
+    """What the report says of the sites of a kind that were converted."""
+    return [site for site in attnrewrite.report(model).sites if site.kind == kind and site.status == "converted"]
+
+
+def new_cores(model: nn.Module, stem: str) -> list[nn.Module]:
+    """The modules that were added under a name beginning with ``attnrewrite_<stem>``, in order."""
+    added = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+    return [module for name, module in added if name.startswith(f"attnrewrite_{stem}")]
+
+
+def plan_of(name: str, to: object, **options: object) -> object:
+    model = DONORS[name][0]().eval()
+    return attnrewrite.plan(model, to, torch.randn(1, 3, *DONORS[name][1]), **options)
+
+
+__all__ = ["DONORS", "new_cores", "plan_of", "rows_of"]
