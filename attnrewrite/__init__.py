@@ -8,11 +8,15 @@ _here = Path(__file__).resolve().parent
 if not (_here / "patterns").exists() and (_here.parent / "patterns" / "__init__.py").exists():
     __path__.append(str(_here.parent))
 
+from .calibration import Calibration, calibrate
 from .convert import convert, report, revert
 from .costs import analyze
 from .errors import AttnRewriteError
 from .explain import explain
 from .planning import plan
 
-__all__ = ["AttnRewriteError", "__version__", "analyze", "convert", "explain", "plan", "report", "revert"]
+__all__ = [
+    "AttnRewriteError", "Calibration", "__version__", "analyze", "calibrate", "convert", "explain", "plan", "report",
+    "revert",
+]  # fmt: skip
 __version__ = "0.1.0"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from .calibration import Calibration, calibrated
+from .calibration.images import Replay
+from .calibration.keep import Budget
+from .calibration.measure import measured
 from .errors import ArgumentError, ConversionError
 from .planning import Selector, plan
 from .report import ConversionReport
@@ -23,7 +28,9 @@ def convert(
     sites: Selector | None = None,
     keep: Selector | None = None,
     fidelity: str = "projected",
+    budget: Budget | None = None,
     calibrate: Any | None = None,
+    measure: Any | None = None,
     strict: bool = False,
     inplace: bool = False,
     progress: bool = True,
@@ -41,6 +48,13 @@ def convert(
         example_inputs: what ``forward`` takes: a tensor ``[batch, channels, height, width]``, a tuple, or a dict.
             Derived from the model's own configuration where that states an image size.
         sites, keep: convert only, or leave alone, the sites of these names (globs) or for which a predicate holds.
+            ``keep="auto"`` leaves alone those whose conversion alone does the most harm, until ``budget`` holds.
+        budget: for ``keep="auto"``: the largest relative error of the outputs, or ``{"agreement": 0.95}``, the smallest
+            share of images whose largest output stays. It holds for the model as converted, before calibration, on the
+            images of ``measure``, else of ``calibrate``, else on the example inputs.
+        calibrate: unlabelled images, or a ``Calibration``: recover what the conversion lost, as
+            ``attnrewrite.calibrate`` does.
+        measure: images to measure on, as ``calibrate`` takes them: the error of every site alone and of the model.
         fidelity: the least class accepted: "exact", "continuous", "projected" or "fresh". Sites below are left alone.
         strict: raise if any site that was asked for is not converted.
         inplace: change ``model`` itself instead of a copy.
@@ -54,14 +68,16 @@ def convert(
 
     Raises:
         ArgumentError: an argument has no meaning here.
+        CalibrationError: the images of ``calibrate``, ``measure`` or the budget cannot be used.
         CaptureError: the model cannot be exported.
         ConversionError: nothing could be converted, or with ``strict`` not everything. The model is left untouched.
     """
-    if calibrate is not None:
-        raise ArgumentError("calibrate: calibration is not available yet; convert without it")
+    if inplace and (calibrate is not None or measure is not None):
+        raise ArgumentError("inplace: calibrate and measure need the original beside the converted model; leave it out")
+    calibration, measure = _calibration(calibrate, progress), _replayable(measure)
     made = plan(
-        model, to, example_inputs, sites=sites, keep=keep, fidelity=fidelity, max_rewrites=max_rewrites,
-        progress=progress, **options,
+        model, to, example_inputs, sites=sites, keep=keep, budget=budget, fidelity=fidelity, max_rewrites=max_rewrites,
+        progress=progress, measure=_images_of(calibration) if measure is None else measure, **options,
     )  # fmt: skip
     asked = [planned for planned in made.sites if planned.target is not None]
     left = [planned for planned in asked if planned.status in ("refused", "kept")]
@@ -69,7 +85,27 @@ def convert(
         reasons = "".join(f"\n  {planned.site.name or '(root)'}: {planned.why}" for planned in left)
         raise ConversionError(f"strict: {len(left)} sites of {type(model).__name__} would not be converted:{reasons}")
     converted = made.apply(inplace)
+    if measure is not None:
+        converted.attnrewrite_report = measured(made, converted, measure)  # type: ignore[assignment]
+    if calibration is not None:
+        converted = calibrated(converted, model, calibration)
     return (converted, report(converted)) if return_report else converted
+
+
+def _calibration(given: Any | None, progress: bool) -> Calibration | None:
+    if given is None:
+        return None
+    calibration = given if isinstance(given, Calibration) else Calibration(given, progress=progress)
+    return replace(calibration, data=_replayable(calibration.data))
+
+
+def _replayable(data: Any) -> Any:
+    """Data that can be gone through twice: for the sites to keep, and for what follows."""
+    return Replay(data) if isinstance(data, Iterator) else data
+
+
+def _images_of(calibration: Calibration | None) -> Any | None:
+    return None if calibration is None else calibration.data
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -86,6 +122,7 @@ def revert(model: nn.Module) -> nn.Module:
             restore_module(module)
     release_aspect(model)
     model.__dict__.pop("attnrewrite_report", None)
+    model.__dict__.pop("attnrewrite_places", None)
     return model
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .calibration.places import find_places
 from .capture import Capture, NodeRef
 from .certify import Certificate
 from .certify.certificate import relative_error
@@ -128,6 +129,7 @@ class Plan:
             args, kwargs = self.capture.example
             guard_aspect(model, (*args, *kwargs.values()))
         model.attnrewrite_report = self.report(error)  # type: ignore[assignment]
+        model.attnrewrite_places = find_places(self)  # type: ignore[assignment]
         return model
 
     def report(self, output_error: float | None = None) -> ConversionReport:

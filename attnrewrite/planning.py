@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from .calibration.keep import Budget, keep_the_worst, require_budget
 from .capture import ModuleCall, NodeRef, capture
 from .certify import certify, collect_values
 from .certify.certificate import relative_error, wanted_nodes
@@ -34,6 +35,8 @@ def plan(
     *,
     sites: Selector | None = None,
     keep: Selector | None = None,
+    budget: Budget | None = None,
+    measure: Any | None = None,
     fidelity: str = "projected",
     max_rewrites: int | None = None,
     progress: bool = False,
@@ -44,9 +47,11 @@ def plan(
     The plan prints, can be edited (``drop``, ``limit``) and applied later.
     """
     least = _fidelity(fidelity)
+    automatic = keep == "auto"
+    require_budget(automatic, budget)
     targets = _targets(to, options)
     made, flow = lifted(model, example_inputs)
-    _choose(made, targets, sites, keep)
+    _choose(made, targets, sites, None if automatic else keep)
     chosen = [planned for planned in made.sites if planned.target is not None]
     prove(made, chosen, flow, progress)
     _classify(chosen, least, flow)
@@ -54,6 +59,8 @@ def plan(
     if max_rewrites is not None:
         made.limit(max_rewrites)
     _check_behaviour(made, flow)
+    if automatic:
+        keep_the_worst(made, budget, measure)
     _measure(made)
     made.values = {node: made.values[node] for node in _references(made.capture.root.output)}  # the rest is memory
     return made
@@ -122,9 +129,7 @@ def _selector(selector: Selector | None, made: Plan, argument: str) -> Callable[
     if selector is None:
         return lambda site: False
     if selector == "auto":
-        raise ArgumentError(
-            f'{argument}: "auto" is not available yet; name the sites to keep, e.g. keep=["blocks.0.*"]'
-        )
+        raise ArgumentError(f'{argument}: "auto" is for keep; name sites, e.g. sites=["blocks.0.*"]')
     if callable(selector):
         return selector
     globs = (

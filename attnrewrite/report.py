@@ -21,12 +21,62 @@ SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
+class SiteErrors:
+    """A site converted alone, on real images: relative errors of its branch, of the residual stream after it and of
+    the outputs, and the share of images with the same largest output. None: not measured."""
+
+    local: float | None = None
+    stream: float | None = None
+    logits: float | None = None
+    agreement: float | None = None
+
+    @property
+    def dead(self) -> bool:
+        """The site changed and the outputs did not, beyond rounding: nothing reads it."""
+        return self.logits is not None and self.local is not None and self.logits <= 1e-6 and self.local >= 1e-3
+
+
+@dataclass(frozen=True)
+class ModelErrors:
+    """A model against its original: relative error of the outputs, share of the ``images`` with the same largest one
+    (None: the outputs are no classes)."""
+
+    logits: float
+    agreement: float | None
+    images: int
+
+    def __str__(self) -> str:
+        share = "" if self.agreement is None else f", agreement {self.agreement:.1%}"
+        return f"error {number(self.logits)}{share}"
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What a calibration did: its settings, the model on held-out images ``before`` and ``after``, what was done by
+    site. ``reverted``: all of it was taken back, for it won nothing. ``floor``: the same training of an exact copy.
+    """
+
+    settings: dict[str, Any]
+    before: ModelErrors
+    after: ModelErrors
+    sites: dict[str, str] = field(default_factory=dict)
+    reverted: bool = False
+    floor: ModelErrors | None = None
+
+    def __str__(self) -> str:
+        held = f"on {self.after.images} held-out images"
+        text = f"calibrated by {self.settings['method']}: {self.before} -> {self.after} {held}"
+        text += "; taken back, for it won nothing" if self.reverted else ""
+        return text + (f"; the same training of an exact copy: {self.floor}" if self.floor else "")
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """One site. ``status`` is converted, kept, refused or untouched; ``why`` is one clause.
 
     ``certificate`` is the text of the proof that the site was read right; ``grid`` the map for which the class holds;
-    ``parameters`` how many were ``moved`` (they serve as before), are ``new`` or were ``dropped``; ``error`` the
-    measured local error of the new core on the example input (None: not measured); ``dropped_mass`` the share of
+    ``parameters`` how many were ``moved`` (they serve as before), are ``new`` or were ``dropped``; ``macs`` the
+    multiply-adds of its two products before and after, on the example input; ``error`` the measured local error of the new core on the example input (None: not measured); ``dropped_mass`` the share of
     attention per head that is lost.
     """
 
@@ -42,13 +92,19 @@ class SiteReport:
     settings: dict[str, Any] = field(default_factory=dict)
     grid: str = ""
     parameters: dict[str, int] = field(default_factory=dict)
+    macs: tuple[int, int] | None = None
     error: float | None = None
     dropped_mass: list[float] | None = None
+    errors: SiteErrors | None = None
+    calibrated: SiteErrors | None = None
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """All sites of a model, and what the conversion did to its output (None: not measured)."""
+    """All sites of a model, and what the conversion did to its output (None: not measured).
+
+    ``errors`` are the model's on real images, ``floor`` those of the same sites rewritten to what they were.
+    """
 
     model: str
     input_shapes: list[list[int]]
@@ -56,6 +112,9 @@ class ConversionReport:
     output_error: float | None = None
     fixed_to: list[str] = field(default_factory=list)
     new_parameters: list[str] = field(default_factory=list)
+    errors: ModelErrors | None = None
+    floor: ModelErrors | None = None
+    calibration: CalibrationReport | None = None
 
     @property
     def converted(self) -> list[SiteReport]:
@@ -128,6 +187,11 @@ class ConversionReport:
 
     def notes(self) -> list[str]:
         notes = []
+        if self.errors is not None:
+            floor = f"; the same sites rewritten to what they were: {self.floor}" if self.floor else ""
+            notes.append(f"on {self.errors.images} images: {self.errors}{floor}")
+        if self.calibration is not None:
+            notes.append(str(self.calibration))
         if self.fixed_to:
             notes.append(f"tied to this input size: {', '.join(self.fixed_to)}")
         if self.new_parameters:
@@ -135,7 +199,7 @@ class ConversionReport:
         return notes
 
 
-_COLUMNS = ("site", "status", "class", "source", "grid", "moved/new/dropped", "error", "mass kept", "why")
+_COLUMNS = ("site", "status", "class", "source", "grid", "moved/new/dropped", "product MACs", "error", "mass kept", "only this", "why")
 
 
 def number(value: float | None) -> str:
@@ -150,7 +214,7 @@ def folded(sites: list[SiteReport]) -> Iterator[tuple[str, SiteReport]]:
 
     for _, group in groupby(sites, key=alike):
         members = list(group)
-        worst = max(members, key=lambda site: _badness(site.error))
+        worst = max(members, key=lambda site: (_badness(_only(site)), _badness(site.error)))
         yield _folded_name([site.name for site in members]), worst
 
 
@@ -181,8 +245,25 @@ def _cells(names: str, site: SiteReport) -> tuple[str, ...]:
     if site.dropped_mass:
         kept = f"{1 - sum(site.dropped_mass) / len(site.dropped_mass):.2f}"
     error = number(site.error) if site.status == "converted" else ""
+    macs = " -> ".join(map(short, site.macs)) if site.macs else ""
     counts = "/".join(short(site.parameters[key]) for key in ("moved", "new", "dropped")) if site.parameters else ""
-    return (names, site.status, site.exactness, site.source, site.grid, counts, error, kept, site.why)
+    return (names, site.status, site.exactness, site.source, site.grid, counts, macs, error, kept, _only_text(site), site.why)
+
+
+def _only(site: SiteReport) -> float | None:
+    return None if site.errors is None else site.errors.logits
+
+
+def _only_text(site: SiteReport) -> str:
+    """The error of the outputs with this site converted alone, before and after calibration."""
+    if site.status != "converted":
+        return ""
+    if site.errors is None:
+        return number(None)
+    if site.errors.dead:
+        return "DEAD"
+    after = "" if site.calibrated is None else f" -> {number(site.calibrated.logits)}"
+    return number(site.errors.logits) + after
 
 
 def short(count: int) -> str:

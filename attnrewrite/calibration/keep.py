@@ -1,0 +1,89 @@
+"""``keep="auto"``: leave alone the sites whose conversion alone does the most harm, until a budget holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError, nearest
+from ..report import ModelErrors, number
+from .measure import images_for, measure_model, measure_sites
+from .places import find_places
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+Budget = float | Mapping[str, float]
+
+
+def checked_budget(budget: Budget | None) -> dict[str, float]:
+    """A budget as limits by name: ``error`` at most, ``agreement`` at least.
+
+    Raises:
+        ArgumentError: it is neither a number nor such a mapping.
+    """
+    limits = {"error": budget} if isinstance(budget, int | float) else budget
+    if not isinstance(limits, Mapping) or not limits:
+        raise ArgumentError(
+            f'budget: keep="auto" needs the largest relative error of the outputs, such as 0.1, or '
+            f'{{"agreement": 0.95}}, got {budget!r}'
+        )
+    for name, limit in limits.items():
+        if name not in ("error", "agreement"):
+            raise ArgumentError(
+                f"budget: knows error and agreement, got {name!r}{nearest(name, ['error', 'agreement'])}"
+            )
+        if (
+            isinstance(limit, bool)
+            or not isinstance(limit, int | float)
+            or not limit >= 0
+            or (name == "agreement" and limit > 1)
+        ):
+            raise ArgumentError(
+                f"budget: {name} has to be {'a share' if name == 'agreement' else 'positive'}, got {limit!r}"
+            )
+    return dict(limits)
+
+
+def require_budget(automatic: bool, budget: Budget | None) -> None:
+    """Refuse a budget that nothing uses, or a missing or wrong one, before anything is computed."""
+    if automatic:
+        checked_budget(budget)
+    elif budget is not None:
+        raise ArgumentError('budget: goes with keep="auto" only')
+
+
+def keep_the_worst(plan: Plan, budget: Budget | None, data: Any | None) -> None:
+    """Take sites off ``plan``, those with the largest error alone first, until the converted model is in ``budget``.
+
+    The model is measured as converted, before any calibration, on ``data`` or the example input. Sites of one module go
+    together.
+    """
+    limits = checked_budget(budget)
+    if not plan.converting:
+        return
+    images = images_for(plan, data)
+    converted = plan.apply()
+    alone = measure_sites(converted, plan.model, find_places(plan), images)
+    order = sorted(alone, key=lambda name: -(alone[name].logits or 0.0))
+    errors = measure_model(converted, plan.model, images)
+    while plan.converting and not _within(errors, limits):
+        owner = next(
+            (o for name in order for o in plan.programs if name in {site.name for site in o.sites}), plan.programs[0]
+        )
+        gone = {id(site) for site in owner.sites}
+        for planned in plan.converting:
+            if id(planned.site) in gone:
+                error = alone[planned.site.name].logits if planned.site.name in alone else None
+                planned.keep(f'keep="auto": its conversion alone moves the outputs by {number(error)}')
+        plan.build()
+        if plan.converting:
+            errors = measure_model(plan.apply(), plan.model, images)
+
+
+def _within(errors: ModelErrors, limits: dict[str, Any]) -> bool:
+    if "agreement" in limits and errors.agreement is None:
+        raise ArgumentError("budget: the model's output is no table of logits [images, classes]; give an error instead")
+    return errors.logits <= limits.get("error", float("inf")) and (errors.agreement or 0.0) >= limits.get(
+        "agreement", 0.0
+    )

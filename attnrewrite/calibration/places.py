@@ -1,0 +1,226 @@
+"""Where a converted model can be calibrated: output projections that add to a residual stream, found at planning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from ..capture import ModuleCall, NodeRef
+from ..ir import AttentionSite, MlpSite, Projection, Site
+from ..lift.dataflow import Dataflow
+from ..lift.values import operator_name
+from .streams import Tap
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+_RESHAPES = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"}
+
+
+@dataclass(frozen=True)
+class ValueHeads:
+    """The value projection of a site: the linear map at ``path``, ``rows[head][dim]`` of it for every head, ``columns``
+    of the output projection that read that head, and the module at ``owner`` between the two."""
+
+    path: str
+    rows: tuple[tuple[int, ...], ...]
+    columns: tuple[tuple[int, ...], ...]
+    owner: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """One output projection: ``after = before + scale * projection(its input)``, in both models.
+
+    ``before`` and ``after`` are where the residual stream can be read. ``scale`` names the layer scale's parameter.
+    ``owner`` is the path of the module that a conversion rewrote, if one did. ``why`` says why the place cannot be
+    calibrated; then the rest may be missing.
+    """
+
+    name: str
+    kind: str
+    owner: str | None = None
+    projection: str = ""
+    before: Tap | None = None
+    after: Tap | None = None
+    scale: str | None = None
+    value: ValueHeads | None = None
+    why: str = ""
+
+
+class _NotAPlace(Exception):
+    """The reason why a site cannot be calibrated, in one clause."""
+
+
+def find_places(plan: Plan) -> list[Place]:
+    """Places of all attention sites that ``plan`` converts, of all MLPs and of the classifier, in forward order."""
+    graph = _Residuals(plan.flow)
+    owners = {id(site): owner.path for owner in plan.programs for site in owner.sites}
+    places: list[tuple[int, Place]] = []
+    for planned in plan.sites:
+        site = planned.site
+        if not isinstance(site, AttentionSite | MlpSite):
+            continue
+        owner = owners.get(id(site))
+        if isinstance(site, AttentionSite) and owner is None:
+            continue
+        whole = planned.status == "convert" and planned.conversion is not None and planned.conversion.whole
+        position = (site.nodes.output.node if isinstance(site, AttentionSite) else site.second).meta["custom"]
+        places.append((position["attnrewrite_position"], graph.place(site, owner, whole)))
+    ordered = [place for _, place in sorted(places, key=lambda entry: entry[0])]
+    return ordered + graph.classifier()
+
+
+@dataclass
+class _Residuals:
+    """Follows values of a captured graph along the residual stream."""
+
+    flow: Dataflow
+    calls: list[ModuleCall] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.calls = list(_walk(self.flow.capture.root))
+
+    def place(self, site: Site, owner: str | None, whole: bool) -> Place:
+        place = Place(site.name, site.kind, owner)
+        try:
+            if whole:
+                raise _NotAPlace("its output projection was replaced")
+            assert isinstance(site, AttentionSite | MlpSite)
+            merged = site.nodes.merged if isinstance(site, AttentionSite) else site.second
+            start = site.nodes.result if isinstance(site, AttentionSite) else site.result
+            if merged is None or start is None:
+                raise _NotAPlace("it has no output projection")
+            projection = self._linear_call(merged)
+            scale, before, after = self._residual(start)
+            place = replace(
+                place, projection=projection.path, scale=scale, before=self._tap(before, "before"),
+                after=self._tap(after, "after"),
+            )  # fmt: skip
+            if isinstance(site, AttentionSite) and owner is not None:
+                place = replace(place, value=self._value_heads(site, owner))
+        except _NotAPlace as reason:
+            return replace(place, why=str(reason))
+        return place
+
+    def classifier(self) -> list[Place]:
+        """The linear map that gives the model's first output, if one does."""
+        outputs = [leaf.node for leaf in tree_leaves(self.flow.capture.root.output) if isinstance(leaf, NodeRef)]
+        if not outputs or outputs[0] is None:
+            return []
+        try:
+            head = self._linear_call(outputs[0])
+        except _NotAPlace:
+            return []
+        return [Place(head.path, "classifier", None, head.path, None, Tap(head.path, result=True))]
+
+    def _linear_call(self, node: Node) -> ModuleCall:
+        """The one call of a linear module that computes ``node``."""
+        for call in self.calls:
+            if isinstance(call.module, nn.Linear) and isinstance(call.output, NodeRef) and call.output.node is node:
+                if self._called_once(call):
+                    return call
+                raise _NotAPlace("its output projection is called more than once")
+        raise _NotAPlace("its output projection is not a linear module that is called")
+
+    def _residual(self, node: Node) -> tuple[str | None, Node, Node]:
+        """From a branch's value on to where it is added: layer scale, stream before, stream after."""
+        scale: str | None = None
+        while True:
+            users = self.flow.live_users(node)
+            if len(users) != 1:
+                raise _NotAPlace("its result is used more than once before it is added to the stream")
+            (user,) = users
+            if operator_name(user) == "aten::add" and len(user.args) == 2 and not user.kwargs:
+                other = next((arg for arg in user.args if arg is not node), None)
+                if isinstance(other, Node) and other not in self.flow.constants and _width(other) == _width(node):
+                    return scale, other, user
+                raise _NotAPlace("what its result is added to is not a residual stream")
+            if operator_name(user) == "aten::mul" and scale is None:
+                scale = self._layer_scale(user, node)
+            elif not self._keeps_order(user):
+                raise _NotAPlace(f"{operator_name(user)} stands between its result and the residual stream")
+            node = user
+
+    def _layer_scale(self, product: Node, value: Node) -> str:
+        other = next((arg for arg in product.args if arg is not value), None)
+        if isinstance(other, Node) and other in self.flow.learned:
+            source = self.flow.provenance_of_constant(other)
+            vector = self.flow.capture.tensors.get(source)
+            for name, parameter in self.flow.capture.model.named_parameters():
+                if parameter is vector and parameter.numel() == _width(value) == self.flow.constants[other].shape[-1]:
+                    return name
+        raise _NotAPlace("its result is multiplied by something other than a layer scale")
+
+    def _keeps_order(self, node: Node) -> bool:
+        """A copy, or a reshape of everything before the channels."""
+        if self.flow.is_copy(node):
+            return True
+        return operator_name(node) in _RESHAPES and _width(node) == _width(node.args[0])
+
+    def _tap(self, node: Node, side: str) -> Tap:
+        """A module call that sees the stream's value; one without children first: no rewrite dissolves it."""
+        same = self._same_stream(node)
+        for call in sorted(self.calls, key=lambda call: bool(call.children)):
+            leaves = tree_leaves(call.arguments)
+            found = [i for i, leaf in enumerate(leaves) if isinstance(leaf, NodeRef) and leaf.node in same]
+            if found and call.parent is not None and self._called_once(call):
+                return Tap(call.path, found[0])
+        for call in self.calls:
+            leaves = tree_leaves(call.output)
+            found = [i for i, leaf in enumerate(leaves) if isinstance(leaf, NodeRef) and leaf.node in same]
+            if found and call.parent is not None and self._called_once(call):
+                return Tap(call.path, found[0], result=True)
+        raise _NotAPlace(f"no module sees the residual stream {side} it")
+
+    def _same_stream(self, node: Node) -> set[Node]:
+        same = {node}
+        pending = [node]
+        while pending:
+            step = pending.pop()
+            near = [user for user in self.flow.live_users(step) if self._keeps_order(user)]
+            near += [step.args[0]] if self._keeps_order(step) and isinstance(step.args[0], Node) else []
+            fresh = [other for other in near if other not in same]
+            same.update(fresh)
+            pending += fresh
+        return same
+
+    def _called_once(self, call: ModuleCall) -> bool:
+        return sum(other.module is call.module for other in self.calls) == 1
+
+    def _value_heads(self, site: AttentionSite, owner: str) -> ValueHeads | None:
+        value, output = site.value, site.output
+        if value is None or output is None or value.rows.shape != output.rows.shape:
+            return None
+        path = self._linear_with(value)
+        if path is None:
+            return None
+        return ValueHeads(path, _plain(value.rows), _plain(output.rows), owner)
+
+    def _linear_with(self, projection: Projection) -> str | None:
+        weight = self.flow.capture.tensors.get(projection.weight)
+        for call in self.calls:
+            if isinstance(call.module, nn.Linear) and call.module.weight is weight:
+                return call.path
+        return None
+
+
+def _width(node: object) -> int:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value.shape[-1] if isinstance(value, torch.Tensor) and value.dim() else -1
+
+
+def _plain(rows: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in rows.tolist())
+
+
+def _walk(call: ModuleCall) -> Iterator[ModuleCall]:
+    yield call
+    for child in call.children:
+        yield from _walk(child)
