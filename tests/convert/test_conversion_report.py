@@ -130,3 +130,12 @@ def test_the_headline_counts(projected):
 def test_no_new_parameters_are_claimed_and_none_exist(projected, vit):
     assert attnrewrite.report(projected).new_parameters == []
     assert len(list(projected.parameters())) == len(list(vit.parameters()))
+
+
+def test_products_are_counted_before_and_after(vit, batch):
+    """Per image and head: queries times keys times both widths; 16 map tokens and a class token, 3 heads of 16."""
+    plan = attnrewrite.plan(vit, "neighborhood", batch, kernel_size=3)
+    images, heads, widths = len(batch), 3, 2 * 16
+    dense = images * heads * 17 * 17 * widths
+    sliding = images * heads * (16 * (9 + 1) + 17) * widths  # the class token still sees everything
+    assert {site.macs for site in plan.report().sites if site.kind == "attention"} == {(dense, sliding)}
