@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from target_donors import DONORS, VIT, timm_pyramid, timm_vit
-from timm.layers import Mlp, SwiGLUPacked
+from timm.layers import SwiGLUPacked
 from timm.models.eva import Eva
 from torch import nn
 
@@ -31,11 +31,11 @@ DONORS |= {
     "vit, dropout": (dropping_vit, (64, 96)),
     "vit, swiglu": (partial(eva, scale_mlp=False), (64, 96)),
     "vit, swiglu and norm": (partial(eva, scale_mlp=True), (64, 96)),
-    "vit, inner norm": (
-        lambda: timm_vit(img_size=(64, 96), mlp_layer=partial(Mlp, norm_layer=nn.LayerNorm)),
-        (64, 96),
+    "vit, inner norm": (lambda: timm_vit(img_size=(64, 96), scale_mlp_norm=True), (64, 96)),
+    "pvt v2, any size": (
+        lambda: timm_pyramid("pvt_v2_b0", embed_dims=(8, 16, 32, 32), num_heads=(1, 2, 2, 2)),
+        (64, 64),
     ),
-    "pvt v2, any size": (lambda: timm_pyramid("pvt_v2_b0", embed_dims=(16, 32, 64, 64)), (64, 64)),
     "vit, patches of 14": (lambda: timm_vit("vit_tiny_patch16_224", img_size=56, patch_size=14), (56, 56)),
     "vit, patches of 32": (lambda: timm_vit("vit_tiny_patch16_224", img_size=64, patch_size=32), (64, 64)),
 }
