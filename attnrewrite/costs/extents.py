@@ -126,24 +126,27 @@ class Maps:
         read = _STRIDED[operator_name(node)](node)
         if read is None or len(shape_of(operand)) != 4:
             return
-        size = tuple(shape_of(operand)[-2:])
-        before = self._behind(operand, (size[0], size[1]))
+        padding = _padding_before(operand)
+        source = operand if padding is None else padding.args[0]
+        assert isinstance(source, Node)
+        size = _sides_like(source, operand)
+        before = self._behind(source, size)
         if before is None:
             return
-        made = [strided(Integer(side), *axis) for side, axis in zip(size, read, strict=True)]
-        padded = [self._fitted(side, axis[1], operand) for side, axis in zip(before.sides, read, strict=True)]
+        padded = before.sides if padding is None else self._padded(before, shape_of(operand)[-2:], read)
         sides = [strided(side, *axis) for side, axis in zip(padded, read, strict=True)]
+        made = [strided(Integer(side), *axis) for side, axis in zip(shape_of(operand)[-2:], read, strict=True)]
         self._maps.append(Map(node, (int(made[0]), int(made[1])), (sides[0], sides[1]), before.fixed))
 
-    def _fitted(self, side: Expr, stride: int, operand: Node) -> Expr:
-        """The side a strided operation sees behind a padding of nothing: one that fills up to its stride elsewhere."""
-        node = operand
-        while operator_name(node) in _IN_PLACE_OF_PADDING:
-            node = node.args[0]  # type: ignore[assignment]
-        if operator_name(node) != "aten::pad":
-            return side
+    def _padded(self, before: Map, seen: tuple[int, ...], read: Axes) -> tuple[Expr, ...]:
+        """The sides a strided operation sees behind a padding: one up to its stride, else one of so many cells."""
+        fits = all(-(-old // axis[1]) * axis[1] == new for old, new, axis in zip(before.size, seen, read, strict=True))
+        if not fits:
+            return tuple(side + new - old for side, old, new in zip(before.sides, before.size, seen, strict=True))
         self.rounds_merges = True
-        return self._round(side, Integer(stride)) * stride
+        return tuple(
+            self._round(side, Integer(axis[1])) * axis[1] for side, axis in zip(before.sides, read, strict=True)
+        )
 
     def _behind(self, operand: Node, size: tuple[int, int]) -> Map | None:
         """The nearest map of that size that a value is made from."""
@@ -157,6 +160,20 @@ class Maps:
             seen.update(new)
             pending += new
         return None
+
+
+def _padding_before(node: Node) -> Node | None:
+    """The padding that a value is a rearrangement of, if it is one."""
+    while operator_name(node) in _REARRANGING:
+        node = node.args[0]  # type: ignore[assignment]
+    return node if operator_name(node) == "aten::pad" else None
+
+
+def _sides_like(source: Node, operand: Node) -> tuple[int, int]:
+    """The map's sides of what is padded: channels first, as the operand, or last."""
+    shape = shape_of(source)
+    channels = shape_of(operand)[1]
+    return (shape[1], shape[2]) if shape[-1] == channels and shape[1] != channels else (shape[-2], shape[-1])
 
 
 Axes = tuple[tuple[int, int, int], tuple[int, int, int]]
@@ -203,5 +220,5 @@ _STRIDED = {
     "aten::max_pool2d": _pooling,
     "aten::im2col": _soft_split,
 }
-_IN_PLACE_OF_PADDING = {"aten::permute", "aten::transpose", "aten::contiguous", "aten::clone"}
+_REARRANGING = {"aten::permute", "aten::transpose", "aten::contiguous", "aten::clone"}
 _FIXED = {"aten::adaptive_avg_pool2d", "aten::adaptive_max_pool2d"}

@@ -62,7 +62,7 @@ def unfolded(source: Tensor, heads: int, kernel: int) -> Tensor:
 
 def neighborhood(source: Tensor, heads: int, kernel: int, prefix: int = 0) -> Tensor:
     """Prefix tokens join every window and see everything."""
-    width, (batch, height, columns) = source.shape[-1], source.shape[:3]
+    height, columns, width = source.shape[1:]
     tokens = F.pad(source.flatten(1, 2), (0, 0, prefix, 0))
     query, key, value = (linear(tokens, width) for _ in range(3))
     of_map = [part[:, prefix:].unflatten(1, (height, columns)) for part in (query, key, value)]

@@ -1,0 +1,284 @@
+"""What a report says, in every form it says it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+import sympy
+import torch
+from cost_models import image, on_meta
+
+from attnrewrite import analyze
+from attnrewrite.__main__ import main
+from attnrewrite.costs import Hardware, symbols
+from attnrewrite.errors import ArgumentError
+from attnrewrite.loading import load_model
+
+SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return analyze(load_model("timm:vit_tiny_patch16_224", **SMALL).eval())
+
+
+@pytest.fixture(scope="module")
+def vit_small():
+    """The paper's, for figures that are known."""
+    return load_model("timm:vit_small_patch16_224").eval()
+
+
+@pytest.fixture(scope="module")
+def compared(vit_small):
+    return analyze(vit_small, to="aggregated", hardware="h200")
+
+
+def test_sites_add_up_to_the_model(vit):
+    assert sum(site.macs for site in vit.sites) == vit.total
+    assert {site.kind for site in vit.sites} == {"stem", "SA", "MLP", "linear"}
+    assert vit.order == "Θ(n²)"
+    by_kind = {site.kind: site.formula.order for site in vit.sites}
+    assert by_kind == {"stem": "Θ(n)", "SA": "Θ(n²)", "MLP": "Θ(n)", "linear": "Θ(1)"}
+
+
+def test_modules_add_up_to_their_parents(vit):
+    costs = {module.name: module.cost.macs for module in vit.modules}
+    assert costs[""] == vit.total
+    assert costs["blocks.0"] == costs["blocks.0.attn"] + costs["blocks.0.mlp"]
+    assert vit.uncalled_modules == []
+
+
+def test_other_sizes_take_microseconds(vit):
+    vit.at(512, 384)
+    start = time.perf_counter()
+    for side in range(64, 164):
+        vit.at(side, side)
+    assert (time.perf_counter() - start) / 100 < 1e-3
+    assert vit.at(224).macs == vit.total
+    assert vit.at(224, 224, batch=3).flops == 6 * vit.total
+    assert vit.at(448, 224, dtype="float16").saved * 2 == vit.at(448, 224, dtype="float32").saved
+
+
+def test_conventions_are_views_of_one_count():
+    model = on_meta("timm:vit_small_patch16_224")
+    totals = {name: analyze(model, image(224), convention=name).total for name in ("mac", "flop", "fvcore")}
+    assert totals == {"mac": 4_598_882_304, "flop": 9_197_764_608, "fvcore": 4_608_338_304}
+
+
+def test_pooled_attention_raises_the_cost_of_a_small_vit(compared):
+    comparison = compared.comparison
+    assert comparison.after_macs > comparison.before_macs
+    assert "raises the cost at 224x224 from 4.599 GMAC" in comparison.verdict
+    [crossing] = comparison.crossovers
+    assert crossing == pytest.approx(284, abs=1.5)  # N tokens with the class token, which the closed form leaves out
+    before, after = (comparison.before.macs, comparison.formula.macs)
+    assert after(1, 272, 272) > before(1, 272, 272)
+    assert after(1, 288, 288) < before(1, 288, 288)
+    assert {row.after.kind for row in comparison.rows} == {"stem", "AA", "MLP", "linear"}
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "kinds"),
+    [
+        ("neighborhood", {"kernel_size": 5}, {"NA"}), ("dilated_neighborhood", {}, {"NA"}),
+        ("aggregated", {"pool": 2}, {"AA"}), ("aggregated", {"learnable_tokens": False}, {"PFA"}),
+        ("manhattan", {}, {"MaSA"}), ("manhattan_decomposed", {}, {"MaSA-d"}),
+        ("long_short_distance", {}, {"SDA", "LDA"}), ("conv_glu", {}, {"ConvGLU"}), ("cross_scale", {}, {"CEL"}),
+        ("tokens_to_token", {}, {"T2T stem"}), ("transnext", {}, {"AA", "ConvGLU"}), ("rmt", {}, {"MaSA"}),
+        ("crossformer", {}, {"SDA", "LDA", "CEL"}), ("nat", {}, {"NA"}), ("t2t", {"performer": False}, {"T2T stem"}),
+    ],
+)  # fmt: skip
+def test_every_target_has_a_cost_before_it_is_converted(vit, target, options, kinds):
+    from attnrewrite.costs.hypothetical import converted_cost
+
+    comparison = converted_cost(vit, target, options)
+    changed = {row.after.kind for row in comparison.rows if row.before is not row.after}
+    assert kinds <= changed
+    assert comparison.after_macs == sum(row.after_macs for row in comparison.rows)
+
+
+def test_a_conversion_costs_what_was_foretold(vit):
+    from attnrewrite import convert
+    from attnrewrite.costs.hypothetical import converted_cost
+
+    model = load_model("timm:vit_tiny_patch16_224", **SMALL).eval()
+    foretold = converted_cost(vit, "neighborhood", {"kernel_size": 5})
+    assert analyze(convert(model, to="neighborhood", kernel_size=5, progress=False)).total == foretold.after_macs
+
+
+def test_two_models_cross_twice(vit_small):
+    swin = load_model("timm:swin_tiny_patch4_window7_224").eval()
+    first, second = analyze(vit_small), analyze(swin)
+    assert first.crossover(second) == pytest.approx([67, 183], abs=1)
+    assert first.compare(second).orders == ("Θ(n²)", "Θ(n)")
+    assert [check.equal for check in second.checks] == [True] * len(second.checks)
+
+
+def test_json_holds_everything_and_expressions_come_back(compared):
+    data = json.loads(compared.to_json())
+    assert data["schema_version"] == 1
+    assert data["total"] == 4_598_882_304
+    assert sum(site["macs"] for site in data["sites"]) == data["total"]
+    names = {name: getattr(symbols, name) for name in ("down", "up")}
+    assert sympy.sympify(data["macs"]["srepr"], locals=names) == compared.expression
+    assert set(data["macs"]) == {"srepr", "text", "latex"}
+    assert data["comparison"]["crossovers"] == compared.comparison.crossovers
+    assert compared.to_records()[0]["name"] == "patch_embed.proj"
+
+
+def test_text_and_markdown_state_unit_size_checks_and_what_is_missing(compared):
+    text = str(compared)
+    for part in (
+        "at 224x224, batch 1, float32: 4.599 GMAC", "22,050,664 parameters", "blocks.{0…11}.attn", "4·C²·N + 2·C·N²",
+        "9·H²·W²/64 + 84168·H·W + 21626880 MAC an image on multiples of 16 px, Θ(n²)",
+        "check 224x224: equal (4 598 882 304 MAC)", "not counted: nothing", "assumptions: none",
+    ):  # fmt: skip
+        assert part in text
+    lines = compared.to_markdown().splitlines()
+    table = [line for line in lines if line.startswith("| ")]
+    assert len({line.count("|") for line in table[:6]}) == 1
+
+
+class Page(HTMLParser):
+    """Nesting, and what a page would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.links = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing(compared, tmp_path):
+    text = compared.to_html(tmp_path / "cost.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.links == []
+    assert "script" not in page.seen
+    assert page.seen.count("svg") == 2
+    assert "url(" not in text
+    assert compared.comparison.verdict.replace('"', "&quot;") in text
+    for value in re.findall(r'(?:cx|cy|x1|y1)="([^"]+)"', text):
+        assert -1 <= float(value) <= 761
+    assert compared._repr_html_() in text
+
+
+def test_windows_and_neighbourhoods_are_bound_by_memory(vit):
+    roof = vit.roofline("h200")
+    core = next(point for point in roof.points if point.name == "blocks.0.attn attention")
+    assert core.intensity == pytest.approx(197 / 2)  # half the tokens, each operand moved once in 16 bits
+    assert core.limit == "memory"
+    assert "bound" in str(roof)
+    slow = Hardware("slow", peak={"bfloat16": 1e9}, bandwidth=1e12)
+    assert {point.limit for point in vit.roofline(slow).points} == {"compute"}
+
+
+def test_training_costs(vit):
+    training = vit.training
+    tokens, width, depth = 197, 48, 2
+    products = tokens**2 * width
+    embedding = 196 * 768 * width  # whose image needs no gradient
+    assert training.forward == vit.total
+    assert training.backward == 2 * vit.total - embedding + depth * products  # fused attention multiplies once more
+    assert training.step == training.forward + training.backward
+    assert training.peak > training.saved > training.peak_inference
+    assert training.states == 4 * 4 * vit.parameters.total
+
+
+def test_peak_memory_of_a_chain_is_known():
+    class Chain(torch.nn.Module):
+        def forward(self, pixels):
+            for _ in range(3):
+                pixels = torch.relu(pixels)
+            return pixels
+
+    size = 3 * 16 * 16 * 4
+    report = analyze(Chain(), torch.zeros(1, 3, 16, 16))
+    assert report.training.peak_inference == 3 * size  # the image, which the caller holds, an operand and its result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"convention": "macs"}, "did you mean 'mac'"), ({"hardware": "h20"}, "did you mean"),
+        ({"to": "neighbourhood"}, "did you mean 'neighborhood'"), ({"kernel_size": 3}, "pass to="),
+        ({"to": "neighborhood", "kernel": 3}, "did you mean 'kernel_size'"),
+        ({"to": "neighborhood", "compare": torch.nn.Identity()}, "not both"),
+        ({"to": "aggregated", "pool": 2, "pool_size": 7}, "not both"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        analyze(load_model("timm:vit_tiny_patch16_224", **SMALL, img_size=32).eval(), **arguments)
+
+
+def test_wrong_questions_are_named(vit):
+    with pytest.raises(ArgumentError, match="batch"):
+        vit.at(224, 224, batch=0)
+    with pytest.raises(ArgumentError, match="dtype"):
+        vit.at(224, 224, dtype="int8")
+    with pytest.raises(ArgumentError, match="pixels"):
+        vit.crossover(vit, wrt="tokens")
+    with pytest.raises(ArgumentError, match="none was given"):
+        vit.roofline()
+    with pytest.raises(ArgumentError, match="no peak of H200"):
+        vit.roofline("h200", dtype="int4")
+    with pytest.raises(ArgumentError, match=r"expected a torch\.nn\.Module"):
+        analyze("vit")
+
+
+def test_targets_without_a_site_say_so():
+    mlp = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Flatten(), torch.nn.Linear(32, 4))
+    with pytest.raises(ArgumentError, match="no site of Sequential can become 'neighborhood'"):
+        analyze(mlp, torch.zeros(1, 3, 8, 8), to="neighborhood")
+
+
+def test_plots_need_matplotlib(vit):
+    if "matplotlib" in sys.modules or _has_matplotlib():
+        assert len(vit.plot().lines) == 1
+        return
+    with pytest.raises(ArgumentError, match=r"attnrewrite\[plots\]"):
+        vit.plot()
+
+
+def _has_matplotlib() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def test_command_line(tmp_path, capsys):
+    spec = tmp_path / "tiny.py"
+    spec.write_text(
+        "from attnrewrite.loading import load_model\n\n\ndef build(img_size=64):\n"
+        f"    return load_model('timm:vit_tiny_patch16_224', img_size=img_size, **{SMALL})\n"
+    )
+    page, data = tmp_path / "cost.html", tmp_path / "cost.json"
+    options = ["--size", "96x64", "--to", "manhattan_decomposed", "--html", str(page), "--json", str(data)]
+    assert main(["analyze", f"{spec}:build", *options]) == 0
+    assert "at 96x64" in capsys.readouterr().out
+    assert json.loads(data.read_text())["input"]["height"] == 96
+    assert "MaSA-d" in page.read_text(encoding="utf-8")
+    assert main(["analyze", f"{spec}:build", "--size", "big"]) == 2
+    assert "--size: expected HEIGHTxWIDTH" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "attnrewrite", "analyze", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--compare" in done.stdout
