@@ -21,6 +21,7 @@ from .errors import ArgumentError, ConversionError
 from .ir import AttentionSite, Global, Reduced, Refused, Site
 from .lift.dataflow import Dataflow
 from .plan import Plan, PlannedSite, matching
+from .product_cost import macs_after, macs_before
 from .rewrite.check import misbehaviour
 from .rewrite.owners import OwnerProgram, build_programs
 from .targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, recognise_all, target_of
@@ -61,6 +62,7 @@ def plan(
     _check_behaviour(made, flow)
     if automatic:
         keep_the_worst(made, budget, measure)
+    _count(made)
     _measure(made)
     made.values = {node: made.values[node] for node in _references(made.capture.root.output)}  # the rest is memory
     return made
@@ -193,7 +195,8 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         owned = [planned[id(site)] for site in owner.sites]
         structure = f"{type(owner.call.module)} {owner.program.source} {list(owner.modules.values())}"
         if structure not in verdicts:
-            twin = owner if all(p.conversion and p.conversion.keeps_function for p in owned) else _with_own_function(owner, flow)
+            kept = all(p.conversion and p.conversion.keeps_function for p in owned)
+            twin = owner if kept else _with_own_function(owner, flow)
             verdicts[structure] = misbehaviour(twin, flow.constants | made.values, made.capture.batch) if twin else ""
         for each in owned if verdicts[structure] else ():
             each.refuse(verdicts[structure])
@@ -210,6 +213,15 @@ def _with_own_function(owner: OwnerProgram, flow: Dataflow) -> OwnerProgram | No
         return None
     programs, _ = build_programs(owner.sites, flow, lambda site: conversions[id(site)])
     return next((program for program in programs if program.call is owner.call), None)
+
+
+def _count(made: Plan) -> None:
+    """What the new cores of attention cost beside the old products."""
+    for planned in made.converting:
+        if isinstance(planned.site, AttentionSite) and planned.conversion is not None:
+            after = macs_after(planned.site, planned.conversion)
+            if after is not None:
+                planned.measured["macs"] = (macs_before(planned.site), after)
 
 
 def _measure(made: Plan) -> None:

@@ -74,10 +74,11 @@ class CalibrationReport:
 class SiteReport:
     """One site. ``status`` is converted, kept, refused or untouched; ``why`` is one clause.
 
-    ``certificate`` is the text of the proof that the site was read right; ``grid`` the map for which the class holds;
-    ``parameters`` how many were ``moved`` (they serve as before), are ``new`` or were ``dropped``; ``macs`` the
-    multiply-adds of its two products before and after, on the example input; ``error`` the measured local error of the new core on the example input (None: not measured); ``dropped_mass`` the share of
-    attention per head that is lost.
+    ``certificate`` is the text of the proof that the site was read right; ``grid`` the map for which the class
+    holds; ``parameters`` how many were ``moved`` (they serve as before), are ``new`` or were ``dropped``; ``macs``
+    the multiply-adds of its two products before and after, on the example input; ``error`` the measured local error
+    of the new core on the example input (None: not measured); ``dropped_mass`` the share of attention per head that
+    is lost.
     """
 
     name: str
@@ -128,15 +129,14 @@ class ConversionReport:
         return json.dumps(_without_nan(self.to_dict()), indent=2, default=str, allow_nan=False)
 
     def to_markdown(self) -> str:
-        rows = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-        rows += ["| " + " | ".join(_cells(names, site)) + " |" for names, site in folded(self.sites)]
-        return "\n".join([f"**{self.headline()}**", "", *rows])
+        columns, rows = self.cells()
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([f"**{self.headline()}**", "", *lines])
 
     def to_html(self) -> str:
         """One self-contained page."""
-        return html_page(
-            self.headline(), _COLUMNS, [_cells(names, site) for names, site in folded(self.sites)], self.notes()
-        )
+        return html_page(self.headline(), *self.cells(), self.notes())
 
     def raise_if(
         self, *, max_output_error: float | None = None, below: str | None = None, refused: bool = False
@@ -171,11 +171,19 @@ class ConversionReport:
 
     def table(self) -> Table:
         table = Table(title=self.headline(), title_justify="left", box=None, header_style="bold")
-        for column in _COLUMNS:
-            table.add_column(column, overflow="fold")
-        for names, site in folded(self.sites):
-            table.add_row(*_cells(names, site))
+        columns, rows = self.cells()
+        for column in columns:
+            table.add_column(column, overflow="fold", no_wrap=column in ("site", "status", "class"))
+        for row in rows:
+            table.add_row(*row)
         return table
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The table's columns and rows, without columns that say nothing."""
+        rows = [_cells(names, site) for names, site in folded(self.sites)]
+        told = [any(row[place] not in ("", number(None)) for row in rows) for place in range(len(_COLUMNS))]
+        shown = [place for place, name in enumerate(_COLUMNS) if told[place] or name == "error"]
+        return [_COLUMNS[place] for place in shown], [[row[place] for place in shown] for row in rows]
 
     def __str__(self) -> str:
         console = Console(width=160, record=True, file=None, quiet=False, force_terminal=False)
@@ -199,7 +207,9 @@ class ConversionReport:
         return notes
 
 
-_COLUMNS = ("site", "status", "class", "source", "grid", "moved/new/dropped", "product MACs", "error", "mass kept", "only this", "why")
+_COLUMNS = (
+    "site", "status", "class", "source", "moved/new/dropped", "product MACs", "error", "mass kept", "only this", "why",
+)  # fmt: skip
 
 
 def number(value: float | None) -> str:
@@ -247,7 +257,9 @@ def _cells(names: str, site: SiteReport) -> tuple[str, ...]:
     error = number(site.error) if site.status == "converted" else ""
     macs = " -> ".join(map(short, site.macs)) if site.macs else ""
     counts = "/".join(short(site.parameters[key]) for key in ("moved", "new", "dropped")) if site.parameters else ""
-    return (names, site.status, site.exactness, site.source, site.grid, counts, macs, error, kept, _only_text(site), site.why)
+    return (
+        names, site.status, site.exactness, site.source, counts, macs, error, kept, _only_text(site), site.why,
+    )  # fmt: skip
 
 
 def _only(site: SiteReport) -> float | None:
