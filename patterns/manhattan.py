@@ -56,7 +56,9 @@ class Manhattan(Target):
             decay, grid, _channels(site, self.lce), scale, site.dropout, self.placement, self.lce
         )
         core = OfMap(core) if isinstance(site.keys, Window) else core
-        return Conversion(*self._class(grid), core, self._settings(), "none yet: every query still sees every key")
+        return Conversion(
+            *self._class(grid, self.lce), core, self._settings(), "none yet: every query still sees every key"
+        )
 
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         if self.reduced_keys == "refuse":
@@ -71,11 +73,12 @@ class Manhattan(Target):
         grid, reduced = grid_of_site(site), Grid(keys.height, keys.width)
         decay = head_decay(self.decay, site.heads)
         core = ReducedManhattanCore(decay, grid, reduced, site.scale_of_operands, site.dropout)
-        return Conversion(*self._class(grid), core, self._settings(), "the reduced keys' cost is kept")
+        settings = self._settings() | {"lce": False}  # values of the reduced map are no context of a token
+        return Conversion(*self._class(grid, False), core, settings, "the reduced keys' cost is kept")
 
-    def _class(self, grid: Grid) -> tuple[Exactness, str]:
+    def _class(self, grid: Grid, lce: bool) -> tuple[Exactness, str]:
         if self.decay is None:
-            extra = " and local context enhancement 0" if self.lce else ""
+            extra = " and local context enhancement 0" if lce else ""
             return Exactness.CONTINUOUS, f"decay 1{extra} keep the function on the {grid} map"
         return Exactness.PROJECTED, f"attention decays by {self.decay} a step on the {grid} map"
 

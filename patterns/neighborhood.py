@@ -81,7 +81,8 @@ class Neighborhood(Target):
                 Exactness.EXACT, f"the window and kernel {text_of(kernel)} both cover the {grid} map{clamped}", core,
                 settings, "none at this size: every query still sees every key",
             )  # fmt: skip
-        untrained = any(k > size for k, size in zip(kernel, window.size, strict=True)) and site.bias is not None
+        reached = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+        untrained = site.bias is not None and any(r >= size for r, size in zip(reached, window.size, strict=True))
         return Conversion(
             Exactness.PROJECTED,
             f"{window} becomes a kernel of {text_of(kernel)} around every query{clamped}"

@@ -73,7 +73,7 @@ class NeighborhoodAttention(nn.Module):
 
     def _table(self, bias: Tensor, kernel: Pair) -> Tensor:
         assert isinstance(self.entries, Tensor)
-        return reached_table(bias[0], self.entries, (self.grid.height, self.grid.width), kernel)
+        return reached_table(bias[0], self.entries, (self.grid.height, self.grid.width), kernel, self.dilation)
 
     def _dense(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Pair, grid: Grid
@@ -129,7 +129,7 @@ class SlidingAttention(nn.Module):
         table = None
         if bias is not None:
             assert isinstance(self.entries, Tensor)
-            table = reached_table(bias, self.entries, self.window, kernel).to(query.dtype)
+            table = reached_table(bias, self.entries, self.window, kernel, self.dilation).to(query.dtype)
         mixed = neighborhood_attention(
             query, key, value, kernel, needed_dilation(kernel, self.dilation), scale=self.scale, bias=table
         )
@@ -188,16 +188,18 @@ def grid_of(tokens: int, converted: Grid) -> Grid:
     return Grid(height, count // height, converted.prefix_tokens)
 
 
-def reached_table(bias: Tensor, entries: Tensor, sides: Pair, kernel: Pair) -> Tensor:
+def reached_table(bias: Tensor, entries: Tensor, sides: Pair, kernel: Pair, dilation: Pair = (1, 1)) -> Tensor:
     """``[heads, 2k-1, 2k-1]``: what a kernel reaches of a relative table, its edge repeated where that is more.
+
+    A step of the kernel is ``dilation`` steps of the table, which holds distances on the map.
 
     Args:
         bias: ``[heads, n, n]`` of a map or window of ``sides``.
         entries: positions in one head's flattened bias that hold the table, in key-minus-query order.
     """
     table = bias.flatten(1)[:, entries].unflatten(1, (2 * sides[0] - 1, 2 * sides[1] - 1))
-    for axis, (side, reach) in enumerate(zip(sides, kernel, strict=True), start=1):
-        offset = torch.arange(1 - reach, reach, device=table.device).clamp(1 - side, side - 1)
+    for axis, (side, reach, step) in enumerate(zip(sides, kernel, dilation, strict=True), start=1):
+        offset = (step * torch.arange(1 - reach, reach, device=table.device)).clamp(1 - side, side - 1)
         table = table.index_select(axis, offset + side - 1)
     return table.contiguous()
 
