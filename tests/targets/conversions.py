@@ -38,12 +38,13 @@ def copied(case: Case, fidelity: str = "projected") -> nn.Module:
 
 def learned(model: nn.Module, name: str) -> list[dict[str, Tensor]]:
     """The new parameters of every attention, in order, by the end of their names; none where nothing was converted."""
-    by_site: dict[str, dict[str, Tensor]] = {}
+    rows = attention_rows(model)
+    found: list[dict[str, Tensor]] = [{} for _ in rows]
     for full, parameter in new_parameters(model, donor(name)).items():
         place, _, own = full.partition(".attnrewrite_attention.")
-        by_site.setdefault(place, {})[own.removeprefix("core.").removeprefix("local.")] = parameter.detach()
-    groups = iter(by_site.values())
-    return [next(groups, {}) if row.status == "converted" else {} for row in attention_rows(model)]
+        (index,) = (i for i, row in enumerate(rows) if f"{row.name}.".startswith(f"{place}."))
+        found[index][own.removeprefix("core.").removeprefix("local.")] = parameter.detach()
+    return found
 
 
 def local_weights(new: dict[str, Tensor]) -> LocalWeights:

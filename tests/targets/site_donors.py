@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
+import timm
 import torch
-from target_donors import DONORS, VIT, timm_pyramid, timm_vit
+from target_donors import DONORS, PVT, VIT, timm_vit
 from timm.layers import SwiGLUPacked
 from timm.models.eva import Eva
 from torch import nn
@@ -16,6 +17,11 @@ from attnrewrite.report import SiteReport
 
 def eva(**options: object) -> nn.Module:
     return Eva(img_size=(64, 96), patch_size=16, swiglu_mlp=True, qkv_fused=False, **(VIT | options))
+
+
+def small_pvt() -> nn.Module:
+    widths = {"embed_dims": (8, 16, 32, 32), "num_heads": (1, 2, 2, 2)}
+    return timm.create_model("pvt_v2_b0", drop_path_rate=0.0, **(PVT | widths))
 
 
 def dropping_vit() -> nn.Module:
@@ -32,10 +38,7 @@ DONORS |= {
     "vit, swiglu": (partial(eva, scale_mlp=False), (64, 96)),
     "vit, swiglu and norm": (partial(eva, scale_mlp=True), (64, 96)),
     "vit, inner norm": (lambda: timm_vit(img_size=(64, 96), scale_mlp_norm=True), (64, 96)),
-    "pvt v2, any size": (
-        lambda: timm_pyramid("pvt_v2_b0", embed_dims=(8, 16, 32, 32), num_heads=(1, 2, 2, 2)),
-        (64, 64),
-    ),
+    "pvt v2, any size": (small_pvt, (64, 64)),
     "vit, patches of 14": (lambda: timm_vit("vit_tiny_patch16_224", img_size=56, patch_size=14), (56, 56)),
     "vit, patches of 32": (lambda: timm_vit("vit_tiny_patch16_224", img_size=64, patch_size=32), (64, 64)),
 }

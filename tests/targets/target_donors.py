@@ -16,7 +16,7 @@ from attnrewrite.report import SiteReport
 
 VIT = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 SWIN = {"window_size": 4, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "num_classes": 5}
-PVT = {"depths": (1, 1, 1, 1), "num_classes": 5}
+PVT = {"depths": (1, 1, 1, 1), "num_classes": 5, "embed_dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 3)}
 
 
 def timm_vit(name: str = "vit_tiny_patch16_224", **options: object) -> nn.Module:
@@ -28,7 +28,7 @@ def timm_swin(size: tuple[int, int]) -> nn.Module:
 
 
 def timm_pyramid(name: str, **options: object) -> nn.Module:
-    return timm.create_model(name, drop_path_rate=0.0, **PVT, **options)
+    return timm.create_model(name, drop_path_rate=0.0, mlp_ratios=(2, 2, 2, 2), **PVT, **options)
 
 
 def transformers_vit() -> nn.Module:
@@ -48,7 +48,8 @@ def transformers_swin() -> nn.Module:
 
 def transformers_pvt() -> nn.Module:
     config = transformers.PvtConfig(
-        image_size=64, depths=[1, 1, 1, 1], num_labels=5, attn_implementation="eager", drop_path_rate=0.0,
+        image_size=64, depths=[1, 1, 1, 1], num_labels=5, hidden_sizes=[8, 12, 16, 24], num_attention_heads=[1, 2, 2, 3],
+        mlp_ratios=[2, 2, 2, 2], attn_implementation="eager", drop_path_rate=0.0,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return transformers.PvtForImageClassification(config)
