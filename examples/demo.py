@@ -10,7 +10,6 @@ import time
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import attnrewrite
 from attnrewrite.loading import load_model
@@ -29,19 +28,12 @@ def show(name: str, image: Tensor, options: dict[str, int]) -> None:
     converted = attnrewrite.convert(model, "neighborhood", image, **options)
     print(f"\n{name} converted in {time.perf_counter() - started:.1f} s")
     print(attnrewrite.report(converted))
-    before, after = cost(model, image), cost(converted, image)
+    before, after = (attnrewrite.analyze(each, image).cost.macs for each in (model, converted))
     times = interleaved(model, converted, image)
     print(
-        f"cost {before / 2e9:.2f} -> {after / 2e9:.2f} GMACs; "
+        f"cost {before / 1e9:.2f} -> {after / 1e9:.2f} GMACs; "
         f"time {times[0] * 1e3:.0f} -> {times[1] * 1e3:.0f} ms a {image.shape[-1]}-pixel image (median, side by side)"
     )
-
-
-def cost(model: nn.Module, image: Tensor) -> int:
-    """Floating point operations of one forward pass, as torch counts them."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops()
 
 
 def interleaved(first: nn.Module, second: nn.Module, image: Tensor, repeats: int = 7) -> tuple[float, float]:
