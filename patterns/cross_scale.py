@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def _fill(convs: nn.ModuleList, shares: list[_Share], site: StemSite, weights: W
     bias = None if site.bias is None else weights(site.bias)
     with torch.no_grad():
         for conv, share in zip(convs, shares, strict=True):
-            conv.weight.copy_(share.filters)  # type: ignore[operator, union-attr]
+            conv.weight.copy_(share.filters)  # type: ignore[operator]
             conv.bias.copy_(torch.zeros_like(conv.bias) if bias is None else bias[share.channels])  # type: ignore
 
 
@@ -152,8 +153,9 @@ def _norm(node: Node | None, weights: Weights, like: Tensor) -> nn.LayerNorm | N
     """A layer norm of its own with the values of a captured one, in the dtype of ``like``."""
     if node is None:
         return None
-    shape, weight, bias, eps = (*node.args[1:5], *(None, None, 1e-5)[len(node.args) - 2 :])
-    made = nn.LayerNorm(shape, eps).to(like)  # type: ignore[arg-type]
+    shape, weight, bias = (*node.args[1:4], None, None)[:3]
+    eps: Any = node.args[4] if len(node.args) > 4 else 1e-5
+    made = nn.LayerNorm(shape, eps).to(like)
     with torch.no_grad():
         for own, given in ((made.weight, weight), (made.bias, bias)):
             if isinstance(given, Node):

@@ -46,7 +46,7 @@ class CrossScaleConv(nn.Module):
         right, below = (columns * self.stride - width, rows * self.stride - height)
         image = F.pad(image, (0, torch.sym_max(right, 0), 0, torch.sym_max(below, 0)))
         scales = torch.cat([conv(image)[..., :rows, :columns] for conv in self.projs], dim=1)
-        return scales if self.order is None else scales[:, self.order]
+        return scales[:, self.order] if isinstance(self.order, Tensor) else scales
 
     def _steps(self, side: int) -> int:
         return (side + 2 * self.padding - self.kernel_size) // self.stride + 1
