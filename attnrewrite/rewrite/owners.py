@@ -111,12 +111,14 @@ def _children_called(graph: fx.Graph) -> list[str]:
 
 
 def _is_droppable(call: ModuleCall, name: str, flow: Dataflow) -> bool:
-    """A child with parameters that only this call used: left behind, it would break distributed training."""
+    """A child with parameters that only this module used, once a call: left behind, it would break distributed
+    training."""
     if name not in dict(call.module.named_modules()):
         return False
     child = call.module.get_submodule(name)
-    calls = sum(1 for other in _calls(flow.capture.root) if other.module is child)
-    return calls == 1 and any(True for _ in child.parameters())
+    calls = [other.module for other in _calls(flow.capture.root)]
+    alone = sum(module is child for module in calls) == sum(module is call.module for module in calls)
+    return alone and any(True for _ in child.parameters())
 
 
 def _opener(sites: list[Site], conversion_of: ConversionOf) -> Callable[[ModuleCall], bool]:

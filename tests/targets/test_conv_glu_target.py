@@ -114,6 +114,26 @@ def test_dropout_stays_where_it_was():
     assert distance(logits(matched.train(), batch), logits(matched.eval(), batch)) > 1e-2
 
 
+def test_an_mlp_that_is_called_twice_stays_one():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mlp = nn.Conv2d(3, 8, 4, 4), Mlp(8, 12)
+
+        def forward(self, image):
+            tokens = self.stem(image).permute(0, 2, 3, 1)
+            return self.mlp(tokens + self.mlp(tokens))
+
+    model = Twice().double().eval()
+    batch = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    for options, largest in (({}, 1e-12), (MATCH, 1.0)):
+        rewritten = attnrewrite.convert(model, "conv_glu", batch, **options)
+        assert len(new_cores(rewritten, "mlp")) == 1
+        assert distance(logits(rewritten, batch), logits(model, batch)) < largest
+        rewritten(batch).sum().backward()
+        assert all(parameter.grad is not None for parameter in rewritten.parameters())
+
+
 FAULTS = {
     "the kernel's centre moved": lambda core: core.conv.conv.weight.data.copy_(core.conv.conv.weight.roll(1, -1)),
     "a bias on the convolution": lambda core: core.conv.conv.bias.data.add_(0.1),
