@@ -45,7 +45,8 @@ class Aggregated(Target):
             raise ArgumentError(f"window_size: must be odd and at least 1, got {self.window_size!r}")
         if self.pool is not None:
             require_positive("pool", self.pool)
-        if self.local_bias is not None and (isinstance(self.local_bias, str) or math.isnan(self.local_bias)):
+        number = isinstance(self.local_bias, int | float) and not isinstance(self.local_bias, bool)
+        if self.local_bias is not None and not (number and self.local_bias < math.inf):
             raise ArgumentError(f"local_bias: expected a number or -inf, got {self.local_bias!r}")
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
