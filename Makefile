@@ -3,6 +3,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c requirements/constraints.txt
 READY := $(VENV)/.ready
+# Two processes of one thread each: a file's tests share models that one process converts once.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-all golden lint typecheck benchmarks clean
 
@@ -10,10 +12,10 @@ demo: $(READY)
 	$(RUN) examples/demo.py
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(TEST)
 
 test-all: $(READY)
-	$(RUN) -m pytest -m ""
+	$(TEST) -m ""
 
 # `make golden DIR=…` compares a directory of golden files, one line a file.
 golden: $(READY)
