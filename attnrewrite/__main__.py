@@ -54,7 +54,7 @@ def _analyze(given: argparse.Namespace) -> None:
     report = analyze(model, image, to=given.to, convention=given.convention, hardware=given.hardware)
     if given.compare:
         other, image = _model_and_image(given.compare, sides, given.batch)
-        report.comparison = report.compare(analyze(other, image))
+        report.comparisons.append(report.compare(analyze(other, image)))
     print(report)
     if given.json:
         report.to_json(given.json)

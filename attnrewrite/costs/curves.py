@@ -22,11 +22,9 @@ class Curve:
 
 
 def curves(report: Report) -> list[Curve]:
-    """The model's own curve, and that of what it is compared with."""
-    found = [Curve(report.name, _points(report.formula))]
-    if report.comparison is not None:
-        found.append(Curve(report.comparison.names[1], _points(report.comparison.formula)))
-    return found
+    """The model's own curve, and those of what it is compared with."""
+    others = [Curve(comparison.names[1], _points(comparison.formula)) for comparison in report.comparisons]
+    return [Curve(report.name, _points(report.formula)), *others]
 
 
 def _points(formula: ModelFormula) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ def analyze(
     example_inputs: Any | None = None,
     *,
     compare: nn.Module | Report | None = None,
-    to: str | Target | None = None,
+    to: str | Target | Sequence[str | Target] | None = None,
     convention: str = "mac",
     hardware: str | Hardware | None = None,
     **options: Any,
@@ -34,8 +35,8 @@ def analyze(
         example_inputs: what ``forward`` takes, an image ``[batch, channels, height, width]`` or more; derived from the
             model's own configuration where that states a size.
         compare: another model, or its report, to stand beside this one.
-        to: a conversion target whose cost to state beside the present one, without converting; ``options`` are its
-            options (``kernel_size``, ``pool_size``, ``decomposed``, …).
+        to: a conversion target, or several, whose cost to state beside the present one, without converting; ``options``
+            are those of a single one (``kernel_size``, ``pool_size``, …).
         convention: ``"mac"`` (multiply-accumulates of contractions: what papers of these families call FLOPs),
             ``"flop"`` (twice that) or ``"fvcore"`` (plus its price of normalisation and pooling).
         hardware: for ``Report.roofline``.
@@ -52,9 +53,11 @@ def analyze(
         raise ArgumentError(f"{next(iter(options))}: options are those of a target; pass to= as well")
     machine = None if hardware is None else hardware_of(hardware)
     found = Report(model, normalise_inputs(model, example_inputs), require_convention(convention), machine)
-    if to is not None:
-        found.comparison = converted_cost(found, to, options)
+    targets = [] if to is None else [to] if isinstance(to, str | Target) else list(to)
+    if options and len(targets) > 1:
+        raise ArgumentError(f"{next(iter(options))}: with several targets, give their options in target objects")
+    found.comparisons = [converted_cost(found, target, options) for target in targets]
     if compare is not None:
         other = compare if isinstance(compare, Report) else analyze(compare, example_inputs, convention=convention)
-        found.comparison = found.compare(other)
+        found.comparisons.append(found.compare(other))
     return found

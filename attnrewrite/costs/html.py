@@ -52,12 +52,10 @@ def page(report: Report) -> str:
 def fragment(report: Report) -> str:
     """The same for a notebook's cell."""
     parts = [f"<h1>{escape(headline(report))}</h1>"]
-    comparison = report.comparison
-    if comparison is not None:
-        parts.append(f'<p class="verdict">{escape(comparison.verdict)}</p>')
+    parts += [f'<p class="verdict">{escape(comparison.verdict)}</p>' for comparison in report.comparisons]
     rows = [site_cells(report, line) for line in folded(report.sites)]
     parts += ["<h2>Sites</h2>", _table(COLUMNS, rows)]
-    if comparison is not None:
+    for comparison in report.comparisons:
         title = f"{comparison.names[0]} → {comparison.names[1]}"
         parts += [f"<h2>{escape(title)}</h2>", _table(*comparison_table(comparison))]
     parts += ["<h2>Scaling</h2>", _scaling(report)]
@@ -67,14 +65,13 @@ def fragment(report: Report) -> str:
         parts.append(f"<p>Lower bound of all parts one after another: {roof.seconds * 1e3:.3f} ms. "
                      f"Peaks: {escape(roof.hardware.source)}.</p>")  # fmt: skip
     parts += ["<h2>Modules</h2>", _tree(report)]
-    notes = [*footer(report), *(() if comparison is None else comparison.notes)]
+    notes = dict.fromkeys([*footer(report), *(note for found in report.comparisons for note in found.notes)])
     parts += ["<h2>Checks and assumptions</h2><ul>", *(f"<li>{escape(line)}</li>" for line in notes), "</ul>"]
     return f'<div class="attnrewrite"><style>{_STYLE}</style><main>{"".join(parts)}</main></div>'
 
 
 def _scaling(report: Report) -> str:
-    comparison = report.comparison
-    sides = [] if comparison is None else comparison.crossovers
+    sides = [side for comparison in report.comparisons for side in comparison.crossovers]
     crossings = [(side, float(report.polynomial.subs({H: side, W: side}))) for side in sides]
     return scaling_chart(curves(report), crossings, report.size[0])
 

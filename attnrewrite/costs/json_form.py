@@ -45,7 +45,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "checks": [{**asdict(check), "equal": check.equal} for check in report.checks],
         "unsupported": [str(operation) for operation in report.unsupported],
         "assumptions": report.assumptions,
-        "comparison": None if report.comparison is None else comparison(report.comparison),
+        "comparisons": [comparison(found) for found in report.comparisons],
     }
 
 

@@ -76,7 +76,7 @@ class Report:
 
     Attributes:
         convention: ``mac``, ``flop`` or ``fvcore``: the unit of ``total``.
-        comparison: before and after, where ``analyze`` was asked to compare or convert; else None.
+        comparisons: what stands beside the model in every form of the report: other models, conversions not made.
     """
 
     def __init__(self, model: nn.Module, example: Inputs, convention: str, hardware: Hardware | None = None) -> None:
@@ -84,12 +84,17 @@ class Report:
         self._sizer = Sizer(model, example)
         self.convention, self.hardware = convention, hardware
         self.name = type(model).__name__
-        self.comparison: Comparison | None = None
+        self.comparisons: list[Comparison] = []
         self.trace: Trace = self._sizer.at_example()
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.parameters = Parameters(sum(p.numel() for p in model.parameters()), trainable)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         self.dtype = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The first of ``comparisons``."""
+        return self.comparisons[0] if self.comparisons else None
 
     @property
     def size(self) -> tuple[int, int]:

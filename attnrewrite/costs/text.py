@@ -120,8 +120,8 @@ def padding_overhead(report: Report) -> float:
 def terminal(report: Report) -> str:
     rows = [site_cells(report, line) for line in folded(report.sites)]
     lines = [headline(report), *aligned(COLUMNS, rows), *footer(report)]
-    if report.comparison is not None:
-        lines += ["", comparison_text(report.comparison)]
+    for comparison in report.comparisons:
+        lines += ["", comparison_text(comparison)]
     return "\n".join(lines)
 
 
@@ -145,9 +145,8 @@ def markdown(report: Report) -> str:
         "",
         *(f"* {line}" for line in footer(report)),
     ]
-    if report.comparison is not None:
-        header, compared = comparison_table(report.comparison)
-        parts += ["", *markdown_table(header, compared)]
+    for comparison in report.comparisons:
+        parts += ["", comparison.verdict, "", *markdown_table(*comparison_table(comparison))]
     return "\n".join(parts)
 
 

@@ -126,7 +126,7 @@ def test_json_holds_everything_and_expressions_come_back(compared):
     names = {name: getattr(symbols, name) for name in ("down", "up")}
     assert sympy.sympify(data["macs"]["srepr"], locals=names) == compared.expression
     assert set(data["macs"]) == {"srepr", "text", "latex"}
-    assert data["comparison"]["crossovers"] == compared.comparison.crossovers
+    assert data["comparisons"][0]["crossovers"] == compared.comparison.crossovers
     assert compared.to_records()[0]["name"] == "patch_embed.proj"
 
 
