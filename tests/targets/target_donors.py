@@ -48,7 +48,8 @@ def transformers_swin() -> nn.Module:
 
 def transformers_pvt() -> nn.Module:
     config = transformers.PvtConfig(
-        image_size=64, depths=[1, 1, 1, 1], num_labels=5, hidden_sizes=[8, 12, 16, 24], num_attention_heads=[1, 2, 2, 3],
+        image_size=64, depths=[1, 1, 1, 1], num_labels=5, hidden_sizes=[8, 12, 16, 24],
+        num_attention_heads=[1, 2, 2, 3],
         mlp_ratios=[2, 2, 2, 2], attn_implementation="eager", drop_path_rate=0.0,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
