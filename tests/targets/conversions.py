@@ -6,6 +6,7 @@ import copy
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from attention_definitions import LocalWeights
 from target_donors import attention_rows, donor, images, new_parameters
@@ -14,6 +15,22 @@ from torch import Tensor, nn
 import attnrewrite
 
 Case = tuple[str, str, dict[str, Any]]
+
+
+QUICK: list[Case] = [
+    ("swin", "aggregated", {}),
+    ("swin", "neighborhood", {"kernel_size": 3}),
+    ("swin, padded", "long_short_distance", {}),
+    ("swin, padded", "neighborhood", {"kernel_size": 3, "dilation": 3}),
+    ("pvt v2", "aggregated", {}),
+    ("pvt v2", "aggregated", {"local_bias": 0.0}),
+]
+"""Of the windowed and pyramid donors, which convert ten times slower than a ViT, those of every run."""
+
+
+def case_marks(case: Case) -> list[pytest.MarkDecorator]:
+    quick = case in QUICK or (case[0].startswith("vit") and "transformers" not in case[0])
+    return [] if quick else [pytest.mark.slow]
 
 
 def case_name(case: Case) -> str:

@@ -9,7 +9,7 @@ import attention_definitions as define
 import pytest
 import torch
 from attention_definitions import Operands
-from conversions import Case, case_name, converted, copied, head_decay, learned, local_weights
+from conversions import Case, case_marks, case_name, converted, copied, head_decay, learned, local_weights
 from mixed_donors import mixed_donor, operands_of
 from target_donors import attention_rows, distance, donor, images, logits, moved
 from torch import Tensor, nn
@@ -137,7 +137,10 @@ def by_two_where_shifted(op: Operands, new: New) -> Tensor | None:
 
 
 DEFINED = [(case, definition or by_two_where_shifted) for case, definition in DEFINED]
-CASES = pytest.mark.parametrize(("case", "definition"), DEFINED, ids=[case_name(case) for case, _ in DEFINED])
+CASES = pytest.mark.parametrize(
+    ("case", "definition"),
+    [pytest.param(*pair, marks=case_marks(pair[0]), id=case_name(pair[0])) for pair in DEFINED],
+)
 
 
 def by_definition(case: Case, model: nn.Module, definition: Definition) -> nn.Module:

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from conversions import Case, case_name, converted, copied
+from conversions import Case, case_marks, case_name, converted, copied
 from target_donors import attention_rows, distance, donor, images, logits
 from torch import nn
 
@@ -54,11 +54,16 @@ KEPT: list[tuple[Case, list[str]]] = [
     (("pvt v2", "neighborhood", {}), [EXACT] * 4),
     (("vit, transformers", "dilated_neighborhood", {}), [EXACT] * 2),
 ]
-CASES = pytest.mark.parametrize("case", [case for case, _ in KEPT], ids=case_name)
+CASES = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=case_marks(case), id=case_name(case)) for case, _ in KEPT]
+)
 FEW = pytest.mark.parametrize(
     "case",
-    [case for case, _ in KEPT if case[0] in ("vit", "swin", "swin, padded") or case == ("pvt v2", "aggregated", {})],
-    ids=case_name,
+    [
+        pytest.param(case, marks=case_marks(case), id=case_name(case))
+        for case, _ in KEPT
+        if case[0] in ("vit", "swin", "swin, padded") or case == ("pvt v2", "aggregated", {})
+    ],
 )
 
 
@@ -70,7 +75,9 @@ def tolerance(case: Case) -> float:
     return 1e-8 if "local_bias" in case[2] else 1e-12
 
 
-@pytest.mark.parametrize(("case", "classes"), KEPT, ids=[case_name(case) for case, _ in KEPT])
+@pytest.mark.parametrize(
+    ("case", "classes"), [pytest.param(*pair, marks=case_marks(pair[0]), id=case_name(pair[0])) for pair in KEPT]
+)
 def test_the_class_is_reported(case: Case, classes: list[str]) -> None:
     rows = attention_rows(kept(case))
     assert [row.exactness for row in rows if row.status == "converted"] == classes
