@@ -11,15 +11,15 @@ LOCAL = {"local.query_embedding": 24, "local.learnable_tokens": 216, "local.lear
 """Of 3 heads of 8 channels and a window of 3."""
 LEPE = {"lepe.conv.weight": 24 * 25, "lepe.conv.bias": 24}
 ADDED: list[tuple[Case, dict[str, int]]] = [
-    (("vit", "aggregated", {}), LOCAL),
-    (("vit", "aggregated", {"local_bias": -20.0}), LOCAL | {"local.relative_pos_bias_local": 27}),
-    (("vit", "aggregated", {"pool": 2}), LOCAL | {"local.relative_pos_bias_local": 27}),
-    (("vit", "manhattan", {}), LEPE),
-    (("vit", "manhattan", {"lce": False}), {}),
-    (("vit", "manhattan_decomposed", {"gate": True}), {"gate": 3} | LEPE),
-    (("vit", "manhattan_decomposed", {"lce": False}), {}),
-    (("vit", "long_short_distance", {"group_size": 3}), {}),
-    (("vit", "neighborhood", {"kernel_size": 3}), {}),
+    (("vit, average", "aggregated", {}), LOCAL),
+    (("vit, average", "aggregated", {"local_bias": -20.0}), LOCAL | {"local.relative_pos_bias_local": 27}),
+    (("vit, average", "aggregated", {"pool": 2}), LOCAL | {"local.relative_pos_bias_local": 27}),
+    (("vit, average", "manhattan", {}), LEPE),
+    (("vit, average", "manhattan", {"lce": False}), {}),
+    (("vit, average", "manhattan_decomposed", {"gate": True}), {"gate": 3} | LEPE),
+    (("vit, average", "manhattan_decomposed", {"lce": False}), {}),
+    (("vit, average", "long_short_distance", {"group_size": 3}), {}),
+    (("vit, average", "neighborhood", {"kernel_size": 3}), {}),
 ]
 TRAINED = [case for case, names in ADDED if names]
 PLACE = "blocks.{}.attn.attnrewrite_attention."
@@ -55,3 +55,11 @@ def test_moving_any_new_parameter_changes_the_output(case: Case) -> None:
         with torch.no_grad():
             parameter.copy_(start)
     assert torch.equal(logits(model, batch), before)
+
+
+def test_the_last_block_before_a_class_token_is_dead() -> None:
+    """Only the class token is read, and the new parameters act on the map: the one place where none can train."""
+    model = copied(("vit", "manhattan", {}))
+    model(images("vit")).square().sum().backward()
+    touched = {n: bool(p.grad.abs().max() > 0) for n, p in new_parameters(model, donor("vit")).items()}
+    assert touched == {PLACE.format(block) + name: block == 0 for block in range(2) for name in LEPE}
