@@ -33,7 +33,7 @@ def calibrate(
     method: str = "lsq",
     n: int = 256,
     ridge: float = 1e-2,
-    holdout: float = 0.5,
+    holdout: float = 0.25,
     token_weights: str = "readout",
     value_step: bool | None = None,
     seed: int = 0,
@@ -121,7 +121,7 @@ def _refitted(
     model: nn.Module, original: nn.Module, places: list[Place], images: Images, settings: Calibration
 ) -> dict[str, str]:
     """Refit place by place in forward order, in place; what was done by site."""
-    weights = token_weights(original, places, images) if settings.token_weights == "readout" else None
+    weights = token_weights(original, places, images, settings.seed) if settings.token_weights == "readout" else {}
     pair = Pair(model, original, images, weights)
     fingerprint = {
         "images": images.fingerprint(), "weights of converted": fingerprint_of(model),

@@ -44,14 +44,13 @@ class Pair:
     model: nn.Module
     original: nn.Module
     images: Images
-    weights: Tensor | None
+    weights: dict[str, Tensor]
 
-    def token_weights(self, stream: Tensor) -> Tensor:
-        """Weights of the rows of ``stream`` ``[images, tokens, channels]``."""
+    def token_weights(self, place: Place, stream: Tensor) -> Tensor:
+        """Weights of the rows of ``stream`` ``[images, tokens, channels]``; those of a place without any are one."""
         count, length = stream.shape[:2]
-        if self.weights is not None and len(self.weights) == length:
-            return self.weights.to(stream.device).repeat(count)
-        return torch.ones(count * length, dtype=torch.float64, device=stream.device)
+        weights = self.weights.get(place.name, stream.new_ones(length))
+        return weights.to(stream.device).repeat(count)
 
     def rows(self, place: Place, chosen: Tensor) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
         """Batch by batch: projection inputs, stream errors (float64, ``[rows, ...]``) and weights of the rows."""
@@ -60,7 +59,7 @@ class Pair:
             x, after = read(self.model, batch, [Tap(place.projection), place.after])
             (wanted,) = read(self.original, batch, [place.after])
             error = tokens(wanted).double() - tokens(after).double()
-            yield batch, features(x), error.flatten(0, 1), self.token_weights(error)
+            yield batch, features(x), error.flatten(0, 1), self.token_weights(place, error)
 
     def scale(self, place: Place) -> Tensor:
         linear = self.linear(place)

@@ -1,4 +1,4 @@
-"""How much every token counts: the logits of a class-token model see one token, and least squares must know it."""
+"""How much every token counts: a class-token model's logits are read from one token, and least squares must know it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,40 @@ import torch
 from torch import Tensor, nn
 
 from .images import Images, logits
+from .parallel import summed
 from .places import Place
 from .streams import read_all, tokens
 
+PROBES = 4
+FLOOR = 0.01
+"""What a token counts at least, beside a mean of one: tokens that are not read keep the solution steady."""
 
-def token_weights(original: nn.Module, places: list[Place], images: Images) -> Tensor | None:
-    """Weights ``[tokens]`` of the last residual stream: ``tokens / readouts`` for those that the logits are read from.
 
-    These are found by the gradient of the logits. None: all tokens count alike.
+def token_weights(original: nn.Module, places: list[Place], images: Images, seed: int) -> dict[str, Tensor]:
+    """Weights ``[tokens]`` of the residual stream after every place, in float64 and with a mean of one.
+
+    A token weighs as much as the logits move with it: the mean over the images of the squared gradient of random sums
+    of the logits, which is the diagonal of what an error in the stream costs at the output.
     """
-    last = next((place for place in reversed(places) if place.before is not None), None)
-    if last is None or last.after is None:
-        return None
-    batch = {name: value.clone().requires_grad_() for name, value in next(images.batches()).items()}
-    with torch.enable_grad():
-        (stream,), output = read_all(original, batch, [last.after])
-        (gradient,) = torch.autograd.grad(logits(output).square().sum(), [stream])
-    seen = tokens(gradient).abs().amax((0, 2))
-    readout = seen > 1e-6 * seen.max()
-    if bool(readout.all()) or not bool(readout.any()):
-        return None
-    return torch.where(readout, len(readout) / int(readout.sum()), 1.0).double()
+    seen = [place for place in places if place.before is not None and place.after is not None]
+    taps = [place.after for place in seen if place.after is not None]
+    squares: list[Tensor | None] = [None] * len(seen)
+    for batch in images.batches(images.fit):
+        given = {name: value.clone().requires_grad_() for name, value in batch.items()}
+        with torch.enable_grad():
+            streams, output = read_all(original, given, taps)
+            scores = logits(output)
+        signs = torch.randint(0, 2, (PROBES, scores.shape[-1]), generator=torch.Generator().manual_seed(seed))
+        for probe in (2 * signs - 1).to(scores):
+            found = torch.autograd.grad((scores * probe).sum(), streams, retain_graph=True, allow_unused=True)
+            for i, gradient in enumerate(found):
+                if gradient is not None:
+                    square = tokens(gradient).double().square().sum((0, 2))
+                    squares[i] = square if squares[i] is None else squares[i] + square  # type: ignore[operator]
+    weights = {}
+    for place, total in zip(seen, squares, strict=True):
+        if total is not None:
+            summed(total)
+            if bool(total.any()):
+                weights[place.name] = total / total.mean() + FLOOR
+    return weights

@@ -26,8 +26,8 @@ class Calibration:
         n: how many images to use, over all processes.
         ridge: pull towards the old weights, relative to the mean square of the features.
         holdout: share of the images that judge and are not fitted to.
-        token_weights: ``"readout"`` weighs the tokens that the logits are read from as much as all others together;
-            ``"uniform"`` weighs all alike.
+        token_weights: ``"readout"`` weighs every token by how much the logits move with it, so that a class token
+            counts; ``"uniform"`` weighs all alike.
         value_step: refit value projections too where that wins on the held-out images. None: with ``"lsq"``.
         seed: which images are held out.
         steps, lr: of ``"distill"``; None: 40 and 1e-3.
@@ -39,7 +39,7 @@ class Calibration:
     method: str = "lsq"
     n: int = 256
     ridge: float = 1e-2
-    holdout: float = 0.5
+    holdout: float = 0.25
     token_weights: str = "readout"
     value_step: bool | None = None
     seed: int = 0

@@ -1,0 +1,158 @@
+"""What calibration wins, that it never loses, and that runs repeat and resume to the last bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_pair import agreement, calibrate, converted, error, images, original, same_weights, unseen
+
+import attnrewrite
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    return attnrewrite.calibrate(converted(), original(), images(128), n=128, progress=False)
+
+
+def test_closed_form_recovers_most_of_the_agreement(calibrated):
+    assert agreement(converted()) < 0.82
+    assert agreement(calibrated) > 0.88
+    assert error(calibrated) < 0.7 * error(converted())
+
+
+def test_the_report_has_the_errors_before_and_after(calibrated):
+    report = attnrewrite.report(calibrated)
+    done = report.calibration
+    assert done.after.logits < done.before.logits
+    assert done.after.images == 32
+    rows = {row.name: row for row in report.sites if row.status == "converted"}
+    assert all(row.errors.local > 0 and row.calibrated.logits is not None for row in rows.values())
+    assert rows["blocks.3.attn"].errors.dead, "only the class token is read after the last block, and it stays global"
+    assert not rows["blocks.0.attn"].errors.dead
+    assert "held-out" in str(report)
+    assert '"calibration"' in report.to_json()
+
+
+def test_neither_model_is_touched(calibrated):
+    fresh = attnrewrite.convert(original(), "neighborhood", images(1), kernel_size=5, progress=False)
+    assert same_weights(fresh, converted())
+    assert not same_weights(calibrated, converted())
+
+
+@pytest.mark.parametrize("method", ["lsq", "bias", "distill"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_never_worse_on_held_out_images(method, seed):
+    steps = {"steps": 3, "lr": 0.3} if method == "distill" else {}  # a rate that destroys the model
+    done = attnrewrite.report(calibrate(method=method, seed=seed, n=12, **steps)).calibration
+    assert done.after.logits <= done.before.logits
+
+
+def test_training_that_destroys_is_taken_back():
+    model = calibrate(method="distill", steps=3, lr=0.3)
+    assert attnrewrite.report(model).calibration.reverted
+    assert same_weights(model, converted())
+
+
+def test_distillation_reports_its_floor():
+    done = attnrewrite.report(calibrate(method="distill", steps=20, lr=3e-4)).calibration
+    assert done.after.logits < done.before.logits
+    assert 0 < done.floor.logits < done.before.logits
+
+
+def test_the_same_seed_gives_the_same_bits():
+    assert same_weights(calibrate(value_step=True, n=24), calibrate(value_step=True, n=24))
+    assert not same_weights(calibrate(seed=0), calibrate(seed=1))
+
+
+def test_batches_of_the_data_do_not_matter():
+    batches = [(part, torch.zeros(len(part))) for part in images(60).split(7)]
+    expected = calibrate(data=images(60))
+    assert same_weights(calibrate(data=batches), expected)
+    assert same_weights(calibrate(data=iter(batches)), expected)
+    assert same_weights(calibrate(data=lambda: batches), expected)
+    assert same_weights(calibrate(data=torch.utils.data.DataLoader(images(60), 5)), expected)
+    assert same_weights(calibrate(data=[{"x": part, "labels": [1]} for part in images(60).split(16)]), expected)
+
+
+def test_after_pickle_and_copy():
+    restored = pickle.loads(pickle.dumps(converted()))
+    assert same_weights(calibrate(copy.deepcopy(restored)), calibrate())
+
+
+def test_convert_calibrates_and_measures():
+    model = attnrewrite.convert(
+        original(), "neighborhood", images(1), kernel_size=5, measure=images(20), progress=False,
+        calibrate=attnrewrite.Calibration(images(48), n=48, value_step=False, progress=False),
+    )  # fmt: skip
+    assert same_weights(model, calibrate())
+    report = attnrewrite.report(model)
+    assert report.errors.images == 20
+    assert report.errors.logits > 0.1
+    assert report.floor.logits < 1e-5
+
+
+def test_unweighted_class_token_is_worse():
+    weighted, uniform = (calibrate(token_weights=kind, n=64, data=images(64)) for kind in ("readout", "uniform"))
+    assert agreement(uniform) < agreement(weighted) - 0.05
+
+
+def test_a_wrong_target_is_worse_and_never_taken():
+    """Taught by a network with other weights, the converted one gets no nearer to its own original."""
+    other = copy.deepcopy(original())
+    with torch.no_grad():
+        for block in other.blocks:
+            block.attn.proj.weight.mul_(-1)
+    wrong = attnrewrite.calibrate(converted(), other, images(48), n=48, value_step=False, progress=False)
+    assert error(wrong) > error(calibrate()) + 0.1
+
+
+def test_keep_auto_holds_its_budget():
+    options = {"kernel_size": 5, "progress": False, "keep": "auto"}
+    data = unseen()[:100]
+    by_error = attnrewrite.convert(original(), "neighborhood", images(1), budget=0.35, measure=data, **options)
+    report = attnrewrite.report(by_error)
+    assert report.errors.logits <= 0.35
+    kept = [row.name for row in report.sites if row.status == "kept"]
+    assert kept == ["blocks.0.attn"], "the site that does the most harm alone"
+    by_agreement = attnrewrite.convert(
+        original(), "neighborhood", images(1), budget={"agreement": 0.95}, measure=data, **options
+    )
+    assert attnrewrite.report(by_agreement).errors.agreement >= 0.95
+
+
+RUN = """
+import sys; sys.path[:0] = {paths!r}
+from attnrewrite.torchvision_compat import ensure_torchvision; ensure_torchvision()
+import torch
+from small_pair import calibrate
+torch.save(calibrate(resume={state!r}, value_step=True).state_dict(), {result!r})
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_result(tmp_path):
+    state = tmp_path / "state.safetensors"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    code = RUN.format(paths=paths, state=str(state), result=str(tmp_path / "never"))
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 240
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.exists()
+    assert not (tmp_path / "never").exists(), "it was killed before its end"
+    resumed = calibrate(resume=state, value_step=True)
+    assert same_weights(resumed, calibrate(value_step=True))
+    with pytest.raises(attnrewrite.AttnRewriteError, match="other settings"):
+        calibrate(resume=state, value_step=True, ridge=0.1)
+    with pytest.raises(attnrewrite.AttnRewriteError, match="other images"):
+        calibrate(resume=state, value_step=True, data=images(49)[1:])
