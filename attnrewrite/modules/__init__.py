@@ -14,5 +14,6 @@ from .tokens_to_token import TokensToToken
 
 __all__ = [
     "AggregatedAttention", "ConvFFN", "ConvGLU", "CosineAttention", "CrossScaleMerge", "CrossScaleStem", "DropPath",
-    "DynamicPositionBias", "LongShortDistanceAttention", "ManhattanAttention", "NeighborhoodAttention2d", "TokensToToken",
+    "DynamicPositionBias", "LongShortDistanceAttention", "ManhattanAttention", "NeighborhoodAttention2d",
+    "TokensToToken",
 ]  # fmt: skip

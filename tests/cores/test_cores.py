@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnrewrite import AttnRewriteError
-from attnrewrite.ir import Grid, Window
 from attnrewrite.cores import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
 from attnrewrite.cores.neighborhood import clamped_kernel, neighborhood_mask
+from attnrewrite.ir import Grid, Window
 
 HEADS, DIM = 2, 4
 
