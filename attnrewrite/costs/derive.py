@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -93,7 +93,8 @@ def derive(model: nn.Module, example: Inputs, sizer: Sizer) -> ModelFormula:
     """Lift the sites of ``model`` and complete their formulas to the whole model's."""
     count = sizer.at_example().total.macs
     if not sizer.has_image:
-        return ModelFormula([], rest=Integer(count), assumptions=["no image among the inputs: costs are numbers only"])
+        note = "no image among the inputs: the cost is a number, of this batch"
+        return ModelFormula([], rest_once=Integer(count), assumptions=[note])
     try:
         args, kwargs = example
         with disabled_ones_left_out():
@@ -110,28 +111,53 @@ def derive(model: nn.Module, example: Inputs, sizer: Sizer) -> ModelFormula:
 
 def _read(flow: Dataflow, sites: list[Site], sizer: Sizer) -> ModelFormula:
     """Whether mergings pad or cut odd maps is not seen at one size: the first reading that holds at others is taken."""
-    first = None
+    readings = []
     for odd_up in (True, False):
         reader = SiteReader(flow, sites, odd_up)
         found = ModelFormula(reader.read())
-        _complete(found, sizer)
-        if all(check.equal for check in found.checks) or not reader.maps.rounds_merges:
-            return found
-        first = first or found
-    assert first is not None
-    return first
+        readings.append(found)
+        if len(set(_rests(found, sizer))) == 1 or not reader.maps.rounds_merges:
+            break
+    holding = [found for found in readings if len(set(_rests(found, sizer))) == 1]
+    found = holding[0] if holding else ModelFormula(_without_refuted(readings[0], sizer))
+    _complete(found, sizer)
+    return found
+
+
+def _without_refuted(found: ModelFormula, sizer: Sizer) -> list[CountedSite]:
+    """Sites whose formula does not equal the count of their module at another size lose it."""
+    here = sizer.at_example()
+    kept = []
+    for site in found.sites:
+        if site.formula is not None and site.name and here.of(site.name).macs == site.macs:
+            for size in _probe_sizes(sizer, found.lattice):
+                counted = sizer.at(*size)
+                if counted is not None and counted.of(site.name).macs != site.formula.macs_of(sizer.batch, *size):
+                    why = f"its formula holds at {sizer.size[0]}x{sizer.size[1]} and not at {size[0]}x{size[1]}"
+                    site = replace(site, formula=None, why=why)
+                    break
+        kept.append(site)
+    return kept
+
+
+def _points(found: ModelFormula, sizer: Sizer) -> list[tuple[int, int]]:
+    return [sizer.size, *_probe_sizes(sizer, found.lattice)]
+
+
+def _rests(found: ModelFormula, sizer: Sizer) -> list[tuple[int, int]]:
+    """What the sites leave at the example and at other sizes."""
+    points = _points(found, sizer)
+    first = _rest(found, sizer, *points[0])
+    return [first, *(_rest(found, sizer, *point, both=first[1] != 0) for point in points[1:])]
 
 
 def _complete(found: ModelFormula, sizer: Sizer) -> None:
     """Find what the sites leave, and check the sum at the example, at another batch, and at other sizes."""
-    height, width = sizer.size
-    points = [(height, width), *_probe_sizes(sizer, found.lattice)]
-    first = _rest(found, sizer, height, width)
-    rests = [first, *(_rest(found, sizer, *point, both=first[1] != 0) for point in points[1:])]
+    points, rests = _points(found, sizer), _rests(found, sizer)
     if len(points) == 1:
         found.assumptions.append(
-            f"the model takes no size but {height}x{width}: other sizes are extrapolated by its formulas, and what is "
-            "no site is taken to stay the same"
+            f"the model takes no size but {sizer.size[0]}x{sizer.size[1]}: other sizes are extrapolated by its "
+            "formulas, and what is no site is taken to stay the same"
         )
     if len(set(rests)) == 1:
         found.rest, found.rest_once = Integer(rests[0][0]), Integer(rests[0][1])
@@ -139,9 +165,9 @@ def _complete(found: ModelFormula, sizer: Sizer) -> None:
         _interpolate(found, sizer)
     for name in ("per_image", "once", "macs", "lattice"):
         found.__dict__.pop(name, None)
-    for side in points:
-        _check(found, sizer, *side, sizer.batch)
-    _check(found, sizer, height, width, sizer.batch + 1)
+    for point in points:
+        _check(found, sizer, *point, sizer.batch)
+    _check(found, sizer, *sizer.size, sizer.batch + 1)
 
 
 def _check(found: ModelFormula, sizer: Sizer, height: int, width: int, batch: int) -> None:

@@ -20,7 +20,7 @@ from .derive import Check, ModelFormula, derive
 from .hardware import Hardware, Roofline, hardware_of, point
 from .meta_model import Sizer
 from .sites import CountedSite
-from .symbols import B, envelope, evaluator, order
+from .symbols import B, envelope, evaluator, leading, order
 from .trace import Trace, Unpriced
 from .training import Training, training_costs
 
@@ -177,6 +177,12 @@ class Report:
     def order(self) -> str:
         """Θ of the forward cost in the number of pixels n."""
         return order(self.formula.per_image)
+
+    @property
+    def dominant_memory(self) -> Expr:
+        """Elements an image that the sites keep for the backward pass, unfused: the part that grows fastest."""
+        kept = sympy.Add(*(site.formula.in_pixels(site.formula.saved) for site in self.sites if site.formula))
+        return leading(envelope(kept))
 
     def at(
         self, height: int | None = None, width: int | None = None, batch: int | None = None, dtype: str | None = None

@@ -198,6 +198,13 @@ def in_side(expression: Expr) -> Poly:
     return Poly(envelope(expression).subs({H: _SIDE, W: _SIDE}, simultaneous=True), _SIDE)
 
 
+def leading(polynomial: Expr) -> Expr:
+    """The terms of a polynomial in H and W of the highest degree in both together."""
+    terms = [(sum(powers), powers, factor) for powers, factor in Poly(polynomial, H, W).terms()]
+    highest = max(degree for degree, _, _ in terms)
+    return Add(*(factor * H ** powers[0] * W ** powers[1] for degree, powers, factor in terms if degree == highest))
+
+
 def order(expression: Expr) -> str:
     """Θ in the number of pixels n, everything else fixed."""
     degree = in_side(expression).degree() if expression.free_symbols & {H, W} else 0

@@ -100,6 +100,7 @@ def footer(report: Report) -> list[str]:
         *(f"check {check}" for check in report.checks),
         f"forward: {cost.macs:,} MAC, {cost.elementwise:,} elementwise operations, {cost.bytes_read:,} bytes read, "
         f"{cost.bytes_written:,} bytes written (unfused)",
+        f"kept for backward, unfused: grows as {plain(report.dominant_memory)} elements an image",
         f"padding overhead: {padding_overhead(report):.1f} %; does not grow with the batch: "
         f"{scaled(report.formula.macs(0, *report.size))}MAC",
         "not counted: " + ("; ".join(map(str, report.unsupported[:8])) or "nothing"),

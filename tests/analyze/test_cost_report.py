@@ -110,6 +110,7 @@ def test_a_conversion_costs_what_was_foretold(vit):
     assert analyze(convert(model, to="neighborhood", kernel_size=5, progress=False)).total == foretold.after_macs
 
 
+@pytest.mark.slow
 def test_two_models_cross_twice(vit_small):
     swin = load_model("timm:swin_tiny_patch4_window7_224").eval()
     first, second = analyze(vit_small), analyze(swin)
@@ -198,6 +199,40 @@ def test_training_costs(vit):
     assert training.step == training.forward + training.backward
     assert training.peak > training.saved > training.peak_inference
     assert training.states == 4 * 4 * vit.parameters.total
+
+
+def test_the_memory_that_grows_fastest_is_the_attention_map(vit):
+    heads, depth = 3, 2
+    assert vit.dominant_memory == sympy.Rational(heads * depth, 16**4) * symbols.H**2 * symbols.W**2
+
+
+def test_costs_without_an_image_are_numbers():
+    report = analyze(torch.nn.Linear(16, 4), torch.zeros(2, 16))
+    assert report.total == 2 * 16 * 4
+    assert "no image among the inputs" in str(report)
+
+
+def test_formulas_that_fail_at_other_sizes_are_dropped_and_said_so():
+    """Attention over channels has as many queries at every size, which one size does not show."""
+
+    class OverChannels(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Conv2d(3, 16, 8, 8)
+            self.mix = torch.nn.Linear(16, 8)
+
+        def forward(self, pixels):
+            tokens = self.embed(pixels).flatten(2).transpose(1, 2)
+            return self.mix((tokens.transpose(1, 2) @ tokens).softmax(-1))
+
+    report = analyze(OverChannels(), torch.zeros(1, 3, 32, 32))  # 16 tokens of 16 channels
+    equal = {(check.height, check.width): check.equal for check in report.checks}
+    assert equal == {(32, 32): True, (40, 48): True, (41, 43): False}
+    assert any("formula and count differ: 41x43" in note for note in report.assumptions)
+    [refuted] = [site for site in report.sites if site.formula is None]
+    assert (refuted.name, refuted.why) == ("mix", "its formula holds at 32x32 and not at 41x43")
+    assert report.at(64, 96).macs == 96 * (3 * 64 * 16 + 16 * 16) + 16 * 16 * 8
+    assert any("interpolated" in note for note in report.assumptions)
 
 
 def test_peak_memory_of_a_chain_is_known():

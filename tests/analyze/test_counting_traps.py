@@ -163,6 +163,7 @@ def test_position_networks_where_the_pooling_does_not_divide(side):
     assert {pair: count_offsets(*pair) for pair in known} == known
 
 
+@pytest.mark.slow
 def test_long_distance_pads_to_group_times_interval():
     """At 240 pixels the first stage's 60 x 60 map pads to 112 x 112 for long distance, to 63 x 63 for short."""
     report = analyze(small_crossformer(), torch.zeros(1, 3, 240, 240))
