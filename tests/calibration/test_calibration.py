@@ -20,7 +20,7 @@ import attnrewrite
 
 @pytest.fixture(scope="module")
 def calibrated():
-    return attnrewrite.calibrate(converted(), original(), images(128), n=128, progress=False)
+    return attnrewrite.calibrate(converted(), original(), images(96), n=96, progress=False)
 
 
 def test_closed_form_recovers_most_of_the_agreement(calibrated):
@@ -33,7 +33,7 @@ def test_the_report_has_the_errors_before_and_after(calibrated):
     report = attnrewrite.report(calibrated)
     done = report.calibration
     assert done.after.logits < done.before.logits
-    assert done.after.images == 32
+    assert done.after.images == 24
     rows = {row.name: row for row in report.sites if row.status == "converted"}
     assert all(row.errors.local > 0 and row.calibrated.logits is not None for row in rows.values())
     assert rows["blocks.3.attn"].errors.dead, "only the class token is read after the last block, and it stays global"
@@ -75,12 +75,12 @@ def test_the_same_seed_gives_the_same_bits():
 
 def test_batches_of_the_data_do_not_matter():
     batches = [(part, torch.zeros(len(part))) for part in images(60).split(7)]
-    expected = calibrate(data=images(60))
-    assert same_weights(calibrate(data=batches), expected)
-    assert same_weights(calibrate(data=iter(batches)), expected)
-    assert same_weights(calibrate(data=lambda: batches), expected)
-    assert same_weights(calibrate(data=torch.utils.data.DataLoader(images(60), 5)), expected)
-    assert same_weights(calibrate(data=[{"x": part, "labels": [1]} for part in images(60).split(16)]), expected)
+    expected = calibrate(data=images(60), n=24)
+    assert same_weights(calibrate(data=batches, n=24), expected)
+    assert same_weights(calibrate(data=iter(batches), n=24), expected)
+    assert same_weights(calibrate(data=lambda: batches, n=24), expected)
+    assert same_weights(calibrate(data=torch.utils.data.DataLoader(images(60), 5), n=24), expected)
+    assert same_weights(calibrate(data=[{"x": part, "labels": [1]} for part in images(60).split(16)], n=24), expected)
 
 
 def test_after_pickle_and_copy():
@@ -102,7 +102,7 @@ def test_convert_calibrates_and_measures():
 
 def test_unweighted_class_token_is_worse():
     weighted, uniform = (calibrate(token_weights=kind, n=64, data=images(64)) for kind in ("readout", "uniform"))
-    assert agreement(uniform) < agreement(weighted) - 0.05
+    assert error(uniform) > 1.1 * error(weighted)
 
 
 def test_a_wrong_target_is_worse_and_never_taken():
@@ -134,7 +134,7 @@ import sys; sys.path[:0] = {paths!r}
 from attnrewrite.torchvision_compat import ensure_torchvision; ensure_torchvision()
 import torch
 from small_pair import calibrate
-torch.save(calibrate(resume={state!r}, value_step=True).state_dict(), {result!r})
+torch.save(calibrate(resume={state!r}).state_dict(), {result!r})
 """
 
 
@@ -150,9 +150,8 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path):
     process.wait()
     assert state.exists()
     assert not (tmp_path / "never").exists(), "it was killed before its end"
-    resumed = calibrate(resume=state, value_step=True)
-    assert same_weights(resumed, calibrate(value_step=True))
+    assert same_weights(calibrate(resume=state), calibrate())
     with pytest.raises(attnrewrite.AttnRewriteError, match="other settings"):
-        calibrate(resume=state, value_step=True, ridge=0.1)
+        calibrate(resume=state, ridge=0.1)
     with pytest.raises(attnrewrite.AttnRewriteError, match="other images"):
-        calibrate(resume=state, value_step=True, data=images(49)[1:])
+        calibrate(resume=state, data=images(49)[1:])
