@@ -103,10 +103,21 @@ def footer(report: Report) -> list[str]:
         f"kept for backward, unfused: grows as {plain(report.dominant_memory)} elements an image",
         f"padding overhead: {padding_overhead(report):.1f} %; does not grow with the batch: "
         f"{scaled(report.formula.macs(0, *report.size))}MAC",
+        *_defined(report),
         "not counted: " + ("; ".join(map(str, report.unsupported[:8])) or "nothing"),
     ]
     lines += [f"assumption: {note}" for note in report.assumptions] or ["assumptions: none"]
     return lines
+
+
+def _defined(report: Report) -> list[str]:
+    """Modules that are not counted by their operations."""
+    modules = list(dict.fromkeys(report.trace.defined))
+    if not modules:
+        return []
+    more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+    executed = f"operations here contract {report.trace.executed:,} MAC in all"
+    return [f"counted by definition: {', '.join(modules[:3])}{more} ({executed})"]
 
 
 def padding_overhead(report: Report) -> float:

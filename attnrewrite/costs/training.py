@@ -15,7 +15,8 @@ class Training:
     """One step on the example, with attention fused (its map is recomputed: five products instead of four).
 
     Attributes:
-        forward, backward: MACs; ``step`` is their sum.
+        forward, backward: MACs; ``step`` is their sum. Backward are the contractions that take place, also in modules
+            whose forward is counted by definition.
         saved: bytes kept from forward to backward, parameters excluded.
         peak: most bytes of activations and gradients alive at once, parameters excluded.
         peak_inference: the same of a forward pass without gradients, unfused.
