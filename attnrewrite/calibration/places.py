@@ -159,9 +159,13 @@ class _Residuals:
         raise _NotAPlace("its result is multiplied by something other than a layer scale")
 
     def _keeps_order(self, node: Node) -> bool:
-        """A copy, or a reshape of everything before the channels."""
+        """A copy, a reshape of everything before the channels, or a permutation of axes of one element."""
         if self.flow.is_copy(node):
             return True
+        if operator_name(node) == "aten::permute":
+            shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+            long = [axis % len(shape) for axis in node.args[1] if shape[axis] > 1]  # type: ignore[union-attr, index, operator]
+            return long == sorted(long) and _width(node) == _width(node.args[0])
         return operator_name(node) in _RESHAPES and _width(node) == _width(node.args[0])
 
     def _tap(self, node: Node, side: str) -> Tap:
