@@ -164,7 +164,7 @@ class _Residuals:
             return True
         if operator_name(node) == "aten::permute":
             shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-            long = [axis % len(shape) for axis in node.args[1] if shape[axis] > 1]  # type: ignore[union-attr, index, operator]
+            long = [axis % len(shape) for axis in node.args[1] if shape[axis] > 1]  # type: ignore[union-attr, operator]
             return long == sorted(long) and _width(node) == _width(node.args[0])
         return operator_name(node) in _RESHAPES and _width(node) == _width(node.args[0])
 
