@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .costs.cost import CONVENTIONS
 from .costs.meta_model import Sizer
 from .errors import ArgumentError, AttnRewriteError
 from .loading import load_model
+from .models import create_model, list_models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("analyze", help="what a model costs, counted and as formulas in the image's size")
     parser.add_argument(
-        "model", help="timm:NAME, torchvision:NAME, transformers:CLASS, FILE.py:FACTORY, or a bare name"
+        "model", help="NAME, timm:NAME, torchvision:NAME, transformers:CLASS, FILE.py:FACTORY, or a bare name"
     )
     parser.add_argument("--size", help="HEIGHTxWIDTH or one side, in pixels; default: what the model states")
     parser.add_argument("--batch", type=int, default=1)
@@ -66,15 +68,20 @@ def _model_and_image(spec: str, sides: tuple[int, int] | None, batch: int) -> tu
     """The model, built for that size if it takes no other, and an image without storage: only its shape is read."""
     if batch < 1:
         raise ArgumentError(f"--batch: must be at least 1, got {batch}")
-    model = load_model(spec)
+    model = _built(spec)
     stated = example_inputs_for(model) if sides is None else None
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     shape = (channels, *sides) if sides is not None else tuple(stated.shape[1:]) if stated is not None else ()
     image = torch.zeros(()).expand(batch, *shape)
     if sides is not None and not Sizer(model, ((image,), {})).takes_example:
         with suppress(TypeError):
-            model = load_model(spec, img_size=sides)
+            model = _built(spec, img_size=sides)
     return model, image
+
+
+def _built(spec: str, **options: Any) -> nn.Module:
+    """A model of this library by its name, or another library's."""
+    return create_model(spec, **options) if spec in list_models() else load_model(spec, **options)
 
 
 def _sides(size: str | None) -> tuple[int, int] | None:

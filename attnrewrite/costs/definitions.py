@@ -19,6 +19,7 @@ from ..modules.aggregated import AggregatedAttention
 from ..modules.cosine_attention import CPB_HIDDEN, CosineAttention
 from ..modules.long_short_distance import LongShortDistanceAttention
 from ..modules.manhattan import ManhattanAttention
+from ..modules.neighborhood_block import NeighborhoodAttention2d
 from ..modules.tokens_to_token import TokensToToken
 from . import formulas
 from .cost import LAYER_NORM, Cost
@@ -115,6 +116,11 @@ def _long_short(module: LongShortDistanceAttention, height: Extent, width: Exten
     )
 
 
+def _neighborhood(module: NeighborhoodAttention2d, height: Extent, width: Extent) -> SiteFormula:
+    kernel, dilation = (module.kernel_size,) * 2, (module.dilation,) * 2
+    return formulas.neighborhood_attention(height, width, 0, kernel, dilation, _widths(module))
+
+
 def _tokens_to_token(module: TokensToToken, height: Extent, width: Extent) -> SiteFormula | None:
     performer = hasattr(module.attention1, "w")
     first, second = (int(layer.norm2.normalized_shape[0]) for layer in (module.attention1, module.attention2))  # type: ignore[union-attr, index]
@@ -146,6 +152,7 @@ def _widths(module: Any) -> Widths:
 _DEFINITIONS: dict[type[nn.Module], Definition] = {
     AggregatedAttention: Definition(_aggregated, replaces_count=True, normalisation=_pooling),
     CosineAttention: Definition(_cosine),
+    NeighborhoodAttention2d: Definition(_neighborhood),
     ManhattanAttention: Definition(_manhattan, replaces_count=True),
     LongShortDistanceAttention: Definition(_long_short),
     TokensToToken: Definition(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from sympy import Expr, Integer, Min, Symbol, sympify
+from sympy import Expr, Integer, Max, Min, Symbol, sympify
 
 from .symbols import H, W, block_pairs, down, grouped_cells, order, strided, symbol, up
 
@@ -189,7 +189,7 @@ def neighborhood_attention(
 
 
 def _fitting(side: Extent, dilation: int) -> Expr:
-    return down(sympify(side), Integer(dilation))
+    return sympify(side) if dilation == 1 else Max(1, down(sympify(side), Integer(dilation)))
 
 
 def aggregated_attention(

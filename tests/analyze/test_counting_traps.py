@@ -175,6 +175,15 @@ def test_long_distance_pads_to_group_times_interval():
         assert sites[name].macs == formula.macs_of(1, 240, 240)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nat_mini", "dinat_mini"])
+def test_maps_smaller_than_the_kernel(name):
+    """At 256 x 192 the last stage's map is 8 x 6, and the kernel 7."""
+    report = analyze(create_model(name).eval(), torch.zeros(1, 3, 256, 192))
+    assert all(check.equal for check in report.checks)
+    assert report.assumptions == []
+
+
 class Shared(nn.Module):
     def __init__(self):
         super().__init__()
