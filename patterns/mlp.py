@@ -68,7 +68,7 @@ def recognise_mlps(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
             continue
         try:
             walked = _walk(input_of(second), flow)
-            if walked is not None and walked.stages:
+            if walked is not None and any(stage.kind in ("activation", "gate") for stage in walked.stages):
                 results.append(_site(second, walked, flow))
         except UNFORESEEN as cause:
             results.append(Refused(flow.capture.enclosing_call([second]).path, "mlp", unforeseen(cause)))
