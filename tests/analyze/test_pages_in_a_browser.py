@@ -16,9 +16,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def shown(path, tmp_path):
-    """The document after the browser has laid it out; a request that leaves the machine would fail and be logged."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--dump-dom", path.as_uri()]  # fmt: skip
+    """The document after the browser has laid it out."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    offline = [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command = [CHROMIUM, *options, *offline, path.as_uri()]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "Uncaught" not in ran.stderr
     assert not re.search(r"""(src|href)=["']?https?:""", ran.stdout)
