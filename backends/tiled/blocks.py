@@ -69,6 +69,27 @@ class Tile:
     value: Tensor
     terms: Tensor | None
 
+    @property
+    def can_be_fused(self) -> bool:
+        """torch's own kernel for a CPU, a sixth to a third faster than ours, wants values as wide as queries."""
+        return self.query.device.type == "cpu" and self.query.shape[-1] == self.value.shape[-1]
+
+    def fused(self) -> tuple[Tensor, Tensor]:
+        """Mixed values, and the log-sum-exp `[tiles, heads, points, 1]`."""
+        terms = None if self.terms is None else (self.terms * log(2))[None]
+        mixed, logarithms = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            self.query, self.key, self.value, 0.0, False, attn_mask=terms, scale=log(2)
+        )
+        return mixed, logarithms[..., None]
+
+    def attended(self) -> tuple[Tensor, Tensor]:
+        """The same from explicit products."""
+        logits = self.logits()
+        peak = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(peak).exp2_()
+        total = weights.sum(-1, keepdim=True)
+        return (weights @ self.value).div_(total), total.log2_().add_(peak).mul_(log(2))
+
     def logits(self) -> Tensor:
         logits = self.query @ self.key.transpose(-1, -2)
         return logits if self.terms is None else logits.add_(self.terms)
@@ -78,12 +99,9 @@ def attend(block: Block, operands: Operands, scale: float, output: Tensor, lse: 
     """Fill the block's part of output `[B, *grid, heads, d_v]` and log-sum-exp `[B, *grid, heads]`."""
     outputs, statistics = tile_view(output, block.queries), tile_view(lse[..., None], block.queries)
     for index, tile in _tiles(block, operands, scale):
-        logits = tile.logits()
-        peak = logits.amax(-1, keepdim=True)
-        weights = logits.sub_(peak).exp2_()
-        total = weights.sum(-1, keepdim=True)
-        write(outputs, index, (weights @ tile.value).div_(total))
-        write(statistics, index, total.log2_().add_(peak).mul_(log(2)))
+        mixed, logarithms = tile.fused() if tile.can_be_fused else tile.attended()
+        write(outputs, index, mixed)
+        write(statistics, index, logarithms)
 
 
 def attend_backward(

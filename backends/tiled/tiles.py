@@ -85,7 +85,7 @@ def read(view: Tensor, index: Index) -> Tensor:
 def write(view: Tensor, index: Index, tiles: Tensor) -> None:
     """Store a run of tiles in their map, which they must not overlap in."""
     target = view[index] if index else view
-    target.copy_(tiles.view(target.shape))
+    target.copy_(tiles.reshape(target.shape))
 
 
 def accumulate(target: Tensor, tiling: Tiling, index: Index, tiles: Tensor) -> None:
