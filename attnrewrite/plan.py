@@ -126,8 +126,7 @@ class Plan:
                 ) from cause
             raise
         if any(_maps_a_sequence(planned) for planned in self.converting):
-            args, kwargs = self.capture.example
-            guard_aspect(model, (*args, *kwargs.values()))
+            guard_aspect(model, self.capture)
         model.attnrewrite_report = self.report(error)  # type: ignore[assignment]
         model.attnrewrite_places = find_places(self)  # type: ignore[assignment]
         return model

@@ -88,7 +88,7 @@ class Aggregated(Target):
         if site.bias is not None or site.key is None:
             raise NotConvertible("its reduced keys have a bias, or are no plain projection; leave it with `keep`")
         bias = self._bias(OFF)
-        core = ReducedAggregatedCore(self._local(site, bias), grid, site.scale_of_operands)
+        core = ReducedAggregatedCore(self._local(site, bias), site.scale_of_operands)
         settings = {"window_size": self.window_size, "reducer": keys.reducer, "local_bias": bias}
         return Conversion(*_kept(bias), core, settings, "none: the window comes on top of the reduced keys", ("local",))
 

@@ -70,7 +70,7 @@ class BoundaryRecorder:
     def calls(self, final: dict[int, Node]) -> ModuleCall:
         """The tree of calls, with every reference resolved to a node of the final graph."""
         assert self.root is not None, "the model's own forward was traced"
-        for call in _walk(self.root):
+        for call in walk(self.root):
             call.arguments = tree_map(lambda leaf: _resolve(leaf, final), call.arguments)
             call.output = tree_map(lambda leaf: _resolve(leaf, final), call.output)
         return self.root
@@ -108,10 +108,11 @@ def positions(nodes: Iterator[Node]) -> dict[Node, int]:
     return {node: node.meta["custom"][_MARK] for node in nodes if _MARK in node.meta.get("custom", {})}
 
 
-def _walk(call: ModuleCall) -> Iterator[ModuleCall]:
+def walk(call: ModuleCall) -> Iterator[ModuleCall]:
+    """The call and all below it, in the order they were made."""
     yield call
     for child in call.children:
-        yield from _walk(child)
+        yield from walk(child)
 
 
 def _tracer() -> Any:

@@ -104,13 +104,12 @@ class ReducedAggregatedCore(nn.Module):
 
     Args:
         local: the window's parameters.
-        grid: the query map at conversion.
         scale: multiplies the scores.
     """
 
-    def __init__(self, local: LocalBranch, grid: Grid, scale: float) -> None:
+    def __init__(self, local: LocalBranch, scale: float) -> None:
         super().__init__()
-        self.local, self.grid, self.scale = local, grid, scale
+        self.local, self.scale = local, scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, local_key: Tensor, local_value: Tensor) -> Tensor:
         """Heads-last ``[batch, tokens, heads, dim]``; ``local_key`` and ``local_value`` ``[batch, height, width, heads,
@@ -119,7 +118,7 @@ class ReducedAggregatedCore(nn.Module):
         return aggregate(maps, local_key, local_value, key, value, None, self.local, self.scale).flatten(1, 2)
 
     def extra_repr(self) -> str:
-        return f"grid={self.grid}, scale={self.scale:.4g}"
+        return f"scale={self.scale:.4g}"
 
 
 def aggregate(

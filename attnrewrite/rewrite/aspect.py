@@ -1,11 +1,14 @@
-"""A guard at the model's door: sequences do not tell a 4 x 4 map from an 8 x 2 one, images do."""
+"""A guard at the doors of a model: sequences do not tell a 4 x 4 map from an 8 x 2 one, images do."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ..capture import Capture, NodeRef
+from ..capture.boundaries import walk
 from ..errors import ConversionError
 
 
@@ -20,7 +23,7 @@ class SameAspect:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.ndim == 4:
+            if _is_image(value):
                 height, width = value.shape[2:]
                 if height * self.width != width * self.height:
                     raise ConversionError(
@@ -30,16 +33,30 @@ class SameAspect:
                 return
 
 
-def guard_aspect(model: nn.Module, example: tuple[Any, ...]) -> None:
-    """Hold ``model`` to the aspect ratio of the example's image, if there is one."""
-    image = next((value for value in example if isinstance(value, Tensor) and value.ndim == 4), None)
-    if image is not None:
-        release_aspect(model)
-        model.register_forward_pre_hook(SameAspect(*image.shape[2:]), with_kwargs=True)
+def guard_aspect(model: nn.Module, capture: Capture) -> None:
+    """Hold ``model``, converted from the captured one, to the aspect ratio of the captured image, if there is one.
+
+    The guard stands at every module that is given the image, for a model's other methods (``forward_features``) pass by
+    its own forward.
+    """
+    image = next((node for node in capture.inputs if _is_image(capture.tensors[node])), None)
+    if image is None:
+        return
+    release_aspect(model)
+    guard = SameAspect(*capture.tensors[image].shape[2:])
+    paths = {call.path for call in walk(capture.root) if NodeRef(image) in tree_leaves(call.arguments)}
+    for path, module in model.named_modules():
+        if path in paths:
+            module.register_forward_pre_hook(guard, with_kwargs=True)
 
 
 def release_aspect(model: nn.Module) -> None:
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, SameAspect):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, SameAspect):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4

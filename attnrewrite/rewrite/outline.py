@@ -16,6 +16,7 @@ from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatte
 from ..capture import ModuleCall, NodeRef
 from ..lift.dataflow import Dataflow
 from ..lift.values import is_call, operator_name
+from .aspect import SameAspect
 
 
 class NotOutlinable(Exception):
@@ -130,7 +131,9 @@ class _Outliner:
         for child in call.children:
             self._nodes(position, child.enter)
             if self.opened(child):
-                hooked = child.module._forward_hooks or child.module._forward_pre_hooks
+                module = child.module
+                hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+                hooked = any(not isinstance(hook, SameAspect) for hook in hooks)
                 self._require(not hooked, f"hooks on its child {self._relative(child.path)} would not fire any more")
                 self._body(child)
             else:

@@ -105,14 +105,18 @@ def test_interpolated_position_encodings_are_right_or_refused(pairs, size):
     assert equal_or_refused(pair.donor, pair.converted, batch, interpolate_pos_encoding=True)
 
 
-@pytest.mark.parametrize("size", [(96, 96), (64, 128), (48, 80), (64, 16)], ids=str)
-def test_a_kernel_at_another_size_is_right_or_refused(size):
-    """The map's sides cannot be read off a sequence: 4x8 tokens converted as a square map must not pass as another."""
+@pytest.mark.parametrize(
+    ("kernel_size", "size"),
+    [(1, (96, 96)), (1, (64, 128)), (1, (48, 80)), (1, (64, 16)), (2, (128, 32)), (2, (32, 128))],
+    ids=str,
+)
+def test_a_kernel_at_another_size_is_right_or_refused(kernel_size, size):
+    """A sequence does not tell the map's sides: 2x8 and 4x4 patches are sixteen tokens both, but not the same map."""
     donor = small_model("timm_vit", dynamic_img_size=True)
-    converted = attnrewrite.convert(donor, "neighborhood", images("timm_vit", 1), kernel_size=1)
+    converted = attnrewrite.convert(donor, "neighborhood", images("timm_vit", 1), kernel_size=kernel_size)
     batch = images("timm_vit", size=size)
     with torch.no_grad():
-        expected = masked_logits(donor, batch, 1)
+        expected = masked_logits(donor, batch, kernel_size)
     try:
         actual = run(converted, batch)
     except AttnRewriteError:
@@ -120,16 +124,21 @@ def test_a_kernel_at_another_size_is_right_or_refused(size):
     assert difference(actual, expected) < 1e-9
 
 
-@pytest.mark.parametrize("size", [(128, 32), (32, 128)], ids=str)
-def test_another_map_with_as_many_tokens_is_right_or_refused(size):
-    """2x8 and 4x4 patches are sixteen tokens both, but not the same neighbourhoods."""
+@pytest.mark.parametrize("method", ["forward_features", "forward_intermediates", "get_intermediate_layers"])
+def test_another_map_with_as_many_tokens_is_refused_by_every_method(method):
     donor = small_model("timm_vit", dynamic_img_size=True)
     converted = attnrewrite.convert(donor, "neighborhood", images("timm_vit", 1), kernel_size=2)
-    batch = images("timm_vit", size=size)
-    with torch.no_grad():
-        expected = masked_logits(donor, batch, 2)
-    try:
-        actual = run(converted, batch)
-    except AttnRewriteError:
-        return
-    assert difference(actual, expected) < 1e-9
+    batch = images("timm_vit", size=(128, 32))
+    for model in (converted, copy.deepcopy(converted)):
+        with pytest.raises(AttnRewriteError, match="128x32"):
+            getattr(model, method)(batch)
+    reverted = attnrewrite.revert(converted)
+    assert torch.equal(reverted.forward_features(batch), donor.forward_features(batch))
+
+
+def test_a_map_known_by_its_reduced_keys_may_take_another_shape(pyramid):
+    donor, _ = pyramid
+    reduced = ["stages.0*", "stages.1*", "stages.2*"]
+    converted = attnrewrite.convert(donor, "aggregated", torch.randn(1, 3, 64, 64, dtype=torch.float64), sites=reduced)
+    batch = torch.randn(2, 3, 128, 64, dtype=torch.float64)
+    assert difference(run(converted, batch), run(donor, batch)) < 1e-9
