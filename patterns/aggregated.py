@@ -84,7 +84,7 @@ class Aggregated(Target):
 
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         """The source's reducer makes the pooled keys: exact for as long as the window has no part in the softmax."""
-        grid = grid_of_site(site)
+        grid_of_site(site)  # or it is refused: the window needs the map
         if site.bias is not None or site.key is None:
             raise NotConvertible("its reduced keys have a bias, or are no plain projection; leave it with `keep`")
         bias = self._bias(OFF)

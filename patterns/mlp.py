@@ -135,7 +135,7 @@ def _linear_behind(node: Node, flow: Dataflow) -> tuple[Node, Tensor] | None:
         return node, torch.arange(shape_of(node)[-1])
     found = flow.provenance(node, stop=flow.is_linear)
     linear = found.source
-    if linear is None or not flow.is_linear(linear) or bool((found.address < 0).any()):
+    if linear is None or not flow.is_linear(linear):
         return None
     width = shape_of(linear)[-1]
     layouts = [found.address]
@@ -144,7 +144,7 @@ def _linear_behind(node: Node, flow: Dataflow) -> tuple[Node, Tensor] | None:
     for address in layouts:
         tokens = address.reshape(-1, address.shape[-1])
         rows = tokens[0]
-        whole = len(tokens) * width == linear.meta["val"].numel()
+        whole = len(tokens) * width == linear.meta["val"].numel() and bool((rows >= 0).all())
         if whole and torch.equal(tokens, rows + torch.arange(len(tokens))[:, None] * width):
             return linear, rows.clone()  # a view would keep all addresses
     return None

@@ -130,7 +130,7 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     sizes, batch = group_sizes(core), shape_of(flow.capture.inputs[0])[0]
     if not linears or math.prod(sizes) % batch:
         raise NotSeparable("query, key and value do not come from linear maps")
-    source, _ = source_tokens(linears[0].args[0], flow)  # type: ignore[arg-type]
+    source, _ = flow.remembered(source_tokens, input_of(linears[0]))
     queries = shape_of(core.query.node)[core.query.axes.index("x")]
     if queries * batch != math.prod(shape_of(source)[:-1]):
         raise NotSeparable("windowed queries and keys are transformed between projection and product")
@@ -184,13 +184,11 @@ def _merge(
     place[element.flatten()] = torch.arange(element.numel())
     place = place[found.address.reshape(-1, found.address.shape[-1])]
     positions, dims = element.shape[1:]
-    head_of_group = torch.empty(element.shape[0], dtype=torch.long)
     heads = len(grouped.group_of_head)
-    per_sample = grouped.group_of_head
-    samples = element.shape[0] // per_sample.numel()
-    head_of_group[:] = _heads_of_groups(query, per_sample, samples)
-    column = head_of_group[place // (positions * dims)] * dims + place % dims
-    token = query.token[place // (positions * dims), place // dims % positions]
+    slot = place // dims
+    head_of_slot = _heads_of_groups(query, grouped.group_of_head).repeat_interleave(positions)
+    column = head_of_slot[slot] * dims + place - slot * dims
+    token = query.token.flatten()[slot]
     if bool((column != column[:1]).any()) or bool((token != token[:, :1]).any()) or column.shape[1] != heads * dims:
         return None
     bias = linear.args[2] if len(linear.args) > 2 else None
@@ -199,7 +197,7 @@ def _merge(
     return None if result is None else _Merged(linear, result, Projection(linear.args[1], bias, columns))  # type: ignore[arg-type]
 
 
-def _heads_of_groups(query: Projected, group_of_head: Tensor, samples: int) -> Tensor:
+def _heads_of_groups(query: Projected, group_of_head: Tensor) -> Tensor:
     """The head of every flat group, of all samples: heads are told apart by their weight rows."""
     rows = query.channel[group_of_head[:, 0]]
     if len(torch.unique(rows, dim=0)) != len(rows):

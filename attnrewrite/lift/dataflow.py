@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.fx import Node
@@ -13,6 +14,7 @@ from .movement import Provenance
 from .values import Values, fold_constants, is_call, operator_name
 
 _LINEAR = {"aten::linear"}
+Answer = TypeVar("Answer")
 
 
 class Dataflow:
@@ -25,6 +27,7 @@ class Dataflow:
         self.capture = capture
         self.constants: Values = fold_constants(capture)
         self.learned = _reached_by_parameters(capture, self.constants)
+        self._remembered: dict[tuple[Callable[..., Any], Node], Any] = {}
 
     def weights(self, node: Node) -> Tensor:
         """The value of a constant: a parameter, or what is computed from parameters alone."""
@@ -34,6 +37,13 @@ class Dataflow:
         self, node: Node, stop: Callable[[Node], bool] = lambda node: False, scaling: bool = False
     ) -> Provenance:
         return movement.provenance(node, self.constants, stop, scaling)
+
+    def remembered(self, question: Callable[[Node, Dataflow], Answer], node: Node) -> Answer:
+        """``question(node, self)``, asked once: query, key and value often come from one linear map."""
+        key = (question, node)
+        if key not in self._remembered:
+            self._remembered[key] = question(node, self)
+        return self._remembered[key]
 
     def is_movement(self, node: Node) -> bool:
         return movement.is_movement(node, self.constants)

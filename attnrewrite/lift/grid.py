@@ -90,7 +90,8 @@ def _moved(node: Node, cells: dict[Node, _Cells], flow: Dataflow) -> _Cells | No
 def _projected(node: Node, inputs: _Cells) -> _Cells | None:
     """A linear map keeps tokens; where one token gathers several cells it makes a coarser map of them."""
     number = inputs.number
-    if bool((number == number[..., :1]).all()):
+    same = number.stride(-1) == 0  # expanded from one number a token, by an earlier linear map
+    if same or bool((number == number[..., :1]).all()):
         return _Cells(number[..., :1].expand(shape_of(node)), inputs.size)
     if bool((number == 0).any()):
         return None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -93,21 +95,39 @@ _SCALING = {"aten::mul", "aten::div"}
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a tensor's elements came from.
+    """Where the elements of ``node`` came from: ``offsets`` names the sources, ``path`` the movement since.
 
-    ``address`` has the tensor's shape: for source ``s`` it holds ``offsets[s]`` plus the flat position in ``s``; -1 is
-    zero padding. ``factor`` is the number that every element was multiplied with on the way.
+    ``factor`` is the number that every element was multiplied with on the way.
     """
 
-    address: Tensor
+    node: Node
     offsets: dict[Node, int]
-    factor: float = 1.0
-    path: tuple[Node, ...] = field(default=(), repr=False)
+    factor: float
+    path: tuple[Node, ...] = field(repr=False)
+    constants: Values = field(repr=False)
 
     @property
     def source(self) -> Node | None:
         """The only source, if there is only one."""
         return next(iter(self.offsets)) if len(self.offsets) == 1 else None
+
+    @cached_property
+    def address(self) -> Tensor:
+        """Shaped as ``node``: for source ``s`` ``offsets[s]`` plus the flat position in ``s``; -1 is padding with zero.
+
+        Made when it is asked for, since paths and sources often say enough.
+        """
+        counts = {source: source.meta["val"].numel() for source in self.offsets}
+        # some movement operators refuse integers; these floating types are exact up to that many addresses
+        dtype = torch.float32 if sum(counts.values()) < 2**24 else torch.float64
+        values: dict[Node, Any] = {}
+        for source, offset in self.offsets.items():
+            # one more than the address, so that every kind of zero padding comes out as address -1
+            first = offset + 1
+            values[source] = torch.arange(first, first + counts[source], dtype=dtype).view(shape_of(source))
+        for step in self.path:
+            values[step] = move(step, values, self.constants)
+        return values[self.node].long().sub_(1)
 
 
 def provenance(
@@ -119,20 +139,9 @@ def provenance(
     multiplication by a number is walked through as well.
     """
     path, sources, factor = _walk_back(node, constants, stop, scaling)
-    counts = [source.meta["val"].numel() for source in sources]
-    # some movement operators refuse integers; these floating types are exact up to that many addresses
-    dtype = torch.float32 if sum(counts) < 2**24 else torch.float64
-    offsets: dict[Node, int] = {}
-    values: dict[Node, Any] = {}
-    total = 0
-    for source, count in zip(sources, counts, strict=True):
-        # one more than the address, so that every kind of zero padding comes out as address -1
-        values[source] = torch.arange(total + 1, total + count + 1, dtype=dtype).view(shape_of(source))
-        offsets[source] = total
-        total += count
-    for step in path:
-        values[step] = move(step, values, constants)
-    return Provenance(values[node].long() - 1, offsets, factor, tuple(path))
+    ends = accumulate(source.meta["val"].numel() for source in sources)
+    offsets = dict(zip(sources, (0, *ends), strict=False))  # the last end is no source's offset
+    return Provenance(node, offsets, factor, tuple(path), constants)
 
 
 def is_movement(node: Node, constants: Values) -> bool:

@@ -64,14 +64,11 @@ def projected(operand: Operand, core: Core, flow: Dataflow) -> Projected | None:
     order = core.groups + "".join(position_and_dim(operand.axes))
     address = canonical(found.address, operand.axes, order).expand(*group_sizes(core), -1, -1).flatten(0, -3)
     width = shape_of(linear)[-1]
-    token = torch.where(address < 0, -1, address // width)
-    channel = torch.where(address < 0, -1, address % width)
-    if bool((token != token[..., :1]).any()) or bool((channel != channel[:, :1]).any()):
+    token, channel = address[..., 0] // width, address[:, 0] % width
+    if bool((token < 0).any()) or not torch.equal(address, (token * width)[..., None] + channel[:, None]):
         raise NotSeparable("an operand mixes tokens and channels")
-    source, slots = source_tokens(input_of(linear), flow)
-    token = token[..., 0]
-    token = torch.where(token < 0, -1, slots[token.clamp(min=0)])
-    return Projected(linear, source, token, channel[:, 0], found.factor)
+    source, slots = flow.remembered(source_tokens, input_of(linear))
+    return Projected(linear, source, slots[token], channel, found.factor)
 
 
 def source_tokens(node: Node, flow: Dataflow) -> tuple[Node, Tensor]:
