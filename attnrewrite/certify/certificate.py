@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -122,6 +123,7 @@ def _error(site: Site, flow: Dataflow, inputs: Values, dtype: torch.dtype, captu
     else:
         values = {node: captured[node] for node in wanted}
 
+    @cache
     def weights(node: Node) -> Tensor:
         return cast(flow.constants[node], dtype)
 
