@@ -16,7 +16,7 @@ from ..errors import UNFORESEEN, unforeseen
 from ..ir import AttentionSite, MlpSite, Refused, Site, StemSite
 from ..lift.dataflow import Dataflow
 from ..lift.movement import moved_operands
-from ..lift.values import input_of, operator_name, shape_of
+from ..lift.values import argument, input_of, operator_name, shape_of
 from ..targets import register_recogniser
 
 
@@ -44,9 +44,9 @@ def recognise_stems(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
 
 
 def _convolution(node: Node, flow: Dataflow) -> StemSite | Refused | None:
-    weight, bias, stride, padding = (*node.args[1:5], None, None, None)[:4]
+    weight, bias, stride, padding = (argument(node, position) for position in range(1, 5))
     stride, padding = _sides(stride, 1), _sides(padding, 0)
-    _, channels, *kernel = weight.meta["val"].shape  # type: ignore[union-attr]
+    _, channels, *kernel = weight.meta["val"].shape
     tokens = _as_tokens(node, flow)
     call = flow.capture.enclosing_call([node] if tokens is None else [node, tokens])
     if call.parent is not None and not call.children:  # the convolution itself: its parent can do without it
@@ -61,8 +61,8 @@ def _convolution(node: Node, flow: Dataflow) -> StemSite | Refused | None:
         padding=padding,
         source=input_of(node),
         result=node,
-        weight=weight,  # type: ignore[arg-type]
-        bias=bias,  # type: ignore[arg-type]
+        weight=weight,
+        bias=bias,
         tokens=tokens,
     )
 
@@ -71,8 +71,8 @@ def _merge(node: Node, flow: Dataflow) -> StemSite | Refused | None:
     """A linear map whose input channels are those of several tokens, normalised first or not."""
     gathered: Node = input_of(node)
     norm = None
-    if operator_name(gathered) == "aten::layer_norm" and len(gathered.args[1]) == 1:  # type: ignore[arg-type]
-        norm, gathered = gathered, gathered.args[0]  # type: ignore[assignment]
+    if operator_name(gathered) == "aten::layer_norm" and len(argument(gathered, 1)) == 1:
+        norm, gathered = gathered, input_of(gathered)
     call = flow.capture.enclosing_call([gathered, node])
     given = {leaf.node for leaf in tree_leaves(call.arguments) if isinstance(leaf, NodeRef)}
     found = flow.provenance(gathered, stop=lambda n: n in given)
@@ -94,7 +94,7 @@ def _merge(node: Node, flow: Dataflow) -> StemSite | Refused | None:
     geometry = patch_geometry(patches, (side, side), map_width(source)) if side * side == patches.shape[-1] else None
     if geometry is None or math.prod(geometry[0]) != math.prod(shape_of(source)[1:-1]):
         return None
-    weight, bias = (*node.args[1:3], None)[:2]
+    weight, bias = argument(node, 1), argument(node, 2)
     return StemSite(
         name=call.path,
         owner=flow.capture.enclosing_call([gathered]),
@@ -105,8 +105,8 @@ def _merge(node: Node, flow: Dataflow) -> StemSite | Refused | None:
         padding=(0, 0),
         source=source,
         result=node,
-        weight=weight,  # type: ignore[arg-type]
-        bias=bias,  # type: ignore[arg-type]
+        weight=weight,
+        bias=bias,
         tokens=gathered,
         patches=patches,
         norm_node=norm,
@@ -141,8 +141,8 @@ def channels_last(conv: Node, value: Node, flow: Dataflow) -> bool:
 
 
 def _is_patchy(node: Node) -> bool:
-    stride, groups = _sides(node.args[3] if len(node.args) > 3 else 1, 1), node.args[6] if len(node.args) > 6 else 1
-    dilation = _sides(node.args[5] if len(node.args) > 5 else 1, 1)
+    stride, groups = _sides(argument(node, 3, default=1), 1), argument(node, 6, default=1)
+    dilation = _sides(argument(node, 5, default=1), 1)
     return max(stride) > 1 and bool(groups == 1) and dilation == (1, 1)
 
 

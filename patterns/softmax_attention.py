@@ -19,7 +19,7 @@ from ..lift.dataflow import Dataflow
 from ..lift.grid import token_grids
 from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, grouping, projected, projection, source_tokens
 from ..lift.scores import excluded
-from ..lift.values import input_of, needed_nodes, operator_name, shape_of
+from ..lift.values import argument, input_of, needed_nodes, operator_name, shape_of
 from ..targets import register_recogniser
 from .spatial_reduction import reduced_keys
 from .windows import recognise_window, relative_table
@@ -191,10 +191,10 @@ def _merge(
     token = query.token.flatten()[slot]
     if bool((column != column[:1]).any()) or bool((token != token[:, :1]).any()) or column.shape[1] != heads * dims:
         return None
-    bias = linear.args[2] if len(linear.args) > 2 else None
     columns = torch.argsort(column[0]).view(heads, dims)
     result = _in_source_order(linear, token[:, 0], source_shape, flow)
-    return None if result is None else _Merged(linear, result, Projection(linear.args[1], bias, columns))  # type: ignore[arg-type]
+    output = Projection(argument(linear, 1), argument(linear, 2), columns)
+    return None if result is None else _Merged(linear, result, output)
 
 
 def _heads_of_groups(query: Projected, group_of_head: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ def _mask(core: Core, grouped: Grouping) -> Tensor | None:
 
 
 def _dropout(core: Core) -> float:
-    rates = [float(node.args[1]) for node in core.nodes if operator_name(node) == "aten::dropout"]  # type: ignore[arg-type]
+    rates = [float(argument(node, 1)) for node in core.nodes if operator_name(node) == "aten::dropout"]
     return max(rates, default=0.0)
 
 

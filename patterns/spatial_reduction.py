@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from ..ir import Reduced
 from ..lift.dataflow import Dataflow
-from ..lift.values import operator_name, shape_of
+from ..lift.values import argument, operator_name, shape_of
 
 _CONVOLVING = ("aten::conv2d", "aten::convolution")
 _POOLING = ("aten::avg_pool2d", "aten::adaptive_avg_pool2d", "aten::max_pool2d")
@@ -25,5 +25,5 @@ def reduced_keys(key_source: Node, query_source: Node, flow: Dataflow) -> Reduce
     pooled = next((node for node in shrinking if operator_name(node) in _POOLING), None)
     if pooled is not None:
         return Reduced(height, width, operator_name(pooled).removeprefix("aten::"))
-    stride = last.args[3] if len(last.args) > 3 else [1]
-    return Reduced(height, width, f"convolution stride {stride[0]}")  # type: ignore[index]
+    stride = argument(last, 3, default=[1])
+    return Reduced(height, width, f"convolution stride {stride[0]}")

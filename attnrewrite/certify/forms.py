@@ -16,6 +16,7 @@ from torch.fx import Node
 from ..ir import AttentionSite, MlpSite, Operand, Projection, Stage, StemSite, Window
 from ..layout import heads_last
 from ..lift.activations import ACTIVATIONS
+from ..lift.values import argument
 
 Weights = Callable[[Node], Tensor]
 
@@ -136,31 +137,31 @@ def _attend_in_windows(
 
 
 def _channels(source: Tensor, linear: Node, rows: Tensor, weights: Weights) -> Tensor:
-    bias = linear.args[2] if len(linear.args) > 2 else None
-    return F.linear(source, weights(linear.args[1])[rows], None if bias is None else weights(bias)[rows])  # type: ignore
+    bias = argument(linear, 2)
+    return F.linear(source, weights(argument(linear, 1))[rows], None if bias is None else weights(bias)[rows])
 
 
 def _linear(value: Tensor, linear: Node, weights: Weights) -> Tensor:
-    bias = linear.args[2] if len(linear.args) > 2 else None
-    return F.linear(value, weights(linear.args[1]), None if bias is None else weights(bias))  # type: ignore[arg-type]
+    bias = argument(linear, 2)
+    return F.linear(value, weights(argument(linear, 1)), None if bias is None else weights(bias))
 
 
 def _depthwise(value: Tensor, stage: Stage, weights: Weights) -> Tensor:
     """Tokens to the map the convolution ran on, through it, and back."""
-    weight, bias, stride, padding = stage.node.args[1:5]
+    weight, bias = argument(stage.node, 1), argument(stage.node, 2)
+    stride, padding = argument(stage.node, 3, "stride", 1), argument(stage.node, 4, "padding", 0)
     height, width = stage.grid
     channels = value.shape[-1]
     image = value.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
-    bias = None if bias is None else weights(bias)  # type: ignore[arg-type]
-    image = F.conv2d(image, weights(weight), bias, stride, padding, groups=channels)  # type: ignore[arg-type]
+    bias = None if bias is None else weights(bias)
+    image = F.conv2d(image, weights(weight), bias, stride, padding, groups=channels)
     return image.permute(0, 2, 3, 1).reshape(value.shape)
 
 
 def _layer_norm(value: Tensor, norm: Node, weights: Weights) -> Tensor:
-    shape, weight, bias = (*norm.args[1:4], None, None)[:3]
-    eps = norm.args[4] if len(norm.args) > 4 else 1e-5
-    scale, shift = (None if part is None else weights(part) for part in (weight, bias))  # type: ignore[arg-type]
-    return F.layer_norm(value, shape, scale, shift, eps)  # type: ignore[arg-type]
+    shape, weight, bias = (argument(norm, position) for position in range(1, 4))
+    scale, shift = (None if part is None else weights(part) for part in (weight, bias))
+    return F.layer_norm(value, shape, scale, shift, argument(norm, 4, "eps", 1e-5))
 
 
 def _at_zero(projection: Projection, weights: Weights) -> Tensor:

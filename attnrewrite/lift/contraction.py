@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Node
 
-from .values import operator_name, shape_of
+from .values import argument, operator_name, shape_of
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -56,7 +56,8 @@ def contraction(node: Node) -> Contraction | None:
 
 
 def _einsum(node: Node) -> Contraction | None:
-    equation, operands = str(node.args[0]).replace(" ", ""), [used for used in node.args[1] if isinstance(used, Node)]  # type: ignore[union-attr]
+    equation = str(node.args[0]).replace(" ", "")
+    operands = [used for used in argument(node, 1) if isinstance(used, Node)]
     inputs, _, out = equation.partition("->")
     terms = inputs.split(",")
     if len(operands) != 2 or len(terms) != 2 or not out or any(len(set(t)) != len(t) for t in terms if "." not in t):

@@ -16,7 +16,7 @@ from .contraction import Contraction, canonical, contraction
 from .dataflow import Dataflow
 from .movement import moved_operands
 from .scores import Addend, NotAffine, as_addend, score_chain
-from .values import input_of, operator_name, shape_of
+from .values import argument, input_of, operator_name, shape_of
 
 _GROUPS = "abcghijk"
 _FUSED = "aten::scaled_dot_product_attention"
@@ -166,8 +166,8 @@ def _product_with_values(anchor: Node, flow: Dataflow) -> tuple[list[Node], Cont
 
 def _require_last_axis(anchor: Node, scores: tuple[int, ...]) -> None:
     shape = shape_of(anchor)
-    axis = anchor.args[1] if len(anchor.args) > 1 else anchor.kwargs.get("dim", -1)
-    if int(axis) % len(shape) != len(shape) - 1 or shape[-1] != scores[-1]:  # type: ignore[arg-type]
+    axis = argument(anchor, 1, "dim", -1)
+    if int(axis) % len(shape) != len(shape) - 1 or shape[-1] != scores[-1]:
         raise NotAffine("the softmax does not run over the last axis of the scores")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .values import Values, operator_name, run_node, shape_of
+from .values import Values, argument, operator_name, run_node, shape_of
 
 _REARRANGING = {
     f"aten::{name}"
@@ -167,8 +167,8 @@ def is_copy(node: Node, constants: Values) -> bool:
 
 def moved_operands(node: Node) -> list[Node]:
     """The operands whose elements end up in the result (not the index tensors)."""
-    first = node.args[0]
-    return [first] if isinstance(first, Node) else [used for used in first if isinstance(used, Node)]  # type: ignore[union-attr]
+    first = argument(node, 0)
+    return [first] if isinstance(first, Node) else [used for used in first if isinstance(used, Node)]
 
 
 def index_operands(node: Node) -> list[Node]:
@@ -182,10 +182,10 @@ def scale_of(node: Node) -> float | None:
     """The number that ``node`` multiplies its first operand with, if that is all it does."""
     if operator_name(node) not in _SCALING or len(node.args) < 2 or node.kwargs:
         return None
-    operand, number = node.args[:2]
+    operand, number = argument(node, 0), argument(node, 1)
     if not isinstance(operand, Node) or isinstance(number, Node):
         return None
-    value = float(number)  # type: ignore[arg-type]
+    value = float(number)
     return value if operator_name(node) == "aten::mul" else 1.0 / value
 
 
@@ -228,7 +228,6 @@ def _walk_back(
 
 
 def _pads_with_zero(node: Node) -> bool:
-    mode = node.args[2] if operator_name(node) == "aten::pad" and len(node.args) > 2 else "constant"
-    position = 3 if operator_name(node) == "aten::pad" else 2
-    value = node.args[position] if len(node.args) > position else node.kwargs.get("value", 0)
-    return mode == "constant" and value in (None, 0, 0.0)
+    named = operator_name(node) == "aten::pad"
+    mode = argument(node, 2, "mode", "constant") if named else "constant"
+    return mode == "constant" and argument(node, 3 if named else 2, "value", 0) in (None, 0, 0.0)

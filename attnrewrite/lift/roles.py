@@ -16,7 +16,7 @@ from ..letters import position_and_dim
 from .contraction import canonical
 from .cores import Core
 from .dataflow import Dataflow
-from .values import input_of, shape_of
+from .values import argument, input_of, shape_of
 
 
 class NotSeparable(Exception):
@@ -130,9 +130,8 @@ def grouping(query: Projected, key: Projected, value: Projected) -> Grouping:
 
 def projection(part: Projected, grouped: Grouping) -> Projection:
     """Weight rows of one operand, ``[heads, head_dim]``."""
-    bias = part.linear.args[2] if len(part.linear.args) > 2 else None
     rows = part.channel[grouped.group_of_head[:, 0]]
-    return Projection(part.linear.args[1], bias, rows)  # type: ignore[arg-type]
+    return Projection(argument(part.linear, 1), argument(part.linear, 2), rows)
 
 
 def _heads(*parts: Projected) -> Tensor:

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from .contraction import Contraction, contraction
 from .movement import is_movement
-from .values import Values, input_of, operator_name, shape_of
+from .values import Values, argument, input_of, operator_name, shape_of
 
 MASKED = -50.0
 """A constant score at or below this is no key at all: Swin masks with -100, others with -inf or the least float."""
@@ -114,12 +114,12 @@ def _operand(node: Node, constants: Values) -> Node:
 
 def _number(node: Node, following: Node, constants: Values, learned: frozenset[Node]) -> float | None:
     """The other factor as a number, or None if it is a learned one."""
-    left, right = node.args[:2]
+    left, right = argument(node, 0), argument(node, 1)
     if "div" in operator_name(node) and (left is not following or right in learned):
         raise NotAffine("the scores are divided by, or divide, a tensor")
     other = right if left is following else left
     if not isinstance(other, Node):
-        return float(other)  # type: ignore[arg-type]
+        return float(other)
     if other in learned:
         return None
     value = constants[other]
@@ -129,25 +129,25 @@ def _number(node: Node, following: Node, constants: Values, learned: frozenset[N
 
 
 def _addend(node: Node, following: Node, factor: float, constants: Values) -> Addend:
-    name, (left, right) = operator_name(node), node.args[:2]
+    name, left, right = operator_name(node), argument(node, 0), argument(node, 1)
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         raise NotAffine(f"{name} scales what it adds")
     sign = -1.0 if "sub" in name else 1.0
     if sign < 0 and (left is not following or name == "aten::rsub"):
         raise NotAffine("the scores are subtracted from a constant")
     other = right if left is following else left
-    value = constants[other] if isinstance(other, Node) else torch.tensor(float(other))  # type: ignore[arg-type]
+    value = constants[other] if isinstance(other, Node) else torch.tensor(float(other))
     return Addend(value, sign * factor, shape_of(node), other if isinstance(other, Node) else None)
 
 
 def _masking(node: Node, following: Node, factor: float, constants: Values) -> Addend:
     if operator_name(node) == "aten::where":
-        yes, no = node.args[1:3]
+        yes, no = argument(node, 1), argument(node, 2)
         condition = constants[input_of(node)]
         mask, fill = (~condition, no) if yes is following else (condition, yes)
     else:
-        mask, fill = constants[input_of(node, 1)], node.args[2]
-    number = float(constants[fill] if isinstance(fill, Node) else fill)  # type: ignore[arg-type]
+        mask, fill = constants[input_of(node, 1)], argument(node, 2)
+    number = float(constants[fill] if isinstance(fill, Node) else fill)
     value = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, number)
     return Addend(value, factor, shape_of(node))
 

@@ -84,7 +84,7 @@ def run_node(node: Node, values: Mapping[Node, Any], dtype: torch.dtype | None =
         return None
     if operator_name(node) == "aten::view":  # strides may differ from those of the trace
         return torch.ops.aten.reshape.default(*args)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return node.target(*args, **kwargs)  # type: ignore[operator]  # a call's target is a function
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
@@ -111,6 +111,11 @@ def input_of(node: Node, position: int = 0) -> Node:
     value = node.args[position]
     assert isinstance(value, Node), f"{node} takes a value at {position}"
     return value
+
+
+def argument(node: Node, position: int, name: str = "", default: Any = None) -> Any:
+    """An argument however it was given, or the ``default`` of the operator where it was not."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

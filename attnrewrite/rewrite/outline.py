@@ -15,7 +15,7 @@ from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatte
 
 from ..capture import ModuleCall, NodeRef
 from ..lift.dataflow import Dataflow
-from ..lift.values import is_call, operator_name
+from ..lift.values import argument, input_of, is_call, operator_name
 from .aspect import SameAspect
 
 
@@ -151,10 +151,10 @@ class _Outliner:
         if name == "aten::_assert_tensor_metadata" or node in self.result.made:
             return
         if name == "aten::dropout" and node.args[2] is False:
-            self._made(node, self._dropout(self._value(node.args[0]), float(node.args[1])))  # type: ignore[arg-type]
+            self._made(node, self._dropout(self._value(input_of(node)), float(argument(node, 1))))
             return
         if self.flow.adds_nothing(node):
-            self._made(node, self._value(node.args[0]))  # type: ignore[arg-type]
+            self._made(node, self._value(input_of(node)))
             return
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
         view = torch.ops.aten.view.default

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from ..lift.values import input_of, is_call, operator_name
+from ..lift.values import argument, input_of, is_call, operator_name
 
 _VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
 _EXPANDS = {"aten::expand"}
@@ -126,7 +126,7 @@ class _Freeing:
 
     def _per_sample(self, node: Node, name: str) -> None:
         """A parameter spread over the samples, as a class token is: its first axis follows the batch."""
-        counts = list(node.args[1])  # type: ignore[arg-type]
+        counts = list(argument(node, 1))
         grown = [axis for axis, count in enumerate(counts) if count != (1 if name == "aten::repeat" else -1)]
         if self.first is None or not set(grown) <= {0} or _shape(node)[0] != _shape(self.first)[0]:
             return
@@ -149,11 +149,11 @@ class _Freeing:
         return self._own_axes(node)
 
     def _permuted(self, node: Node, name: str) -> tuple[Axis, ...]:
-        axes = list(self.axes[node.args[0]])  # type: ignore[index]
+        axes = list(self.axes[input_of(node)])
         if name == "aten::permute":
-            return tuple(axes[axis] for axis in node.args[1])  # type: ignore[union-attr, index]
-        one, other = node.args[1:3]
-        axes[one], axes[other] = axes[other], axes[one]  # type: ignore[index]
+            return tuple(axes[axis] for axis in argument(node, 1))
+        one, other = argument(node, 1), argument(node, 2)
+        axes[one], axes[other] = axes[other], axes[one]
         return tuple(axes)
 
     def _own_axes(self, node: Node) -> tuple[Axis, ...]:
@@ -227,7 +227,7 @@ class _Freeing:
 
     def _is_tied(self, node: Node, name: str) -> bool:
         if name == "aten::pad":
-            return any(amount != 0 for amount in node.args[1])  # type: ignore[union-attr]
+            return any(amount != 0 for amount in argument(node, 1))
         if name == "aten::slice":
             source = input_of(node)
             given: list[Any] = [*node.args[1:4], *(0, 0, None)[len(node.args) - 1 :]]
@@ -237,7 +237,8 @@ class _Freeing:
                 return False
             return isinstance(stop, int) and 0 < stop < 2**31 and not self._is_prefix(start, stop)
         if name == "aten::unflatten":  # channels split into heads are the model's numbers, not the image's
-            return node.args[1] % len(_shape(node.args[0])) != len(_shape(node.args[0])) - 1  # type: ignore
+            axes = len(_shape(input_of(node)))
+            return argument(node, 1) % axes != axes - 1
         return name in _SIZED
 
     @staticmethod
