@@ -255,6 +255,17 @@ def prepare(state: State) -> tuple[State, dict[str, Any]]:
     return state, told
 
 
+_BASE: dict[str, Any] = {
+    "embed_dims": (80, 160, 320, 512),
+    "depths": (4, 8, 25, 8),
+    "num_heads": (5, 5, 10, 16),
+    "decay_ranges": (5, 5, 6, 6),
+    "mlp_ratios": (4, 4, 3, 3),
+    "decomposed": (True, True, True, False),
+    "layer_scales": (False, False, True, True),
+    "drop_path_rate": 0.4,
+}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "rmt_tiny": {},
     "rmt_small": {
@@ -263,24 +274,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "decomposed": (True, True, True, False),
         "drop_path_rate": 0.15,
     },
-    "rmt_base": {
-        "embed_dims": (80, 160, 320, 512),
-        "depths": (4, 8, 25, 8),
-        "num_heads": (5, 5, 10, 16),
-        "decay_ranges": (5, 5, 6, 6),
-        "mlp_ratios": (4, 4, 3, 3),
-        "decomposed": (True, True, True, False),
-        "layer_scales": (False, False, True, True),
-        "drop_path_rate": 0.4,
-    },
+    "rmt_base": _BASE,
     "rmt_large": {
+        **_BASE,
         "embed_dims": (112, 224, 448, 640),
-        "depths": (4, 8, 25, 8),
         "num_heads": (7, 7, 14, 20),
         "decay_ranges": (6, 6, 6, 6),
-        "mlp_ratios": (4, 4, 3, 3),
-        "decomposed": (True, True, True, False),
-        "layer_scales": (False, False, True, True),
         "drop_path_rate": 0.5,
     },
 }

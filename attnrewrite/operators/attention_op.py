@@ -8,16 +8,20 @@ anything).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 from torch.library import CustomOpDef
+from torch.utils.flop_counter import register_flop_formula
 
 from ..lowering import Request
 from .precision import accumulation_dtype
 
 OPERANDS = 6
+Shape = Sequence[int]
 
 
 class _Context(Protocol):
@@ -69,6 +73,26 @@ def make_differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
         return (*(gradient if needs else None for gradient, needs in needed), *(None for _ in ctx.geometry))
 
     forward.register_autograd(differentiate, setup_context=_save_operands)
+
+
+def register_flops(forward: OpOverloadPacket, backward: OpOverloadPacket, pairs: Callable[..., int]) -> None:
+    """Tell torch's counters what the two operators cost, without what they compute and throw away.
+
+    `pairs` takes the shapes of query and of the first optional key, and the geometry, and gives the number of (query,
+    key) pairs of all images and heads. Forward has two products over them; backward five: logits again, and the
+    gradients of probabilities, query, key and value.
+    """
+
+    @register_flop_formula(forward)
+    def flops(
+        query: Shape, _key: Shape, value: Shape, _bias: Shape, extra_key: Shape, _extra: Shape, *geometry: Any, **_: Any
+    ) -> int:
+        return 2 * pairs(query, extra_key, *geometry) * (query[-1] + value[-1])
+
+    @register_flop_formula(backward)
+    def backward_flops(_grad_output: Shape, _grad_lse: Shape, *saved: Any, **_: Any) -> int:
+        query, _key, value, _bias, extra_key = saved[: OPERANDS - 1]
+        return 2 * pairs(query, extra_key, *saved[OPERANDS + 2 :]) * (3 * query[-1] + 2 * value[-1])
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

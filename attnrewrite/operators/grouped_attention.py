@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..lowering import Request, run
-from .attention_op import attention_request, contiguous, gradients_of, make_differentiable
+from .attention_op import attention_request, contiguous, gradients_of, make_differentiable, register_flops
 from .partition_rule import attended_slots, axis_partitions
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? pad_key, Tensor? pad_value"
@@ -108,45 +107,6 @@ def grouped_request(
     )
 
 
-@register_flop_formula(torch.ops.attnrewrite.grouped_attention)
-def grouped_attention_flops(
-    query: Sequence[int],
-    key: Sequence[int],
-    value: Sequence[int],
-    bias: Sequence[int] | None,
-    pad_key: Sequence[int] | None,
-    pad_value: Sequence[int] | None,
-    *geometry: Any,
-    **_: Any,
-) -> int:
-    """Of the two products, counted over the tokens of the map and the slots present in their blocks.
-
-    On a map that the window divides, unshifted, this is 2 B heads N n (d + d_v). Truncated blocks count with
-    the slots they have; padding counts as keys, which it is, but not as queries, whose results would be
-    thrown away.
-    """
-    return 2 * _pairs(query, pad_key, *geometry) * (query[-1] + value[-1])
-
-
-@register_flop_formula(torch.ops.attnrewrite.grouped_attention_backward)
-def grouped_attention_backward_flops(
-    grad_output: Sequence[int],
-    grad_lse: Sequence[int],
-    query: Sequence[int],
-    key: Sequence[int],
-    value: Sequence[int],
-    bias: Sequence[int] | None,
-    pad_key: Sequence[int] | None,
-    pad_value: Sequence[int] | None,
-    output: Sequence[int],
-    lse: Sequence[int],
-    *geometry: Any,
-    **_: Any,
-) -> int:
-    """Of the five products: logits again, and the gradients of probabilities, query, key and value."""
-    return 2 * _pairs(query, pad_key, *geometry) * (3 * query[-1] + 2 * value[-1])
-
-
 def _pairs(
     query: Sequence[int],
     pad_key: Sequence[int] | None,
@@ -154,7 +114,15 @@ def _pairs(
     shift: Sequence[int],
     *_: Any,
 ) -> int:
-    """Number of (token, slot) pairs of all images and heads."""
+    """Number of (token, slot) pairs of all images and heads.
+
+    On a map that the window divides, unshifted, these are B heads N n pairs. Truncated blocks count with
+    the slots they have; padding counts as keys, which it is, but not as queries, whose results would be
+    thrown away.
+    """
     batch, *grid, heads, _dim = query
     partitions = axis_partitions(tuple(grid), tuple(window_size), tuple(shift), pad_key is not None)
     return batch * heads * prod(map(attended_slots, partitions))
+
+
+register_flops(torch.ops.attnrewrite.grouped_attention, torch.ops.attnrewrite.grouped_attention_backward, _pairs)

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..lowering import Request, run
-from .attention_op import attention_request, contiguous, gradients_of, make_differentiable
+from .attention_op import attention_request, contiguous, gradients_of, make_differentiable, register_flops
 from .index_rule import attended_pairs, axis_rules
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? additional_keys, Tensor? additional_values"
@@ -113,40 +112,6 @@ def local_request(
     )
 
 
-@register_flop_formula(torch.ops.attnrewrite.local_attention)
-def local_attention_flops(
-    query: Sequence[int],
-    key: Sequence[int],
-    value: Sequence[int],
-    bias: Sequence[int] | None,
-    additional_keys: Sequence[int] | None,
-    additional_values: Sequence[int] | None,
-    *geometry: Any,
-    **_: Any,
-) -> int:
-    """Of the two products, with exactly the keys each query sees, not those a kernel touches besides."""
-    return 2 * _pairs(query, additional_keys, *geometry) * (query[-1] + value[-1])
-
-
-@register_flop_formula(torch.ops.attnrewrite.local_attention_backward)
-def local_attention_backward_flops(
-    grad_output: Sequence[int],
-    grad_lse: Sequence[int],
-    query: Sequence[int],
-    key: Sequence[int],
-    value: Sequence[int],
-    bias: Sequence[int] | None,
-    additional_keys: Sequence[int] | None,
-    additional_values: Sequence[int] | None,
-    output: Sequence[int],
-    lse: Sequence[int],
-    *geometry: Any,
-    **_: Any,
-) -> int:
-    """Of the five products: logits again, and the gradients of probabilities, query, key and value."""
-    return 2 * _pairs(query, additional_keys, *geometry) * (3 * query[-1] + 2 * value[-1])
-
-
 def _pairs(
     query: Sequence[int],
     additional_keys: Sequence[int] | None,
@@ -156,8 +121,14 @@ def _pairs(
     is_causal: Sequence[bool],
     *_: Any,
 ) -> int:
-    """Number of (query, key) pairs of all images and heads."""
+    """Number of (query, key) pairs of all images and heads.
+
+    Exactly the keys that each query sees, not those that a kernel touches besides.
+    """
     batch, *grid, heads, _dim = query
     rules = axis_rules(tuple(grid), tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
     additional = 0 if additional_keys is None else prod(grid) * additional_keys[1]
     return batch * heads * (prod(map(attended_pairs, rules)) + additional)
+
+
+register_flops(torch.ops.attnrewrite.local_attention, torch.ops.attnrewrite.local_attention_backward, _pairs)
