@@ -91,6 +91,11 @@ class Window:
     def divides(self, grid: Grid) -> bool:
         return grid.height % self.size[0] == 0 and grid.width % self.size[1] == 0
 
+    def axis_pairs(self, length: int, axis: int = 0) -> int:
+        """Pairs of a token and an attended slot of its block along an axis; on a map those of both axes multiply."""
+        slots = self._axis_slots(length, axis)
+        return int(((slots >= 0).sum(1) * (slots != self.ABSENT).sum(1)).sum())
+
     def _axis_slots(self, length: int, axis: int) -> Tensor:
         size = self.size[axis]
         padded = -(-length // size) * size

@@ -68,6 +68,18 @@ def plan(
     return made
 
 
+def decided(made: Plan, to: Any, fidelity: str, options: dict[str, Any]) -> Plan:
+    """What ``plan`` would convert of what was lifted, where nothing is certified, rewritten or run.
+
+    ``made`` is only read. Arguments and errors as for ``convert``.
+    """
+    least, targets = _fidelity(fidelity), _targets(to, options)
+    chosen = Plan(made.model, made.flow, [PlannedSite(planned.site) for planned in made.sites], made.refused)
+    _choose(chosen, targets, None, None)
+    _classify([planned for planned in chosen.sites if planned.target is not None], least, made.flow)
+    return chosen
+
+
 def lifted(model: nn.Module, example_inputs: Any | None) -> tuple[Plan, Dataflow]:
     """Everything recognised in ``model``, with nothing decided yet."""
     flow = Dataflow(capture(model, example_inputs))

@@ -1,4 +1,4 @@
-"""What the attention modules of this library cost by their definition, whatever operations they are made of.
+"""What the modules of this library cost by their definition, whatever operations they are made of.
 
 Some products are not spelled as contractions (a window's scores are sums of shifted products), some contractions stand
 for something else (an average written as a product with ones, position codes appended to keys). So that a cost is
@@ -15,6 +15,7 @@ from typing import Any
 from sympy import Integer, Max, sympify
 from torch import Tensor, nn
 
+from ..cores.tokens_to_token import TokensToTokenBranch, TokensToTokenStem
 from ..modules.aggregated import AggregatedAttention
 from ..modules.cosine_attention import CPB_HIDDEN, CosineAttention
 from ..modules.long_short_distance import LongShortDistanceAttention
@@ -22,6 +23,7 @@ from ..modules.manhattan import ManhattanAttention
 from ..modules.neighborhood_block import NeighborhoodAttention2d
 from ..modules.tokens_to_token import TokensToToken
 from . import formulas
+from .core_calls import BY_DEFINITION, cost_of_core_call
 from .cost import LAYER_NORM, Cost
 from .formulas import Extent, SiteFormula, Widths
 from .symbols import down, offsets
@@ -34,45 +36,57 @@ class Definition:
     Attributes:
         formula: of the module and the sides of its map; None for options that no formula covers.
         argument: the forward's argument that holds the map; ``channels_first`` says how.
+        beside: further arguments, which change no cost; any other one does.
         replaces_count: whether the module is counted by the formula.
-        result: the sides of the map it makes, where those are others.
+        result: the sides of the map it makes, where those are others; ``result_first`` says how that lies.
         normalisation: what fvcore charges an image for norms and poolings that are no operations of their own.
     """
 
     formula: Callable[[Any, Extent, Extent], SiteFormula | None]
     argument: str = "source"
+    beside: tuple[str, ...] = ("tables",)
     channels_first: bool = False
     replaces_count: bool = False
     kind: str = "attention"
     result: Callable[[Extent, Extent], tuple[Any, Any]] | None = None
+    result_first: bool = False
     normalisation: Callable[[Any, Extent, Extent], Any] | None = None
 
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return (shape[2], shape[3]) if self.channels_first else (shape[1], shape[2])
+
+    def result_sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return (shape[2], shape[3]) if self.result_first else (shape[1], shape[2])
+
+    def is_plain(self, arguments: dict[str, Any]) -> bool:
+        """Whether the map is the only thing that changes the cost."""
+        return all(v is None for name, v in arguments.items() if name != self.argument and name not in self.beside)
 
 
 def definition_of(module: nn.Module) -> Definition | None:
     return _DEFINITIONS.get(type(module))
 
 
+def is_defined(module: nn.Module) -> bool:
+    """Whether ``defined_cost`` may have something to say."""
+    return type(module) in _DEFINITIONS or type(module) in BY_DEFINITION
+
+
 def defined_cost(module: nn.Module, arguments: dict[str, Any]) -> Cost | None:
     """MACs, and the price of absorbed norms, of one call; None for modules that are counted by their operations."""
     definition = definition_of(module)
-    if definition is None or not definition.replaces_count or not _plain(definition, arguments):
+    if definition is None:
+        return cost_of_core_call(module, arguments)
+    source = arguments[definition.argument]
+    if not definition.replaces_count or not definition.is_plain(arguments) or not isinstance(source, Tensor):
         return None
-    shape = tuple(arguments[definition.argument].shape)
+    shape = tuple(source.shape)
     sides = tuple(map(Integer, definition.sides(shape)))
     formula = definition.formula(module, *sides)
     if formula is None:
         return None
     absorbed = 0 if definition.normalisation is None else int(definition.normalisation(module, *sides))
     return Cost(formula.macs_of(shape[0], 1, 1), normalisation=shape[0] * absorbed)
-
-
-def _plain(definition: Definition, arguments: dict[str, Any]) -> bool:
-    """Whether the map is the only thing that changes the cost."""
-    others = {name: value for name, value in arguments.items() if name not in (definition.argument, "tables")}
-    return isinstance(arguments[definition.argument], Tensor) and all(value is None for value in others.values())
 
 
 def _aggregated(module: AggregatedAttention, height: Extent, width: Extent) -> SiteFormula | None:
@@ -124,12 +138,11 @@ def _neighborhood(module: NeighborhoodAttention2d, height: Extent, width: Extent
 def _tokens_to_token(module: TokensToToken, height: Extent, width: Extent) -> SiteFormula | None:
     performer = hasattr(module.attention1, "w")
     first, second = (int(layer.norm2.normalized_shape[0]) for layer in (module.attention1, module.attention2))  # type: ignore[union-attr, index]
-    if first != second or not isinstance(module.attention1.norm1, nn.LayerNorm):
-        return None
     channels = module.attention1.projection().in_features // 49
     return formulas.tokens_to_token(
-        sympify(height), sympify(width), channels, module.project.out_features, width_inside=first, performer=performer
-    )
+        sympify(height), sympify(width), channels, module.project.out_features,
+        widths_inside=(first, second), performer=performer,
+    )  # fmt: skip
 
 
 def _pooling(module: AggregatedAttention, height: Extent, width: Extent) -> Any:
@@ -137,6 +150,8 @@ def _pooling(module: AggregatedAttention, height: Extent, width: Extent) -> Any:
 
 
 def _patch_norms(module: TokensToToken, height: Extent, width: Extent) -> Any:
+    if not isinstance(module.attention1.norm1, nn.LayerNorm):
+        return 0
     splits = formulas.soft_splits(height, width)
     layers = (module.attention1, module.attention2)
     return LAYER_NORM * sum(
@@ -149,6 +164,7 @@ def _widths(module: Any) -> Widths:
     return Widths(out.out_features, module.num_heads, out.in_features)
 
 
+STRIDE = Integer(TokensToTokenStem.STRIDE)
 _DEFINITIONS: dict[type[nn.Module], Definition] = {
     AggregatedAttention: Definition(_aggregated, replaces_count=True, normalisation=_pooling),
     CosineAttention: Definition(_cosine),
@@ -156,12 +172,16 @@ _DEFINITIONS: dict[type[nn.Module], Definition] = {
     ManhattanAttention: Definition(_manhattan, replaces_count=True),
     LongShortDistanceAttention: Definition(_long_short),
     TokensToToken: Definition(
-        _tokens_to_token,
-        "image",
-        channels_first=True,
-        replaces_count=True,
-        kind="stem",
-        result=lambda height, width: formulas.soft_splits(height, width)[-1],
+        _tokens_to_token, "image", channels_first=True, replaces_count=True, kind="stem",
+        result=lambda height, width: formulas.soft_splits(height, width)[-1], normalisation=_patch_norms,
+    ),
+    TokensToTokenStem: Definition(
+        _tokens_to_token, "image", channels_first=True, replaces_count=True, kind="stem",
+        result=lambda height, width: (down(height, STRIDE), down(width, STRIDE)), result_first=True,
         normalisation=_patch_norms,
     ),
-}
+    TokensToTokenBranch: Definition(
+        _tokens_to_token, "source", ("projected",), channels_first=True, replaces_count=True, kind="stem",
+        normalisation=_patch_norms,
+    ),
+}  # fmt: skip

@@ -16,6 +16,7 @@ from ..capture.examples import Inputs
 from ..errors import ArgumentError, CaptureError, first_line
 from ..ir import Site
 from ..lift.dataflow import Dataflow
+from ..plan import Plan
 from ..planning import lifted
 from .autocast_regions import disabled_ones_left_out
 from .formulas import ZERO
@@ -56,6 +57,7 @@ class ModelFormula:
         rest, rest_once: what belongs to no formula, per image and per call, exact on multiples of ``rest_unit`` pixels.
         checks: the formula against counts.
         refused: what looked like a site and could not be lifted.
+        lifted: everything that was recognised; None if the model could not be captured.
     """
 
     sites: list[CountedSite]
@@ -65,6 +67,7 @@ class ModelFormula:
     checks: list[Check] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    lifted: Plan | None = field(default=None, repr=False)
 
     @cached_property
     def per_image(self) -> Expr:
@@ -105,6 +108,7 @@ def derive(model: nn.Module, example: Inputs, sizer: Sizer) -> ModelFormula:
         _complete(found, sizer)
         return found
     found = _read(flow, [planned.site for planned in plan.sites], sizer)
+    found.lifted = plan
     found.refused = [f"{refused.name or '(root)'}: {refused.reason}" for refused in plan.refused]
     return found
 

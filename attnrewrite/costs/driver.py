@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from ..targets import Target
 from .cost import require_convention
 from .hardware import Hardware, hardware_of
-from .hypothetical import converted_cost
+from .hypothetical import To, converted_cost
 from .report import Report
 
 
@@ -21,7 +21,8 @@ def analyze(
     example_inputs: Any | None = None,
     *,
     compare: nn.Module | Report | None = None,
-    to: str | Target | Sequence[str | Target] | None = None,
+    to: To | Sequence[To] | None = None,
+    fidelity: str = "projected",
     convention: str = "mac",
     hardware: str | Hardware | None = None,
     **options: Any,
@@ -35,15 +36,17 @@ def analyze(
         example_inputs: what ``forward`` takes, an image ``[batch, channels, height, width]`` or more; derived from the
             model's own configuration where that states a size.
         compare: another model, or its report, to stand beside this one.
-        to: a conversion target, or several, whose cost to state beside the present one, without converting; ``options``
-            are those of a single one (``kernel_size``, ``pool_size``, …).
+        to, fidelity: what ``convert`` takes, or several of the former: the cost of that conversion is stated beside the
+            present one, without converting. ``options`` are those of a single target (``kernel_size``, ``pool``, …).
         convention: ``"mac"`` (multiply-accumulates of contractions: what papers of these families call FLOPs),
             ``"flop"`` (twice that) or ``"fvcore"`` (plus its price of normalisation and pooling).
         hardware: for ``Report.roofline``.
 
     Raises:
         ArgumentError: an argument has no meaning here.
-        CaptureError: the model's cost depends on values, so that shapes alone do not tell it.
+        CaptureError: the model's cost depends on values, so that shapes alone do not tell it; with ``to``, it cannot be
+            captured.
+        ConversionError: nothing would be converted.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -53,10 +56,10 @@ def analyze(
         raise ArgumentError(f"{next(iter(options))}: options are those of a target; pass to= as well")
     machine = None if hardware is None else hardware_of(hardware)
     found = Report(model, normalise_inputs(model, example_inputs), require_convention(convention), machine)
-    targets = [] if to is None else [to] if isinstance(to, str | Target) else list(to)
+    targets = [] if to is None else [to] if isinstance(to, str | Target | Mapping) else list(to)
     if options and len(targets) > 1:
         raise ArgumentError(f"{next(iter(options))}: with several targets, give their options in target objects")
-    found.comparisons = [converted_cost(found, target, options) for target in targets]
+    found.comparisons = [converted_cost(found, target, options, fidelity) for target in targets]
     if compare is not None:
         other = compare if isinstance(compare, Report) else analyze(compare, example_inputs, convention=convention)
         found.comparisons.append(found.compare(other))

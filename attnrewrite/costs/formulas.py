@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from sympy import Expr, Integer, Max, Min, Symbol, sympify
 
+from ..ir import Window
 from .symbols import H, W, block_pairs, down, grouped_cells, order, strided, symbol, up
 
 Extent: TypeAlias = Any
@@ -75,16 +76,15 @@ class SiteFormula:
     def order(self) -> str:
         return order(self.total)
 
-    def plus(self, dense: Expr, **values: Extent) -> SiteFormula:
-        return replace(self, dense=self.dense + dense, values=self.values | _bound(values))
+    def plus(self, values: dict[Symbol, Extent] | None = None, **parts: Expr) -> SiteFormula:
+        """With more of some parts, in symbols of which ``values`` gives the new ones."""
+        bound = {name: sympify(value) for name, value in (values or {}).items()}
+        sums = {name: getattr(self, name) + part for name, part in parts.items()}
+        return replace(self, values=self.values | bound, **sums)
 
 
 def _formula(kind: str, values: dict[Symbol, Extent], **parts: Expr) -> SiteFormula:
     return SiteFormula(kind, values={name: sympify(value) for name, value in values.items()}, **parts)
-
-
-def _bound(values: dict[str, Extent]) -> dict[Symbol, Expr]:
-    return {symbol(name): sympify(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -137,20 +137,24 @@ def window_attention(height: Extent, width: Extent, window: tuple[int, int], wid
     )  # fmt: skip
 
 
-def block_attention(
-    height: Extent, width: Extent, window: tuple[int, int], shift: tuple[int, int], phantom: bool, widths: Widths
-) -> SiteFormula:
+def window_pairs(height: Extent, width: Extent, window: Window) -> Expr:
+    """Pairs of a token and a slot of its block."""
+    flags = Integer(window.phantom), Integer(window.cyclic)
+    rows, columns = (
+        block_pairs(sympify(side), Integer(size), Integer(offset), *flags)
+        for side, size, offset in zip((height, width), window.size, window.shift, strict=True)
+    )
+    return rows * columns
+
+
+def block_attention(height: Extent, width: Extent, window: Window, widths: Widths) -> SiteFormula:
     """The same without padding and roll: blocks are cut where they lie, and count with the slots they have.
 
     ``Q`` is the number of (token, slot) pairs; ``NM²`` where the window divides the map and nothing is shifted.
     """
     a = widths.inner
-    rows, columns = (
-        block_pairs(sympify(side), Integer(size), Integer(offset), Integer(phantom))
-        for side, size, offset in zip((height, width), window, shift, strict=True)
-    )
     return _formula(
-        "block NA", {N: height * width, PAIRS: rows * columns, **widths.symbols},
+        "block NA", {N: height * width, PAIRS: window_pairs(height, width, window), **widths.symbols},
         dense=4 * N * C * a, core=2 * PAIRS * a, attention_map=h * PAIRS, saved=C * N + 4 * a * N + h * N,
         moved=4 * a * N, streams=2 * C * N + 4 * a * N, weights=4 * C * a,
     )  # fmt: skip
@@ -175,7 +179,7 @@ def neighborhood_attention(
     """Each map token sees the ``K = k²`` nearest (Hassani et al. 2023) and every prefix token, which see everything:
     ``4NC² + 2Nk²C``, whatever the dilation. A kernel that does not fit a map is clamped to it."""
     a = widths.inner
-    seen = Min(kernel[0], _fitting(height, dilation[0])) * Min(kernel[1], _fitting(width, dilation[1]))
+    seen = Min(kernel[0], fitting(height, dilation[0])) * Min(kernel[1], fitting(width, dilation[1]))
     cells = height * width
     if prefix:
         pairs, extra = (N - PREFIX) * (K + PREFIX) + PREFIX * N, {PREFIX: prefix}
@@ -188,7 +192,8 @@ def neighborhood_attention(
     )  # fmt: skip
 
 
-def _fitting(side: Extent, dilation: int) -> Expr:
+def fitting(side: Extent, dilation: int) -> Expr:
+    """The longest kernel that an axis holds."""
     return sympify(side) if dilation == 1 else Max(1, down(sympify(side), Integer(dilation)))
 
 
@@ -341,28 +346,25 @@ def soft_splits(height: Extent, width: Extent) -> list[tuple[Expr, Expr]]:
 
 
 def tokens_to_token(
-    height: Expr, width: Expr, channels: int, out: int, *, width_inside: int, performer: bool
+    height: Expr, width: Expr, channels: int, out: int, *, widths_inside: tuple[int, int], performer: bool
 ) -> SiteFormula:
     """T2T's stem: soft splits 7/4/2 and 3/2/1 with a ``token_transformer`` after each, then 3/2/1 and a linear map."""
     tokens = [rows * columns for rows, columns in soft_splits(height, width)]
     patches = [kernel**2 for kernel, _, _ in SOFT_SPLITS]
+    first, second = widths_inside
     stages = [
-        token_transformer(tokens[0], patches[0] * channels, width_inside, performer=performer),
-        token_transformer(tokens[1], patches[1] * width_inside, width_inside, performer=performer),
+        token_transformer(tokens[0], patches[0] * channels, first, performer=performer),
+        token_transformer(tokens[1], patches[1] * first, second, performer=performer),
     ]
-    found = SiteFormula("T2T stem", dense=ZERO)
+    apart = (N, D) if first == second else (N, D, E, STATE)
+    found, last = SiteFormula("T2T stem", dense=ZERO), E
     for index, stage in enumerate(stages, start=1):
-        own = {name: symbol(f"{name}_{index}") for name in (N, D)}
-        found = replace(
-            found,
-            dense=found.dense + stage.dense.subs(own, simultaneous=True),
-            core=found.core + stage.core.subs(own, simultaneous=True),
-            attention_map=found.attention_map + stage.attention_map.subs(own, simultaneous=True),
-            saved=found.saved + stage.saved.subs(own, simultaneous=True),
-            values=found.values | {own.get(name, name): value for name, value in stage.values.items()},
-        )
-    found = found.plus(9 * E * OUT * N, O=out)
-    return replace(found, values=found.values | {N: tokens[2]})
+        own = {name: symbol(f"{name}_{index}") for name in apart}
+        values = {own.get(name, name): value for name, value in stage.values.items()}
+        parts = {name: getattr(stage, name) for name in ("dense", "core", "attention_map", "saved")}
+        found = found.plus(values, **{name: part.subs(own, simultaneous=True) for name, part in parts.items()})
+        last = own.get(E, E)
+    return found.plus({OUT: out, N: tokens[2]}, dense=9 * last * OUT * N)
 
 
 def cells(height: Expr, width: Expr, ratio: int) -> Expr:

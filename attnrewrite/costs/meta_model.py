@@ -140,9 +140,10 @@ def _unstrict(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
 
 def _set_input_size(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     """timm's plain transformers resample their position embedding; windowed ones would become other models."""
-    if any("window_size" in vars(module) for module in model.modules()):
-        raise ArgumentError("size: the windows of this model would change with it")
+    windows = {module: vars(module)["window_size"] for module in model.modules() if "window_size" in vars(module)}
     model.set_input_size(img_size=size)  # type: ignore[operator]
+    if any(vars(module)["window_size"] != before for module, before in windows.items()):
+        raise ArgumentError("size: the windows of this model would change with it")
     return {}
 
 

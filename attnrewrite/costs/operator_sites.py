@@ -1,4 +1,4 @@
-"""Sites whose attention is one of this library's operators, as converted models and its own modules have them."""
+"""Sites whose attention is one of this library's operators, called by whatever module."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _read(node: Node, flow: Dataflow) -> OperatorSite | None:
         return None
     source = linears[0].args[0]
     assert isinstance(source, Node)
-    end = _next_linear(node, flow) or node
+    end = next_linear(node, flow) or node
     size, kernel = (shape[1], shape[2]), _pair(node.args[6])
     local = "local_attention" in str(node.target)
     extra = node.args[4]
@@ -67,7 +67,8 @@ def _read(node: Node, flow: Dataflow) -> OperatorSite | None:
     )  # fmt: skip
 
 
-def _next_linear(node: Node, flow: Dataflow) -> Node | None:
+def next_linear(node: Node, flow: Dataflow) -> Node | None:
+    """The nearest linear map that a value feeds."""
     pending, seen = deque([node]), {node}
     while pending:
         for user in pending.popleft().users:

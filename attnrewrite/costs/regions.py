@@ -27,18 +27,29 @@ class Regions:
 
     def claim(self, sources: Iterable[Node], end: Node, more: Iterable[Node] = ()) -> int | None:
         """MACs on all ways from ``sources`` to ``end``, and of ``more``; None if another site has one of them."""
-        region = {n for n in self._between(set(sources), end) | set(more) if n not in self._flow.constants}
-        counting = {node for node in region if self.macs(node)}
+        return self.take(self.counting(sources, end, more))
+
+    def take(self, counting: set[Node]) -> int | None:
+        """MACs of these nodes; None if another site has one of them."""
         if counting & self._taken:
             return None
         self._taken |= counting
         return sum(map(self.macs, counting))
 
+    def counting(self, sources: Iterable[Node], end: Node, more: Iterable[Node] = ()) -> set[Node]:
+        """What contracts on all ways from ``sources`` to ``end``, and of ``more``."""
+        region = self._between(set(sources), end) | set(more)
+        return {node for node in region if node not in self._flow.constants and self.macs(node)}
+
+    def inside(self, call: ModuleCall) -> list[Node]:
+        """What contracts inside a module's call."""
+        position = self._flow.capture.position
+        return [node for node in position if call.encloses(position[node]) and self.macs(node)]
+
     def claim_call(self, call: ModuleCall) -> int:
         """MACs of everything inside a module's call, position networks of parameters alone included."""
-        position = self._flow.capture.position
-        inside = [node for node in position if call.encloses(position[node])]
-        self._taken |= {node for node in inside if self.macs(node)}
+        inside = self.inside(call)
+        self._taken |= set(inside)
         return sum(map(self.macs, inside))
 
     def unclaimed(self) -> list[Node]:

@@ -76,11 +76,12 @@ class Report:
 
     Attributes:
         convention: ``mac``, ``flop`` or ``fvcore``: the unit of ``total``.
+        model, example: what is analysed, and the arguments of one call; neither is changed.
         comparisons: what stands beside the model in every form of the report: other models, conversions not made.
     """
 
     def __init__(self, model: nn.Module, example: Inputs, convention: str, hardware: Hardware | None = None) -> None:
-        self._model, self._example = model, example
+        self.model, self.example = model, example
         self._sizer = Sizer(model, example)
         self.convention, self.hardware = convention, hardware
         self.name = type(model).__name__
@@ -124,7 +125,7 @@ class Report:
     def modules(self) -> list[ModuleCost]:
         """Every module that was called, in the order of ``named_modules``."""
         rows = []
-        for path, module in self._model.named_modules():
+        for path, module in self.model.named_modules():
             calls = self.trace.module_calls.get(path, 0)
             if calls:
                 size = sum(p.numel() for p in module.parameters())
@@ -134,13 +135,13 @@ class Report:
     @cached_property
     def uncalled_modules(self) -> list[str]:
         """Modules with parameters of their own that were not called; others may still have used their parameters."""
-        own = [(path, list(m.parameters(recurse=False))) for path, m in self._model.named_modules()]
+        own = [(path, list(m.parameters(recurse=False))) for path, m in self.model.named_modules()]
         return [path for path, found in own if found and path not in self.trace.module_calls]
 
     @cached_property
     def formula(self) -> ModelFormula:
         """The whole model's formula with its sites, checks and assumptions."""
-        return derive(self._model, self._example, self._sizer)
+        return derive(self.model, self.example, self._sizer)
 
     @property
     def sites(self) -> list[CountedSite]:
@@ -225,7 +226,7 @@ class Report:
     @cached_property
     def training(self) -> Training:
         """Backward pass, training step, and peaks of memory, on the example."""
-        return training_costs(self._sizer, self.parameters.total, self._model)
+        return training_costs(self._sizer, self.parameters.total, self.model)
 
     def roofline(self, hardware: str | Hardware | None = None, dtype: str = "bfloat16") -> Roofline:
         """Every site's attention core and linear maps under a machine's roof, at the example's size.

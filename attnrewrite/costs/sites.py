@@ -16,6 +16,9 @@ from ..ir import AttentionSite, Global, MlpSite, Reduced, Site, StemSite, Window
 from ..lift.dataflow import Dataflow
 from ..lift.values import operator_name, shape_of
 from . import formulas
+from .core_calls import BY_DEFINITION
+from .core_formulas import Given, between_maps, core_formula
+from .core_sites import CoreSite, core_sites
 from .definitions import definition_of
 from .extents import Map, Maps, Sides
 from .formulas import SiteFormula, Widths
@@ -35,7 +38,7 @@ class OwnModule:
         return self.text
 
 
-AnySite = Site | OperatorSite | OwnModule
+AnySite = Site | CoreSite | OperatorSite | OwnModule
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,10 @@ class SiteReader:
 
     def __init__(self, flow: Dataflow, sites: list[Site], odd_up: bool = True) -> None:
         self.flow, self.batch = flow, flow.capture.batch
-        merges = [site for site in sites if isinstance(site, StemSite) and site.patches is not None]
+        self.cores = core_sites(flow)
+        after_cores = {core.end for core in self.cores}  # whose operand may look like gathered patches
+        stems = [site for site in sites if isinstance(site, StemSite) and site.result not in after_cores]
+        merges = [site for site in stems if site.patches is not None]
         self.maps = Maps(flow.capture, merges, odd_up)
         self._note_maps(flow.capture.root)
         self.regions = Regions(flow)
@@ -73,6 +79,7 @@ class SiteReader:
     def read(self) -> list[CountedSite]:
         """In graph order. Operators of this library first: they may hold what looks like a site of its own."""
         found: list[tuple[Node, CountedSite]] = self._own_modules(self.flow.capture.root)
+        found += [(core.query, counted) for core in self.cores if (counted := self._of_core(core)) is not None]
         for operator in self.operators:
             macs = self.regions.claim([operator.source], operator.end, operator.linears)
             if macs is not None:
@@ -93,8 +100,7 @@ class SiteReader:
             source = self._tensor(call.arguments[definition.argument])
             sides = None if source is None else self.maps.sides(definition.sides(shape_of(source)), source.next)
             if sides is not None:
-                shape = shape_of(made)
-                self.maps.add(Map(made, (shape[1], shape[2]), definition.result(*sides)))
+                self.maps.add(Map(made, definition.result_sides(shape_of(made)), definition.result(*sides)))
         for child in call.children:
             self._note_maps(child)
 
@@ -103,10 +109,8 @@ class SiteReader:
         definition = definition_of(call.module)
         if definition is None:
             return [pair for child in call.children for pair in self._own_modules(child)]
-        reference = call.arguments[definition.argument]
-        source = self._tensor(reference)
-        others = [v for k, v in call.arguments.items() if k not in (definition.argument, "tables")]
-        if source is None or any(value is not None for value in others):
+        source = self._tensor(call.arguments[definition.argument])
+        if source is None or not definition.is_plain(call.arguments):
             return []
         size = definition.sides(shape_of(source))
         sides = self.maps.sides(size, source.next)
@@ -125,6 +129,31 @@ class SiteReader:
         if not isinstance(reference, NodeRef) or reference.node is None:
             return None
         return reference.node if isinstance(reference.node.meta["val"], Tensor) else self.flow.capture.inputs[0]
+
+    def _of_core(self, site: CoreSite) -> CountedSite | None:
+        """The core with the linear maps and convolutions around it, if all of them have formulas, else alone."""
+        sides = self.maps.sides((site.grid.height, site.grid.width), site.query)
+        if sides is None:
+            return None
+        queries = sides[0] * sides[1] + site.grid.prefix_tokens
+        keys = queries if site.keys == site.grid.tokens else self._tokens(site.keys, site.query)
+        if keys is None:
+            return None
+        widths = Widths(site.width, site.heads, site.heads * site.head_dim)
+        formula = core_formula(site.call.module, Given(queries, keys, sides, widths))
+        if formula is None:
+            return None
+        inside = self.regions.inside(site.call)
+        defined = isinstance(site.call.module, BY_DEFINITION)
+        macs = formula.macs_of(self.batch, *self._example_size()) if defined else sum(map(self.regions.macs, inside))
+        around = sorted(self.regions.counting([site.source], site.end, site.linears) - set(inside))
+        maps = [_LONE.get(operator_name(node), _no_formula)(self, node) for node in around]
+        known = [each for each in maps if each is not None]
+        if len(known) == len(maps) and self.regions.take({*around, *inside}) is not None:
+            formula, macs = between_maps(formula, known), macs + sum(map(self.regions.macs, around))
+        else:
+            self.regions.claim_call(site.call)
+        return self._counted(site, macs, iter([formula]), sides)
 
     def _lone(self, node: Node) -> CountedSite | None:
         """A linear map or convolution that belongs to no site: a head, a merging, a positional convolution."""
@@ -211,7 +240,8 @@ class SiteReader:
             return
         widths = Widths(site.width, site.heads, site.heads * site.head_dim)
         if site.shift is not None:
-            yield formulas.block_attention(*sides, site.kernel_size, site.shift, site.phantom, widths)
+            window = Window(site.kernel_size, site.shift, site.phantom)
+            yield formulas.block_attention(*sides, window, widths)
         else:
             yield formulas.neighborhood_attention(*sides, site.prefix_tokens, site.kernel_size, site.dilation, widths)
 
@@ -220,9 +250,7 @@ class SiteReader:
         tokens = self._tokens(math.prod(shape) // shape[-1] // self.batch, site.second)
         if tokens is None:
             return
-        gated = any(stage.kind == "gate" for stage in site.stages)
-        kernels = [shape_of(s.node.args[1])[-1] for s in site.stages if s.kind == "convolution"]  # type: ignore[arg-type]
-        kernel = kernels[0] if len(kernels) == 1 else 0
+        gated, kernel = mlp_form(site)
         yield formulas.mlp(
             tokens, site.width, site.hidden_width, shape_of(site.second)[-1], gated=gated, depthwise=kernel
         )
@@ -240,6 +268,12 @@ _FORMULAS: dict[type, Callable[[SiteReader, Any], Iterator[SiteFormula]]] = {
 }
 
 
+def mlp_form(site: MlpSite) -> tuple[bool, int]:
+    """Whether it has a gate, and the side of its convolution (0 for none)."""
+    kernels = [shape_of(s.node.args[1])[-1] for s in site.stages if s.kind == "convolution"]  # type: ignore[arg-type]
+    return any(stage.kind == "gate" for stage in site.stages), kernels[0] if len(kernels) == 1 else 0
+
+
 def _bounds(site: Site) -> tuple[list[Node], Node, list[Node]]:
     """Where a site begins, its last node, and what else belongs to it."""
     if isinstance(site, AttentionSite):
@@ -253,7 +287,7 @@ def _bounds(site: Site) -> tuple[list[Node], Node, list[Node]]:
     return [site.source], site.result, []
 
 
-def _no_formula(reader: SiteReader, node: Node) -> None:
+def _no_formula(reader: SiteReader, node: Node) -> SiteFormula | None:
     return None
 
 

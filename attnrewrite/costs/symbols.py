@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 from sympy import Add, Expr, Function, Integer, Max, Min, Poly, Rational, Symbol
 
+from ..ir import Window
 from ..operators.partition_rule import AxisPartition, attended_slots
 
 
@@ -67,27 +68,28 @@ class up(Function):
 class block_pairs(Function):
     """Pairs (token, slot of its block) along an axis of ``length`` cut into blocks of ``size`` at ``shift``.
 
-    ``phantom`` (0 or 1): padded slots count as keys; otherwise border blocks are truncated.
+    ``phantom`` (0 or 1): padded slots count as keys; otherwise border blocks are truncated. ``cyclic`` (0 or 1): the
+    axis is rolled before it is padded, which only tells where padding is.
     """
 
-    nargs = 4
+    nargs = 5
     is_integer = True
     is_nonnegative = True
 
     @classmethod
-    def eval(cls, length: Expr, size: Expr, shift: Expr, phantom: Expr) -> Expr | None:
-        if all(isinstance(value, Integer) for value in (length, size, shift, phantom)):
-            return Integer(count_block_pairs(int(length), int(size), int(shift), int(phantom)))
+    def eval(cls, length: Expr, size: Expr, shift: Expr, phantom: Expr, cyclic: Expr) -> Expr | None:
+        if all(isinstance(value, Integer) for value in (length, size, shift, phantom, cyclic)):
+            return Integer(count_block_pairs(int(length), int(size), int(shift), int(phantom), int(cyclic)))
         if (length / size).is_integer:
             return length * size - 2 * shift * (size - shift)
         return None
 
     def _sympystr(self, printer: Any) -> str:
-        length, size, shift, _ = self.args
+        length, size, shift, *_ = self.args
         return f"pairs({printer.doprint(length)}; {size}, {shift})"
 
     def _latex(self, printer: Any) -> str:
-        length, size, shift, _ = (printer.doprint(value) for value in self.args)
+        length, size, shift, *_ = (printer.doprint(value) for value in self.args)
         return rf"\operatorname{{pairs}}_{{{size},{shift}}}\left({length}\right)"
 
 
@@ -149,8 +151,38 @@ def count_grouped_cells(height: int, width: int, group: int, interval: int) -> i
     return -(-height // unit) * unit * (-(-width // unit) * unit)
 
 
-def count_block_pairs(length: int, size: int, shift: int, phantom: int) -> int:
+class grouped_side(Function):
+    """An axis padded to groups of ``group`` places, ``interval`` apart; one that a group covers is not padded."""
+
+    nargs = 3
+    is_integer = True
+    is_nonnegative = True
+
+    @classmethod
+    def eval(cls, side: Expr, group: Expr, interval: Expr) -> Expr | None:
+        if all(isinstance(value, Integer) for value in (side, group, interval)):
+            return Integer(count_grouped_side(int(side), int(group), int(interval)))
+        return None
+
+    def _sympystr(self, printer: Any) -> str:
+        side, group, interval = (printer.doprint(value) for value in self.args)
+        return f"padded({side}; {group}·{interval})"
+
+    def _latex(self, printer: Any) -> str:
+        side, group, interval = (printer.doprint(value) for value in self.args)
+        return rf"\operatorname{{padded}}_{{{group} \cdot {interval}}}\left({side}\right)"
+
+
+def count_grouped_side(side: int, group: int, interval: int) -> int:
+    """The number that ``grouped_side`` stands for."""
+    return side if side <= group else -(-side // (group * interval)) * group * interval
+
+
+@cache
+def count_block_pairs(length: int, size: int, shift: int, phantom: int, cyclic: int) -> int:
     """The number that ``block_pairs`` stands for. An axis that fits into one block is not shifted."""
+    if cyclic and length % size:
+        return Window((size, size), (shift, shift), bool(phantom), True).axis_pairs(length)
     return attended_slots(AxisPartition(length, size, shift if length > size else 0, bool(phantom)))
 
 
@@ -175,7 +207,7 @@ def evaluator(expression: Expr) -> Callable[[int, int, int], int]:
         "Min": min,
         "Max": max,
     }
-    names |= {"offsets": count_offsets, "grouped_cells": count_grouped_cells}
+    names |= {"offsets": count_offsets, "grouped_cells": count_grouped_cells, "grouped_side": count_grouped_side}
     compute = sympy.lambdify((B, H, W), scaled, modules=[names], cse=True)
     return compute if unit == 1 else lambda batch, height, width: compute(batch, height, width) // unit
 
@@ -252,10 +284,11 @@ def _unclipped(expression: Expr) -> Expr:
     """Without the cases of small maps: of a minimum what does not grow, of a maximum what does, and padded groups."""
     fixed = expression.replace(Min, lambda *choices: _chosen(Min, choices, grows=False))
     growing = fixed.replace(Max, lambda *choices: _chosen(Max, choices, grows=True))
-    return growing.replace(
+    padded = growing.replace(
         grouped_cells,
         lambda height, width, group, interval: _padded(height, group * interval) * _padded(width, group * interval),
     )
+    return padded.replace(grouped_side, lambda side, group, interval: _padded(side, group * interval))
 
 
 def _chosen(kind: Any, choices: tuple[Expr, ...], grows: bool) -> Expr:

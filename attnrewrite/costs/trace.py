@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..capture.boundaries import bind_arguments
 from .autocast_regions import off_on_meta
 from .cost import Cost
-from .definitions import defined_cost, definition_of
+from .definitions import defined_cost, is_defined
 from .op_costs import name_of, price, storage_key
 
 
@@ -210,7 +210,7 @@ def _modules_noted(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             recorder.path.append(path)
             recorder.found.module_calls[path] = recorder.found.module_calls.get(path, 0) + 1
-            if definition_of(module) is not None and recorder.by_definition is None:
+            if recorder.by_definition is None and is_defined(module):
                 cost = defined_cost(module, bind_arguments(module, args, kwargs))
                 if cost is not None:
                     recorder.define(path, cost, _shapes(args))

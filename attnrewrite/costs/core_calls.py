@@ -1,0 +1,46 @@
+"""Calls of the cores that conversions install: what each is given, and what those cost that are counted by definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sympy import Integer
+from torch import Tensor, nn
+
+from ..cores import AggregatedCore, ReducedAggregatedCore, WindowAttention
+from ..cores.sequence import grid_of
+from ..ir import Grid
+from .core_formulas import Given, core_formula
+from .cost import Cost
+from .formulas import Widths
+
+BY_DEFINITION = (AggregatedCore, ReducedAggregatedCore, WindowAttention)
+"""Whose products are sums of shifted ones, stand for averages, or are made in larger blocks than there are."""
+
+
+def map_given(core: Any, query: tuple[int, ...]) -> Grid:
+    """The map that heads-last queries ``[batch, height, width, heads, dim]`` or ``[batch, tokens, heads, dim]`` have.
+
+    Raises:
+        ConversionError: a sequence of no map of the core's aspect ratio.
+    """
+    return Grid(query[1], query[2]) if len(query) == 5 else grid_of(query[1], core.grid)
+
+
+def cost_of_core_call(core: nn.Module, arguments: dict[str, Any]) -> Cost | None:
+    """MACs, and what fvcore charges for pooling; None for cores that are counted by their operations."""
+    if type(core) not in BY_DEFINITION:
+        return None
+    query, key = (arguments[name] for name in ("query", "key"))
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor):
+        return None
+    grid, heads, channels = map_given(core, tuple(query.shape)), query.shape[-2], query.shape[-2] * query.shape[-1]
+    keys = grid.tokens if query.ndim == 5 else key.shape[1]
+    given = Given(grid.tokens, keys, (Integer(grid.height), Integer(grid.width)), Widths(channels, heads, channels))
+    formula = core_formula(core, given)
+    if formula is None:
+        return None
+    pooled = 0
+    if isinstance(core, AggregatedCore) and core.pool != (1, 1):
+        pooled = 2 * grid.height * grid.width * channels
+    return Cost(formula.macs_of(query.shape[0], 1, 1), normalisation=query.shape[0] * pooled)
