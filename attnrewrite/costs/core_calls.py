@@ -1,4 +1,4 @@
-"""Calls of the cores that conversions install: what each is given, and what those cost that are counted by definition."""
+"""Calls of the cores that conversions install: what each is given, and what those defined by formula cost."""
 
 from __future__ import annotations
 

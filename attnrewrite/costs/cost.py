@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
 
 from ..errors import ArgumentError, nearest
 
@@ -30,12 +30,14 @@ class Cost:
     saved: int = 0
     attention_map: int = 0
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
-
     @property
     def bytes(self) -> int:
         return self.bytes_read + self.bytes_written
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum of many."""
+    return Cost(*map(sum, zip(*map(astuple, costs), strict=True)))
 
 
 LAYER_NORM, BATCH_NORM = 5, 2

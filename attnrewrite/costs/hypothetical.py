@@ -1,7 +1,7 @@
 """What a conversion would cost: its targets are asked for the cores they would install, and nothing is rewritten.
 
-The sites, their targets, options, classes and refusals are those of ``convert``; what only certification, rewriting or a
-run of the rewritten module would refuse is not known here.
+Sites, targets, options, classes and refusals are those of ``convert``; what only certification, rewriting or a run of
+the rewritten module would refuse is not known here.
 """
 
 from __future__ import annotations

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture.examples import Inputs, example_inputs_for
 from ..errors import ArgumentError, AttnRewriteError, CaptureError, first_line
+from .meta_copy import meta_copy, on_meta
 from .trace import Trace, trace
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose tensors, registered or not, have shapes and no storage. ``model`` is only read."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for leaf in tree_leaves(list(vars(module).values())):
-            if isinstance(leaf, Tensor) and id(leaf) not in memo:
-                memo[id(leaf)] = _meta(leaf)
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        memo |= {id(kind): type(kind)() for kind in hooks}
-    memo |= {id(leaf): _meta(leaf) for leaf in [*model.parameters(), *model.buffers()] if id(leaf) not in memo}
-    return copy.deepcopy(model, memo).eval()
-
-
 def meta_inputs(inputs: Inputs) -> Inputs:
-    args, kwargs = tree_map(lambda leaf: _meta(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+    args, kwargs = tree_map(lambda leaf: on_meta(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
     return args, kwargs
 
 
@@ -89,7 +75,7 @@ class Sizer:
         """A model that runs at the size it states, and not at the example's, is told apart from one that never does."""
         try:
             stated = example_inputs_for(self.model)
-            trace(meta_copy(self.model), (_meta(stated),), {})
+            trace(meta_copy(self.model), (on_meta(stated),), {})
         except Exception:
             return
         height, width = stated.shape[-2:]
@@ -177,10 +163,3 @@ class _AnySide:
 _MEANS: tuple[Callable[[nn.Module, tuple[int, int]], dict[str, Any]], ...] = (
     _as_it_is, _unstrict, _set_input_size, _interpolated, _longer_embedding,
 )  # fmt: skip
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    if tensor.is_meta and not isinstance(tensor, nn.Parameter):
-        return tensor.detach()
-    empty = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

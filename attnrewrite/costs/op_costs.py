@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .cost import BATCH_NORM, LAYER_NORM, Cost
@@ -70,10 +69,9 @@ def price(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: 
 
 def _traffic(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[int, int]:
     """Bytes read and written: none by a view, none for storage that is only reserved."""
-    operands = _tensors((args, kwargs))
-    results = _tensors(result)
     if name_of(operator) in _RESERVING:
         return 0, 0
+    operands, results = tensors_of((args, kwargs)), tensors_of(result)
     storages = {storage_key(tensor) for tensor in operands}
     if not operator._schema.is_mutable:
         results = [tensor for tensor in results if storage_key(tensor) not in storages]
@@ -88,8 +86,10 @@ def storage_key(tensor: Tensor) -> int:
 
 def _bytes(tensor: Tensor) -> int:
     """What a tensor holds; a broadcast axis (stride 0) is held once."""
-    shape_strides = zip(tensor.shape, tensor.stride(), strict=True)
-    return math.prod(side for side, stride in shape_strides if stride) * tensor.element_size()
+    strides = tensor.stride()
+    if 0 not in strides:
+        return tensor.numel() * tensor.element_size()
+    return math.prod(side for side, stride in zip(tensor.shape, strides, strict=True) if stride) * tensor.element_size()
 
 
 def _fused_map(operator: Any, name: str, args: tuple[Any, ...]) -> int:
@@ -103,16 +103,23 @@ def _fused_map(operator: Any, name: str, args: tuple[Any, ...]) -> int:
     return 0
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Of an operator's arguments or results, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        return []
+    return [tensor for part in tree for tensor in tensors_of(part)]
 
 
 def _elements(result: Any) -> int:
-    return max((tensor.numel() for tensor in _tensors(result)), default=0)
+    return max((tensor.numel() for tensor in tensors_of(result)), default=0)
 
 
 def _inputs(args: tuple[Any, ...]) -> int:
-    return max((tensor.numel() for tensor in _tensors(args)), default=0)
+    return max((tensor.numel() for tensor in tensors_of(args)), default=0)
 
 
 _PRODUCTS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
@@ -124,7 +131,7 @@ _PRODUCTS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
     "addr": lambda args, result: result.numel(),
     "_cdist_forward": lambda args, result: result.numel() * args[0].shape[-1],
     "_int_mm": lambda args, result: args[0].numel() * args[1].shape[-1],
-    "_trilinear": lambda args, result: max(tensor.numel() for tensor in _tensors(args)),
+    "_trilinear": lambda args, result: max(tensor.numel() for tensor in tensors_of(args)),
 }
 
 _SOFTMAX = 5  # maximum, difference, exponential, sum, quotient

@@ -18,9 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from ..capture.boundaries import bind_arguments
 from .autocast_regions import off_on_meta
-from .cost import Cost
+from .cost import Cost, total
 from .definitions import defined_cost, is_defined
-from .op_costs import name_of, price, storage_key
+from .dispatch import Dispatcher, Known, shapes_of
+from .op_costs import name_of, storage_key
+
+_NOTHING = Cost()
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,13 @@ class Trace:
 
     @property
     def total(self) -> Cost:
-        total = sum((call.cost for call in self.calls), Cost())
-        return replace(total, saved=sum(self.saved.values()))
+        return replace(total(call.cost for call in self.calls), saved=sum(self.saved.values()))
 
     def of(self, path: str) -> Cost:
         """Of a module with all that is inside it."""
-        inside = [call.cost for call in self.calls if _within(call.module, path)]
+        inside = (call.cost for call in self.calls if _within(call.module, path))
         saved = sum(size for module, size in self.saved.items() if _within(module, path))
-        return replace(sum(inside, Cost()), saved=saved)
+        return replace(total(inside), saved=saved)
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> Trace:
@@ -96,6 +98,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, tr
             loss = sum(leaf.sum() for leaf in tree_leaves(output) if _has_gradient(leaf))
             if isinstance(loss, Tensor):
                 loss.backward()
+            recorder.finish()
     return found
 
 
@@ -107,25 +110,29 @@ class _Recorder(TorchDispatchMode):
         self.found, self.path, self.in_backward = found, [""], False
         self.by_definition: str | None = None
         self._parameters = {storage_key(p) for p in [*model.parameters(), *model.buffers()]}
+        self._dispatcher, self._backward = Dispatcher(), list[Cost]()
         self._living: dict[int, int] = {}
+        self._alive = 0
         self._watches: list[Any] = []
         self._saved: set[int] = set()
         for leaf in tree_leaves(inputs):
             self._note_alive(leaf)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
+        result, known = self._dispatcher.run(func, args, kwargs or {})
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             self._note_alive(leaf)
-        cost = price(func, args, kwargs, result)
-        if cost is None:
-            self._note_unpriced(func, args, result)
+        if known.cost is None:
+            self._note_unpriced(func, known, result)
         elif self.in_backward:
-            self.found.backward += cost
+            self._backward.append(known.cost)
         else:
-            self._note(func, args, cost)
+            self._note(func, known, known.cost)
         return result
+
+    def finish(self) -> None:
+        """Sum up the backward pass."""
+        self.found.backward = total(self._backward)
 
     def define(self, path: str, cost: Cost, shapes: tuple[tuple[int, ...], ...]) -> None:
         """From here to ``path``'s end, operations count no MACs of their own."""
@@ -133,12 +140,12 @@ class _Recorder(TorchDispatchMode):
         self.found.defined.append(path)
         self.found.calls.append(Call(path, "by definition", shapes, cost))
 
-    def _note(self, func: Any, args: Any, cost: Cost) -> None:
+    def _note(self, func: Any, known: Known, cost: Cost) -> None:
         self.found.executed += cost.macs
-        if self.by_definition is not None:
+        if self.by_definition is not None and cost.macs:
             cost = replace(cost, macs=0)
-        if cost != Cost():
-            self.found.calls.append(Call(self.path[-1], name_of(func), _shapes(args), cost))
+        if cost != _NOTHING:
+            self.found.calls.append(Call(self.path[-1], name_of(func), known.shapes, cost))
 
     def save(self, tensor: Tensor) -> Tensor:
         """What autograd keeps, each storage once."""
@@ -156,15 +163,16 @@ class _Recorder(TorchDispatchMode):
         if key in self._living or key in self._parameters:
             return
         self._living[key] = storage.nbytes()
+        self._alive += storage.nbytes()
         self._watches.append(weakref.ref(storage, partial(self._forget, key)))
-        self.found.peak = max(self.found.peak, sum(self._living.values()))
+        self.found.peak = max(self.found.peak, self._alive)
 
     def _forget(self, key: int, _: Any) -> None:
-        self._living.pop(key, None)
+        self._alive -= self._living.pop(key, 0)
 
-    def _note_unpriced(self, func: Any, args: Any, result: Any) -> None:
+    def _note_unpriced(self, func: Any, known: Known, result: Any) -> None:
         if any(isinstance(leaf, Tensor) and leaf.numel() for leaf in tree_leaves(result)):
-            self.found.unpriced.append(Unpriced(self.path[-1], name_of(func), _shapes(args)))
+            self.found.unpriced.append(Unpriced(self.path[-1], name_of(func), known.shapes))
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -213,7 +221,7 @@ def _modules_noted(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             if recorder.by_definition is None and is_defined(module):
                 cost = defined_cost(module, bind_arguments(module, args, kwargs))
                 if cost is not None:
-                    recorder.define(path, cost, _shapes(args))
+                    recorder.define(path, cost, shapes_of(args))
 
         return hook
 
@@ -233,10 +241,6 @@ def _modules_noted(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 def _has_gradient(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
-
-
-def _shapes(args: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(leaf.shape) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
 
 
 def _within(module: str, path: str) -> bool:
