@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from ..errors import ArgumentError, nearest
 
@@ -35,9 +36,12 @@ class Cost:
         return self.bytes_read + self.bytes_written
 
 
+_vector = attrgetter(*(field.name for field in fields(Cost)))
+
+
 def total(costs: Iterable[Cost]) -> Cost:
     """The sum of many."""
-    return Cost(*map(sum, zip(*map(astuple, costs), strict=True)))
+    return Cost(*map(sum, zip(*map(_vector, costs), strict=True)))
 
 
 LAYER_NORM, BATCH_NORM = 5, 2

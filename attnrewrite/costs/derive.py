@@ -85,7 +85,7 @@ class ModelFormula:
 
     @cached_property
     def lattice(self) -> int:
-        return math.lcm(lattice_unit(self.per_image + self.once), self.rest_unit)
+        return math.lcm(*map(lattice_unit, {f.total for f in self._formulas}), self.rest_unit)
 
     @property
     def _formulas(self) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 from sympy import Expr, Integer, Max, Min, Symbol, sympify
@@ -58,11 +58,11 @@ class SiteFormula:
 
     def in_pixels(self, expression: Expr) -> Expr:
         """An expression in local symbols, in ``H`` and ``W``."""
-        return expression.subs(self.values, simultaneous=True)
+        return _substituted(expression, frozenset(self.values.items()))
 
     def number(self, expression: Expr, height: int, width: int) -> int:
         """The value of an expression in local symbols at one size."""
-        return int(self.in_pixels(expression).subs({H: height, W: width}, simultaneous=True))
+        return _number(self.in_pixels(expression), height, width)
 
     def macs_of(self, batch: int, height: int, width: int) -> int:
         """MACs of a call on ``batch`` images."""
@@ -81,6 +81,17 @@ class SiteFormula:
         bound = {name: sympify(value) for name, value in (values or {}).items()}
         sums = {name: getattr(self, name) + part for name, part in parts.items()}
         return replace(self, values=self.values | bound, **sums)
+
+
+@lru_cache(maxsize=4096)
+def _substituted(expression: Expr, values: frozenset[tuple[Symbol, Expr]]) -> Expr:
+    """Blocks repeat, and substitution is slow."""
+    return expression.subs(dict(values), simultaneous=True)
+
+
+@lru_cache(maxsize=4096)
+def _number(expression: Expr, height: int, width: int) -> int:
+    return int(expression.subs({H: height, W: width}, simultaneous=True))
 
 
 def _formula(kind: str, values: dict[Symbol, Extent], **parts: Expr) -> SiteFormula:

@@ -212,6 +212,7 @@ def evaluator(expression: Expr) -> Callable[[int, int, int], int]:
     return compute if unit == 1 else lambda batch, height, width: compute(batch, height, width) // unit
 
 
+@cache
 def lattice_unit(expression: Expr) -> int:
     """The smallest multiple of pixels on which no rounding in ``expression`` rounds anything."""
     units = [_unit(part) for part in _unclipped(expression).atoms(down, up, block_pairs)]

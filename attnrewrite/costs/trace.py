@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Trace:
     executed: int = 0
     defined: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def total(self) -> Cost:
         return replace(total(call.cost for call in self.calls), saved=sum(self.saved.values()))
 
