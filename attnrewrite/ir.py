@@ -257,7 +257,8 @@ class Stage:
     """One step between the two linear maps of an MLP, from graph value ``before`` to ``node``.
 
     ``kind`` is ``activation``, ``gate`` (activation times ``rows`` of another linear map ``gate``), ``convolution``
-    (depthwise, on ``grid``) or ``norm``; ``name`` is the activation.
+    (depthwise, on ``grid``; with ``added``, the sum of ``before`` and that convolution of it) or ``norm``; ``name`` is
+    the activation.
     """
 
     kind: str
@@ -268,9 +269,16 @@ class Stage:
     gate_value: Node | None = None
     rows: Tensor | None = field(default=None, repr=False)
     grid: tuple[int, int] = (0, 0)
+    added: Node | None = None
+
+    @property
+    def call(self) -> Node:
+        """The convolution or norm itself."""
+        return self.node if self.added is None else self.added
 
     def __str__(self) -> str:
-        return {"activation": self.name, "gate": f"{self.name} gate", "convolution": "depthwise", "norm": "norm"}[
+        convolution = "depthwise" if self.added is None else "depthwise residual"
+        return {"activation": self.name, "gate": f"{self.name} gate", "convolution": convolution, "norm": "norm"}[
             self.kind
         ]
 
@@ -302,7 +310,7 @@ class MlpSite:
     def weights(self) -> list[Node]:
         """Weights and biases of its linear maps and convolutions."""
         gates = [stage.gate for stage in self.stages if stage.gate is not None]
-        inner = [stage.node for stage in self.stages if stage.kind in ("convolution", "norm")]
+        inner = [stage.call for stage in self.stages if stage.kind in ("convolution", "norm")]
         used = (n for node in (self.first, self.second, *gates, *inner) for n in node.args[1:3])
         return [node for node in used if isinstance(node, Node)]
 

@@ -145,7 +145,7 @@ def _dropout(site: MlpSite) -> float:
 
 def _taps(stage: Stage, weights: Weights) -> Tensor:
     """``[channels, 1, 3, 3]`` of a ConvFFN's convolution."""
-    taps = weights(input_of(stage.node, 1))
+    taps = weights(input_of(stage.call, 1))
     if taps.shape[-2:] != (3, 3) or shape_of(stage.node) != shape_of(stage.before):
         raise NotConvertible(
             f"its convolution is {taps.shape[-2]}x{taps.shape[-1]} from {stage.before.meta['val'].shape[-2:]} to "

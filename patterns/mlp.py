@@ -94,7 +94,10 @@ def _walk(node: Node, flow: Dataflow) -> _Walked | None:
             return _Walked(*linear, stages[::-1])
         step = _through_movement(node, flow)
         name = operator_name(step)
-        if name in _POINTWISE:
+        residual = _residual_convolution(step, flow)
+        if residual is not None:
+            stage = residual
+        elif name in _POINTWISE:
             stage = _activation(step, flow)
             if stage is None:
                 return None
@@ -173,6 +176,32 @@ def _activation(last: Node, flow: Dataflow) -> Stage | None:
         if name is not None and linear is not None:
             return Stage("gate", last, main, name, linear[0], gate, linear[1])
     return None
+
+
+def _residual_convolution(last: Node, flow: Dataflow) -> Stage | None:
+    """A value plus a depthwise convolution of it (RMT's feed-forward network)."""
+    if operator_name(last) != "aten::add" or last.kwargs or not all(isinstance(part, Node) for part in last.args):
+        return None
+    first, second = last.args
+    for value, other in ((first, second), (second, first)):
+        assert isinstance(value, Node)
+        assert isinstance(other, Node)
+        convolution = _through_movement(other, flow)
+        if operator_name(convolution) != "aten::conv2d" or not _is_depthwise(convolution):
+            continue
+        if shape_of(convolution) == shape_of(input_of(convolution)) and _back_in_place(value, convolution, other, flow):
+            return Stage("convolution", last, value, grid=_map_sides(convolution), added=convolution)
+    return None
+
+
+def _back_in_place(value: Node, convolution: Node, other: Node, flow: Dataflow) -> bool:
+    """Whether what is taken to the convolution comes back to where it was."""
+    taken = flow.provenance(input_of(convolution), stop=lambda node: node is value)
+    given = flow.provenance(other, stop=lambda node: node is convolution)
+    if taken.source is not value or given.source is not convolution or shape_of(other) != shape_of(value):
+        return False
+    places = taken.address.flatten()[given.address.flatten()]
+    return torch.equal(places, torch.arange(len(places)))
 
 
 def _gated_activation(inside: list[Node], last: Node, main: Node, gate: Node, flow: Dataflow) -> str | None:

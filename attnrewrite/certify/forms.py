@@ -76,7 +76,8 @@ def mlp(site: MlpSite, source: Tensor, weights: Weights) -> Tensor:
             assert stage.rows is not None
             value = ACTIVATIONS[stage.name](value) * _channels(source, stage.gate, stage.rows, weights)
         elif stage.kind == "convolution":
-            value = _depthwise(value, stage, weights)
+            convolved = _depthwise(value, stage, weights)
+            value = convolved if stage.added is None else value + convolved
         else:
             value = _layer_norm(value, stage.node, weights)
     return _linear(value, site.second, weights)
@@ -148,8 +149,8 @@ def _linear(value: Tensor, linear: Node, weights: Weights) -> Tensor:
 
 def _depthwise(value: Tensor, stage: Stage, weights: Weights) -> Tensor:
     """Tokens to the map the convolution ran on, through it, and back."""
-    weight, bias = argument(stage.node, 1), argument(stage.node, 2)
-    stride, padding = argument(stage.node, 3, "stride", 1), argument(stage.node, 4, "padding", 0)
+    weight, bias = argument(stage.call, 1), argument(stage.call, 2)
+    stride, padding = argument(stage.call, 3, "stride", 1), argument(stage.call, 4, "padding", 0)
     height, width = stage.grid
     channels = value.shape[-1]
     image = value.reshape(-1, height, width, channels).permute(0, 3, 1, 2)

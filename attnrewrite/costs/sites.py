@@ -270,7 +270,7 @@ _FORMULAS: dict[type, Callable[[SiteReader, Any], Iterator[SiteFormula]]] = {
 
 def mlp_form(site: MlpSite) -> tuple[bool, int]:
     """Whether it has a gate, and the side of its convolution (0 for none)."""
-    kernels = [shape_of(s.node.args[1])[-1] for s in site.stages if s.kind == "convolution"]  # type: ignore[arg-type]
+    kernels = [shape_of(s.call.args[1])[-1] for s in site.stages if s.kind == "convolution"]  # type: ignore[arg-type]
     return any(stage.kind == "gate" for stage in site.stages), kernels[0] if len(kernels) == 1 else 0
 
 
