@@ -196,7 +196,7 @@ def _interpolate(found: ModelFormula, sizer: Sizer) -> None:
     """The rest as polynomials, exact on the lattice; where it is none, the count at the example stands alone."""
     at_example = _rest(found, sizer, *sizer.size)
     parts = (0, 1) if at_example[1] else (0,)
-    for unit in _units(found.lattice, sizer.size):
+    for unit in lattices(found.lattice, sizer.size):
         fits = [fitted(partial(_rest_at, found, sizer, parts, part), unit, sizer.size) for part in parts]
         fits += [ZERO] * (2 - len(fits))
         if fits[0] is not None and fits[1] is not None:
@@ -218,7 +218,7 @@ def _rest_at(
     return _rest(found, sizer, height, width, both=len(parts) > 1)[part]
 
 
-def _units(lattice: int, size: tuple[int, int]) -> Iterator[int]:
+def lattices(lattice: int, size: tuple[int, int]) -> Iterator[int]:
     """Lattices to try: the sites' own, then coarser ones that hold strides and windows the sites do not show."""
     for unit in (lattice, 32, 224, size[0]):
         if unit % lattice == 0 and unit <= 512:

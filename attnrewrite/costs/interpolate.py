@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import sympy
 from sympy import Expr, Rational
@@ -18,23 +19,38 @@ def fitted(count: Callable[[int, int], int | None], unit: int, size: tuple[int, 
     None where ``count`` has no value there, or a tenth and eleventh point refute it.
     """
     first = tuple(-(-side // unit) for side in size)
-    rows, columns = ([unit * (start + step) for step in _POWERS] for start in first)
-    values = [[count(height, width) for width in columns] for height in rows]
-    known = [[value for value in row if value is not None] for row in values]
-    if any(len(row) < len(columns) for row in known):
-        return None
-    polynomial = _through(rows, columns, known)
-    held_out = [(rows[-1] + unit, columns[0]), (rows[0], columns[-1] + unit)]
-    for height, width in held_out:
-        expected = count(height, width)
+    rows, columns = (tuple(unit * (start + step) for step in _POWERS) for start in first)
+    values: list[int] = []
+    for height in rows:
+        for width in columns:
+            value = count(height, width)
+            if value is None:  # no use in asking for the others
+                return None
+            values.append(value)
+    held_out = ((rows[-1] + unit, columns[0]), (rows[0], columns[-1] + unit))
+    return _confirmed(rows, columns, tuple(values), tuple((*point, count(*point)) for point in held_out))
+
+
+@lru_cache(maxsize=4096)
+def _confirmed(
+    rows: tuple[int, ...],
+    columns: tuple[int, ...],
+    values: tuple[int, ...],
+    held_out: tuple[tuple[int, int, int | None], ...],
+) -> Expr | None:
+    """Blocks repeat, and so do their counts."""
+    polynomial = _through(rows, columns, values)
+    for height, width, expected in held_out:
         if expected is not None and polynomial.subs({H: height, W: width}) != expected:
             return None
     return polynomial
 
 
-def _through(rows: list[int], columns: list[int], values: list[list[int]]) -> Expr:
+def _through(rows: tuple[int, ...], columns: tuple[int, ...], values: tuple[int, ...]) -> Expr:
     """Tensor-product interpolation in exact rationals."""
-    powers = sympy.Matrix(len(rows), len(rows), lambda i, j: Rational(rows[i]) ** _POWERS[j]).inv()
-    across = sympy.Matrix(len(columns), len(columns), lambda i, j: Rational(columns[i]) ** _POWERS[j]).inv()
-    coefficients = powers * sympy.Matrix(values) * across.T
+    powers, across = (
+        sympy.Matrix(len(sides), len(sides), lambda i, j, sides=sides: Rational(sides[i]) ** _POWERS[j]).inv()
+        for sides in (rows, columns)
+    )
+    coefficients = powers * sympy.Matrix(len(rows), len(columns), values) * across.T
     return sympy.Add(*(coefficients[i, j] * H**i * W**j for i in _POWERS for j in _POWERS))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from ..errors import ArgumentError
 from .comparison import Comparison
 from .cost import Cost, counted
 from .crossover import crossings
-from .derive import Check, ModelFormula, derive
+from .derive import Check, ModelFormula, derive, lattices
 from .hardware import Hardware, Roofline, hardware_of, point
 from .meta_model import Sizer
 from .sites import CountedSite
 from .symbols import B, envelope, evaluator, leading, order
 from .trace import Trace, Unpriced
 from .training import Training, training_costs
+from .work import Work, derive_work
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -50,7 +52,10 @@ class ModuleCost:
 class Evaluation:
     """The formulas at one size. ``extrapolated``: the model itself was not seen to take this size.
 
-    ``attention_map`` (elements) and ``saved`` (bytes, of the unfused form, sites only) are of the sites.
+    ``attention_map`` (elements) and ``saved`` (bytes, of the unfused form, sites only) are of the sites. ``elementwise``,
+    ``normalisation``, ``bytes_read`` and ``bytes_written`` are the model's, from ``Report.work``, which is derived when
+    one of them is first asked for; None where neither a polynomial nor the model itself answers, and bytes for another
+    dtype than the model's.
     """
 
     height: int
@@ -61,10 +66,28 @@ class Evaluation:
     attention_map: int
     saved: int
     extrapolated: bool
+    _work: Callable[[], Cost | None] = field(repr=False, compare=False)
+    _own_dtype: bool = field(repr=False, compare=False)
 
     @property
     def flops(self) -> int:
         return 2 * self.macs
+
+    @property
+    def elementwise(self) -> int | None:
+        return None if (cost := self._work()) is None else cost.elementwise
+
+    @property
+    def normalisation(self) -> int | None:
+        return None if (cost := self._work()) is None else cost.normalisation
+
+    @property
+    def bytes_read(self) -> int | None:
+        return None if not self._own_dtype or (cost := self._work()) is None else cost.bytes_read
+
+    @property
+    def bytes_written(self) -> int | None:
+        return None if not self._own_dtype or (cost := self._work()) is None else cost.bytes_written
 
 
 class Report:
@@ -207,7 +230,14 @@ class Report:
             attention_map=maps(batch, height, width),
             saved=saved(batch, height, width) * ITEM_BYTES[dtype],
             extrapolated=all((height, width) != (c.height, c.width) for c in self.checks) and len(self.checks) <= 2,
+            _work=lambda: self.work.at(height, width, batch), _own_dtype=dtype == self.dtype,
         )  # fmt: skip
+
+    @cached_property
+    def work(self) -> Work:
+        """Elementwise operations and bytes of the model and of the modules that hold its sites, as polynomials."""
+        paths = [site.name for site in self.sites]
+        return derive_work(self._sizer, paths, lattices(self.lattice, self.size))
 
     def compare(self, other: Report) -> Comparison:
         """This model before, ``other`` after."""

@@ -66,6 +66,7 @@ class Trace:
     peak: int = 0
     executed: int = 0
     defined: list[str] = field(default_factory=list)
+    _of: dict[str, Cost] = field(default_factory=dict, repr=False)
 
     @cached_property
     def total(self) -> Cost:
@@ -73,6 +74,11 @@ class Trace:
 
     def of(self, path: str) -> Cost:
         """Of a module with all that is inside it."""
+        if path not in self._of:
+            self._of[path] = self._summed(path)
+        return self._of[path]
+
+    def _summed(self, path: str) -> Cost:
         inside = (call.cost for call in self.calls if _within(call.module, path))
         saved = sum(size for module, size in self.saved.items() if _within(module, path))
         return replace(total(inside), saved=saved)
