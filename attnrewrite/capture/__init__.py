@@ -4,5 +4,9 @@ from .boundaries import ModuleCall, NodeRef
 from .dropout import training_dropout
 from .examples import example_inputs_for, normalise_inputs
 from .exported import Capture, capture
+from .hooks import hooks_left_out
 
-__all__ = ["Capture", "ModuleCall", "NodeRef", "capture", "example_inputs_for", "normalise_inputs", "training_dropout"]
+__all__ = [
+    "Capture", "ModuleCall", "NodeRef", "capture", "example_inputs_for", "hooks_left_out", "normalise_inputs",
+    "training_dropout",
+]  # fmt: skip

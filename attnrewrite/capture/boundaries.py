@@ -79,7 +79,7 @@ class BoundaryRecorder:
         def hook(_traced_as: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             arguments = bind_arguments(module, args, kwargs)
             parent = self._open[-1] if self._open else None
-            call = ModuleCall(path, module, _trace_length(), tree_map(_traced, arguments), parent=parent)
+            call = ModuleCall(path, module, trace_length(), tree_map(_traced, arguments), parent=parent)
             if parent is None:
                 self.root, self._open = call, []
             else:
@@ -90,7 +90,7 @@ class BoundaryRecorder:
 
     def _exit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self._open.pop()
-        call.exit = _trace_length()
+        call.exit = trace_length()
         call.output = tree_map(_traced, output)
         if not self._open:
             _mark_positions()
@@ -121,7 +121,8 @@ def _tracer() -> Any:
     return mode.tracer
 
 
-def _trace_length() -> int:
+def trace_length() -> int:
+    """The trace position of what comes next."""
     return len(_tracer().graph.nodes)
 
 

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError, CaptureError, first_line
+from .autocast_regions import Interval, disabled_regions_in_place
 from .boundaries import BoundaryRecorder, ModuleCall, positions
 from .examples import Inputs, normalise_inputs
 from .snapshot import untouched
@@ -27,7 +28,7 @@ class Capture:
     ``tensors`` holds the value of every placeholder: parameters, buffers, constants and the example inputs, which
     ``inputs`` lists. ``names`` gives the qualified name of those that belong to the model. ``position`` orders the
     nodes as they were traced, the order in which ``root``'s calls are stated. ``example`` are the arguments of the
-    captured call.
+    captured call. ``uncast`` are the positions at which the model's code has autocast turned off.
     """
 
     model: nn.Module
@@ -38,11 +39,17 @@ class Capture:
     position: dict[Node, int]
     root: ModuleCall
     example: Inputs
+    uncast: list[Interval]
 
     @property
     def batch(self) -> int:
         """Samples in the example input."""
         return int(self.tensors[self.inputs[0]].shape[0])
+
+    def is_uncast(self, node: Node) -> bool:
+        """Whether the model computes ``node`` with autocast turned off, whatever its surroundings have."""
+        position = self.position.get(node)
+        return position is not None and any(start <= position < stop for start, stop in self.uncast)
 
     def enclosing_call(self, nodes: list[Node]) -> ModuleCall:
         """The smallest module call that holds all of ``nodes``."""
@@ -69,7 +76,7 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
         model.eval()
         _require_finite(args, kwargs)
         try:
-            with recorder.recording(), _traceable():
+            with recorder.recording(), _traceable(), disabled_regions_in_place() as uncast:
                 program = torch.export.export(model, args, kwargs, strict=False)
         except Exception as cause:
             _require_runs(model, args, kwargs)
@@ -86,7 +93,7 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
     position = positions(iter(graph.nodes))
     tensors, names, inputs = _placeholders(program, args, kwargs)
     root = recorder.calls({index: node for node, index in position.items()})
-    return Capture(model, graph, inputs, tensors, names, position, root, (args, kwargs))
+    return Capture(model, graph, inputs, tensors, names, position, root, (args, kwargs), uncast)
 
 
 @contextmanager

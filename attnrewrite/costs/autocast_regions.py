@@ -1,4 +1,4 @@
-"""Autocast inside a model's forward, where costs are read: on the meta device, and in an exported graph."""
+"""Autocast inside a model's forward, on the meta device."""
 
 from __future__ import annotations
 
@@ -25,20 +25,3 @@ def off_on_meta() -> Iterator[None]:
         yield
     finally:
         torch.is_autocast_enabled, torch.autocast = asked, region  # type: ignore[misc]
-
-
-@contextmanager
-def disabled_ones_left_out() -> Iterator[None]:
-    """A region that turns autocast off where it is off already changes nothing, but would be a graph of its own."""
-    region = torch.autocast
-
-    def enter(device_type: str, dtype: Any = None, enabled: bool = True, *rest: Any, **kwargs: Any) -> Any:
-        if enabled or torch.is_autocast_enabled(device_type):
-            return region(device_type, dtype, enabled, *rest, **kwargs)
-        return nullcontext()
-
-    torch.autocast = enter  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        torch.autocast = region  # type: ignore[misc]

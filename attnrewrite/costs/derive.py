@@ -12,13 +12,13 @@ import sympy
 from sympy import Expr, Integer
 from torch import nn
 
+from ..capture import hooks_left_out
 from ..capture.examples import Inputs
 from ..errors import ArgumentError, CaptureError, first_line
 from ..ir import Site
 from ..lift.dataflow import Dataflow
 from ..plan import Plan
 from ..planning import lifted
-from .autocast_regions import disabled_ones_left_out
 from .formulas import ZERO
 from .interpolate import fitted
 from .meta_model import Sizer
@@ -99,9 +99,7 @@ def derive(model: nn.Module, example: Inputs, sizer: Sizer) -> ModelFormula:
         note = "no image among the inputs: the cost is a number, of this batch"
         return ModelFormula([], rest_once=Integer(count), assumptions=[note])
     try:
-        args, kwargs = example
-        with disabled_ones_left_out():
-            plan, flow = lifted(model, kwargs if kwargs and not args else args)
+        plan, flow = lifted_without_hooks(model, example)
     except (CaptureError, ArgumentError) as cause:
         found = ModelFormula([])
         found.assumptions.append(f"no sites, the model could not be captured: {first_line(cause)}")
@@ -111,6 +109,17 @@ def derive(model: nn.Module, example: Inputs, sizer: Sizer) -> ModelFormula:
     found.lifted = plan
     found.refused = [f"{refused.name or '(root)'}: {refused.reason}" for refused in plan.refused]
     return found
+
+
+def lifted_without_hooks(model: nn.Module, example: Inputs) -> tuple[Plan, Dataflow]:
+    """As ``planning.lifted``; like the count, it never runs a hook, and what a hook computes has no cost here.
+
+    Raises:
+        ArgumentError, CaptureError: as ``capture`` does.
+    """
+    args, kwargs = example
+    with hooks_left_out(model):
+        return lifted(model, kwargs if kwargs and not args else args)
 
 
 def _read(flow: Dataflow, sites: list[Site], sizer: Sizer) -> ModelFormula:

@@ -16,12 +16,12 @@ from sympy import Integer
 from ..errors import ConversionError
 from ..ir import AttentionSite
 from ..plan import PlannedSite
-from ..planning import decided, lifted
+from ..planning import decided
 from ..product_cost import macs_after, macs_before
 from ..targets import Target
 from .comparison import ComparedSite, Comparison
 from .converted_sites import converted_formula, core_name
-from .derive import ModelFormula
+from .derive import ModelFormula, lifted_without_hooks
 from .sites import CountedSite
 from .text import folded_name
 
@@ -37,7 +37,7 @@ def converted_cost(report: Report, to: To, options: dict[str, Any], fidelity: st
     Raises:
         ArgumentError, CaptureError, ConversionError: as ``convert`` does.
     """
-    made = report.formula.lifted or lifted(report.model, report.example)[0]
+    made = report.formula.lifted or lifted_without_hooks(report.model, report.example)[0]
     plan = decided(made, to, fidelity, options)
     if not plan.converting:
         raise ConversionError(f"nothing to convert in {report.name}:\n{plan}")

@@ -156,6 +156,7 @@ class _Outliner:
         if self.flow.adds_nothing(node):
             self._made(node, self._value(input_of(node)))
             return
+        self._require(not self.capture.is_uncast(node), "its own code turns autocast off, which a graph does not")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
         view = torch.ops.aten.view.default
         target = (
