@@ -93,22 +93,22 @@ def _walk(node: Node, flow: Dataflow) -> _Walked | None:
         if linear is not None:
             return _Walked(*linear, stages[::-1])
         step = _through_movement(node, flow)
-        name = operator_name(step)
-        residual = _residual_convolution(step, flow)
-        if residual is not None:
-            stage = residual
-        elif name in _POINTWISE:
-            stage = _activation(step, flow)
-            if stage is None:
-                return None
-        elif name == "aten::layer_norm" and len(step.args[1]) == 1:  # type: ignore[arg-type]
-            stage = Stage("norm", step, input_of(step))
-        elif name == "aten::conv2d" and _is_depthwise(step):
-            stage = Stage("convolution", step, input_of(step), grid=_map_sides(step))
-        else:
+        stage = _residual_convolution(step, flow) or _stage(step, flow)
+        if stage is None:
             return None
         stages.append(stage)
         node = stage.before
+
+
+def _stage(step: Node, flow: Dataflow) -> Stage | None:
+    name = operator_name(step)
+    if name in _POINTWISE:
+        return _activation(step, flow)
+    if name == "aten::layer_norm" and len(step.args[1]) == 1:  # type: ignore[arg-type]
+        return Stage("norm", step, input_of(step))
+    if name == "aten::conv2d" and _is_depthwise(step):
+        return Stage("convolution", step, input_of(step), grid=_map_sides(step))
+    return None
 
 
 def _site(second: Node, walked: _Walked, flow: Dataflow) -> MlpSite:

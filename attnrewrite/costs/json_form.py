@@ -50,7 +50,7 @@ def as_dict(report: Report) -> dict[str, Any]:
 
 
 def expression(value: Expr) -> dict[str, str]:
-    """For programs, for people, and for papers; ``down``, ``up`` and ``block_pairs`` are of ``costs.symbols``."""
+    """For programs, for people, and for papers; the functions in them are those of ``costs.symbols``."""
     return {"srepr": sympy.srepr(value), "text": plain(value), "latex": sympy.latex(value)}
 
 

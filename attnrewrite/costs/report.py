@@ -52,10 +52,10 @@ class ModuleCost:
 class Evaluation:
     """The formulas at one size. ``extrapolated``: the model itself was not seen to take this size.
 
-    ``attention_map`` (elements) and ``saved`` (bytes, of the unfused form, sites only) are of the sites. ``elementwise``,
-    ``normalisation``, ``bytes_read`` and ``bytes_written`` are the model's, from ``Report.work``, which is derived when
-    one of them is first asked for; None where neither a polynomial nor the model itself answers, and bytes for another
-    dtype than the model's.
+    ``attention_map`` (elements) and ``saved`` (bytes, of the unfused form, sites only) are of the sites.
+    ``elementwise``, ``normalisation``, ``bytes_read`` and ``bytes_written`` are the model's, from ``Report.work``, that
+    is derived when one of them is first asked for. They are None where neither a polynomial nor the model itself
+    answers, and bytes for another dtype than the model's.
     """
 
     height: int

@@ -1,8 +1,8 @@
 """What is counted beside MACs (elementwise operations, bytes) as polynomials in the image's sides.
 
 No site formula covers these: they are what the operations of a module add up to, so they are interpolated through exact
-counts on a lattice of sizes, and checked against two further counts. They hold for one batch: a rearrangement that copies
-several images is often a view of a single one.
+counts on a lattice of sizes, and checked against two further counts. They hold for one batch: a rearrangement that
+copies several images is often a view of a single one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ from sympy import Integer, Min, Rational, srepr, sympify
 from attnrewrite.costs import symbols
 from attnrewrite.costs.crossover import cheaper_above, crossings
 from attnrewrite.costs.interpolate import fitted
-from attnrewrite.costs.symbols import B, H, W, block_pairs, down, envelope, evaluator, order, plain, strided, up
+from attnrewrite.costs.symbols import (
+    B, H, W, block_pairs, down, envelope, evaluator, grouped_side, order, plain, strided, up,
+)  # fmt: skip
 
 SIDES = st.integers(1, 500)
 SMALL = st.integers(1, 12)
@@ -34,16 +36,31 @@ def test_a_strided_side_is_torchs(side, kernel, stride, padding):
     assert evaluator(strided(H, kernel, stride, padding))(1, side, 1) == expected
 
 
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 8), st.booleans())
-def test_block_pairs_are_those_of_the_slots_present(length, size, shift, phantom):
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 8), st.booleans(), st.booleans())
+def test_block_pairs_are_those_of_the_slots_present(length, size, shift, phantom, cyclic):
     shift = shift % size if length > size else 0
-    extent = -(-length // size) * size if phantom else length
+    padded = -(-length // size) * size
+    extent = padded if phantom else length
     block = [(place - shift) // size for place in range(extent)]
+    if cyclic and shift:  # rolled, then padded: the last block falls apart where the rolled-over tokens would begin
+        slot = {(place - shift) % length: place for place in range(length)} | {p: p for p in range(length, padded)}
+        block = [0] * extent
+        for rolled, place in slot.items():
+            if place < extent:
+                block[place] = rolled // size if rolled < padded - shift else -1
     expected = sum(block[token] == block[slot] for token in range(length) for slot in range(extent))
-    pairs = block_pairs(H, Integer(size), Integer(shift), Integer(phantom))
+    pairs = block_pairs(H, *map(Integer, (size, shift, phantom, cyclic)))
     assert evaluator(pairs)(1, length, 1) == expected
     if length % size == 0 and length > size:
         assert pairs.subs(H, size * W).subs(W, length // size) == expected
+
+
+@given(SIDES, SMALL, SMALL)
+def test_grouped_sides_are_padded_where_a_group_does_not_cover_them(side, group, interval):
+    padded = evaluator(grouped_side(H, Integer(group), Integer(interval)))(1, side, 1)
+    assert padded >= side
+    assert padded == side if side <= group else (padded % (group * interval) == 0 and padded - side < group * interval)
+    assert envelope(grouped_side(H, Integer(group), Integer(interval))) == H
 
 
 def test_orders():
@@ -69,8 +86,9 @@ def test_text_is_as_one_writes_it():
 
 
 def test_expressions_survive_their_representation():
-    expression = down(H, Integer(4)) * up(W, Integer(7)) + block_pairs(H, Integer(7), Integer(3), Integer(1))
-    names = {name: getattr(symbols, name) for name in ("down", "up", "block_pairs")}
+    expression = down(H, Integer(4)) * up(W, Integer(7)) + block_pairs(H, *map(Integer, (7, 3, 1, 0)))
+    expression += grouped_side(H, Integer(7), Integer(2))
+    names = {name: getattr(symbols, name) for name in ("down", "up", "block_pairs", "grouped_side")}
     assert sympify(srepr(expression), locals=names) == expression
 
 

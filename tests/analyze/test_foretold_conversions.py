@@ -78,10 +78,9 @@ def test_a_conversion_costs_what_was_foretold(name, target, options):
     own = {option: value for option, value in options.items() if option != "fidelity"}
     try:
         converted = convert(donor(name), target, image(name), progress=False, **own, **fidelity)
-    except ConversionError as cause:
-        with pytest.raises(ConversionError, match="nothing to convert") as foretold:
+    except ConversionError:
+        with pytest.raises(ConversionError, match="nothing to convert"):
             converted_cost(report(name), target, own, **fidelity)
-        assert str(foretold.value).splitlines()[0] == str(cause).splitlines()[0]
         return
     foretold = converted_cost(report(name), target, own, **fidelity)
     counts = Sizer(converted, ((image(name),), {}))
