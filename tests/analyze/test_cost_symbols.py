@@ -9,7 +9,18 @@ from attnrewrite.costs import symbols
 from attnrewrite.costs.crossover import cheaper_above, crossings
 from attnrewrite.costs.interpolate import fitted
 from attnrewrite.costs.symbols import (
-    B, H, W, block_pairs, down, envelope, evaluator, grouped_side, order, plain, strided, up,
+    B,
+    H,
+    W,
+    block_pairs,
+    down,
+    envelope,
+    evaluator,
+    grouped_side,
+    order,
+    plain,
+    strided,
+    up,
 )  # fmt: skip
 
 SIDES = st.integers(1, 500)
