@@ -18,9 +18,10 @@ from .certify.certificate import relative_error
 from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, first_line
 from .ir import AttentionSite, Grid, Refused, Site, StemSite, Window, line
 from .lift.dataflow import Dataflow
-from .lift.values import Values
+from .lift.values import Values, shape_of
 from .report import ConversionReport, SiteReport, suggestion
 from .rewrite.aspect import guard_aspect
+from .rewrite.install import whole_ends
 from .rewrite.owners import OwnerProgram, build_programs
 from .rewrite.rewritten import restore_module
 from .targets import Conversion, Exactness, Target
@@ -133,8 +134,8 @@ class Plan:
 
     def report(self, output_error: float | None = None) -> ConversionReport:
         """What is planned, as a report; ``output_error`` is known after ``apply``."""
-        dropped = {id(site): owner.dropped for owner in self.programs for site in owner.sites}
-        rows = [_row(planned, self.flow, dropped.get(id(planned.site), [])) for planned in self.sites]
+        lost = {id(site): owner.lost for owner in self.programs for site in owner.sites}
+        rows = [_row(planned, self.flow, lost.get(id(planned.site), {})) for planned in self.sites]
         rows += [SiteReport(r.name, r.kind, "", "refused", why=r.reason) for r in self.refused]
         inputs = (self.capture.tensors[node] for node in self.capture.inputs)
         shapes = [list(value.shape) for value in inputs if isinstance(value, Tensor)]
@@ -200,10 +201,14 @@ def matching(glob: str, sites: list[PlannedSite], argument: str) -> list[Planned
 
 def _maps_a_sequence(planned: PlannedSite) -> bool:
     """Whether the new core takes the map from the length of a sequence."""
-    site = planned.site
-    if planned.conversion is None or (isinstance(site, AttentionSite) and isinstance(site.keys, Window)):
+    site, conversion = planned.site, planned.conversion
+    if conversion is None:
         return False
-    core = planned.conversion.core
+    if conversion.run is not None:
+        return len(shape_of(whole_ends(site, conversion)[0])) == 3
+    if isinstance(site, AttentionSite) and isinstance(site.keys, Window):
+        return False
+    core = conversion.core
     cores = core if isinstance(core, list) else [core]
     return any(isinstance(getattr(part, "grid", None), Grid) for part in cores)
 
@@ -224,7 +229,7 @@ def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _row(planned: PlannedSite, flow: Dataflow, dropped: list[str]) -> SiteReport:
+def _row(planned: PlannedSite, flow: Dataflow, lost: dict[int, int]) -> SiteReport:
     site, conversion = planned.site, planned.conversion
     status = "converted" if planned.status == "convert" else planned.status
     certificate = str(planned.certificate) if planned.certificate else ""
@@ -239,22 +244,23 @@ def _row(planned: PlannedSite, flow: Dataflow, dropped: list[str]) -> SiteReport
         why=conversion.why,
         benefit=conversion.benefit,
         settings=dict(conversion.settings),
-        parameters=_parameters(planned, flow, dropped),
+        parameters=_parameters(planned, flow, lost),
         **planned.measured,
     )
 
 
-def _parameters(planned: PlannedSite, flow: Dataflow, dropped: list[str]) -> dict[str, int]:
-    """How many serve as before, are new, and are not used any more."""
+def _parameters(planned: PlannedSite, flow: Dataflow, lost: dict[int, int]) -> dict[str, int]:
+    """How many serve as before or in another place, are new, and are not used any more; ``lost`` were taken out."""
     assert planned.conversion is not None
-    modules = [planned.site.owner.module.get_submodule(path) for path in dropped]
-    lost = {id(parameter): parameter.numel() for module in modules for parameter in module.parameters()}
     core = planned.conversion.core
     cores = [part for part in core if part is not None] if isinstance(core, list) else [core]
     new = {id(parameter): parameter.numel() for part in cores for parameter in part.parameters()}
     own = {id(flow.weights(node)): flow.weights(node).numel() for node in planned.site.weights()}
     kept = sum(count for key, count in own.items() if key not in lost)
-    return {"moved": kept, "new": sum(new.values()), "dropped": sum(lost.values())}
+    carried = planned.conversion.carried
+    return {
+        "moved": kept + carried, "new": sum(new.values()) - carried, "dropped": max(0, sum(lost.values()) - carried)
+    }  # fmt: skip
 
 
 def _fate(planned: PlannedSite) -> str:

@@ -23,7 +23,7 @@ from .lift.dataflow import Dataflow
 from .plan import Plan, PlannedSite, matching
 from .product_cost import macs_after, macs_before
 from .rewrite.check import misbehaviour
-from .rewrite.owners import OwnerProgram, build_programs
+from .rewrite.owners import OwnerProgram, build_program
 from .targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, recognise_all, target_of
 
 Selector = str | Iterable[str] | Callable[[Site], bool]
@@ -202,6 +202,9 @@ def _match(conversion: Conversion, site: Site) -> None:
 def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     """Run one rewritten module of every structure beside its donor; an inexact one with cores that change nothing."""
     planned = {id(p.site): p for p in made.converting}
+    unseen = {node for owner in made.programs for node in _arguments(owner.call)} - made.values.keys()
+    if unseen:  # of modules around those that were certified
+        made.values |= collect_values(flow, unseen)
     verdicts: dict[str, str] = {}
     for owner in made.programs:
         owned = [planned[id(site)] for site in owner.sites]
@@ -223,14 +226,13 @@ def _with_own_function(owner: OwnerProgram, flow: Dataflow) -> OwnerProgram | No
         conversions = {id(site): exact.convert(site, 0, flow.weights) for site in owner.sites}
     except NothingToDo:
         return None
-    programs, _ = build_programs(owner.sites, flow, lambda site: conversions[id(site)])
-    return next((program for program in programs if program.call is owner.call), None)
+    return build_program(owner.call, owner.sites, flow, lambda site: conversions[id(site)])[0]
 
 
 def _count(made: Plan) -> None:
     """What the new cores of attention cost beside the old products."""
     for planned in made.converting:
-        if isinstance(planned.site, AttentionSite) and planned.conversion is not None:
+        if isinstance(planned.site, AttentionSite) and planned.conversion and not planned.conversion.whole:
             after = macs_after(planned.site, planned.conversion)
             if after is not None:
                 planned.measured["macs"] = (macs_before(planned.site), after)
@@ -243,7 +245,7 @@ def _measure(made: Plan) -> None:
             site, conversion = planned.site, planned.conversion
             if not isinstance(site, AttentionSite) or conversion is None or conversion.exactness is Exactness.EXACT:
                 continue
-            if not isinstance(site.keys, Global | Reduced) or conversion.extras:
+            if not isinstance(site.keys, Global | Reduced) or conversion.extras or conversion.whole:
                 continue
             nodes = site.nodes
             parts = [operand_heads_last(made.values[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]

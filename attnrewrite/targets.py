@@ -33,7 +33,9 @@ class Conversion:
     given to the core by keyword, beside its operands: ``local``, as ``local_key`` and ``local_value`` an attention
     site's keys and values of the query map itself, ``[B, H, W, heads, dim]``, where it attends to a reduced one;
     ``source``, what feeds an MLP's or stem's first linear map. A ``whole`` core takes the site's source to its result
-    by itself, and the site's own linear maps are dropped.
+    by itself, and the site's own linear maps are dropped; where its layout is not the site's, ``run`` calls it, with
+    core, source and ``sizes``. ``until`` is what such a core's result replaces, if that is not the site's own result,
+    and ``carried`` how many numbers among its parameters are the donor's.
     """
 
     exactness: Exactness
@@ -43,6 +45,10 @@ class Conversion:
     benefit: str = ""
     extras: tuple[str, ...] = ()
     whole: bool = False
+    run: Callable[..., Tensor] | None = None
+    sizes: tuple[int, ...] = ()
+    until: Node | None = None
+    carried: int = 0
 
     @property
     def keeps_function(self) -> bool:

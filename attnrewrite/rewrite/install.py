@@ -25,13 +25,13 @@ def install(outlined: Outlined, site: Site, conversion: Conversion) -> None:
     Raises:
         NotOutlinable: the site's values are not where the graph can replace them.
     """
-    if isinstance(site, AttentionSite):
+    if conversion.whole:
+        _whole(outlined, site, conversion)
+    elif isinstance(site, AttentionSite):
         if isinstance(site.keys, Window):
             _windowed(outlined, site, conversion.core)
         else:
             _operands(outlined, site, conversion)
-    elif conversion.whole:
-        _whole(outlined, site, conversion.core)
     elif isinstance(site, MlpSite):
         _mlp(outlined, site, conversion)
     else:
@@ -41,8 +41,8 @@ def install(outlined: Outlined, site: Site, conversion: Conversion) -> None:
 def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node]]:
     """Captured nodes that a graph must show itself, and those it may also show as the result of a child."""
     if conversion.whole:
-        assert not isinstance(site, AttentionSite)
-        return [], [site.source, site.result]
+        ends = whole_ends(site, conversion)
+        return [], [*ends, *([site.nodes.merged] if isinstance(site, AttentionSite) and site.nodes.merged else [])]
     if isinstance(site, MlpSite):
         return [stage.node for stage in site.stages if stage.kind in ("activation", "gate")], []
     if isinstance(site, StemSite):
@@ -51,6 +51,14 @@ def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node
     if isinstance(site.keys, Window):
         return [], [n for n in (*nodes.linears, nodes.merged, nodes.source, nodes.result) if n is not None]
     return [nodes.product, nodes.output.node], []
+
+
+def whole_ends(site: Site, conversion: Conversion) -> tuple[Node, Node]:
+    """What a whole core is given, and what its result replaces."""
+    place = site.nodes if isinstance(site, AttentionSite) else site
+    assert place.source is not None
+    assert place.result is not None
+    return place.source, conversion.until or place.result
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
@@ -190,6 +198,12 @@ def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
 
 def _after_projection(outlined: Outlined, site: AttentionSite, mixed: Node) -> Node:
     """The output projection and what follows it up to the result, without the rearrangement of tokens."""
+    assert site.nodes.merged is not None
+    return _after_merge(outlined, site, _again(outlined, outlined.first(site.nodes.merged), mixed))
+
+
+def _after_merge(outlined: Outlined, site: AttentionSite, new: Node) -> Node:
+    """What follows the output projection up to the result, on another value of it: dropout, for one."""
     nodes = site.nodes
     assert nodes.merged is not None
     assert nodes.result is not None
@@ -201,7 +215,6 @@ def _after_projection(outlined: Outlined, site: AttentionSite, mixed: Node) -> N
         if not step.all_input_nodes:
             raise NotOutlinable("the result does not come from the output projection")
         step = step.all_input_nodes[0]
-    new = _again(outlined, first, mixed)
     for step in reversed(follow):
         new = _again(outlined, step, new)
     return new
@@ -251,12 +264,21 @@ def _source(outlined: Outlined, site: MlpSite | StemSite, conversion: Conversion
     return {"source": outlined.latest(site.source)} if "source" in conversion.extras else {}
 
 
-def _whole(outlined: Outlined, site: MlpSite | StemSite, core: Any) -> None:
-    """From the value that feeds the first linear map to that of the last one."""
-    old = outlined.latest(site.result)
-    with outlined.graph.inserting_before(old):
-        new = outlined.graph.call_module(outlined.add_module(site.kind, core), (outlined.latest(site.source),))
+def _whole(outlined: Outlined, site: Site, conversion: Conversion) -> None:
+    """From the value that feeds the first linear maps to that of the last one."""
+    graph, (source, result) = outlined.graph, whole_ends(site, conversion)
+    old = outlined.latest(result)
+    with graph.inserting_before(old):
+        name, value = outlined.add_module(site.kind, conversion.core), outlined.latest(source)
+        if conversion.run is None:
+            new = graph.call_module(name, (value,))
+        else:
+            new = graph.call_function(conversion.run, (graph.get_attr(name), value, *conversion.sizes))
+        if isinstance(site, AttentionSite):
+            new = _after_merge(outlined, site, new)
     _replace(old, new)
+    if isinstance(site, AttentionSite):
+        withhold(outlined, site)
 
 
 def _replace(old: Node, new: Node) -> None:

@@ -11,10 +11,11 @@ from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
 from ..errors import UNFORESEEN, unforeseen
-from ..ir import Site
+from ..ir import AttentionSite, Site
 from ..lift.dataflow import Dataflow
+from ..lift.values import needed_nodes
 from ..targets import Conversion
-from .install import install, must_open, remove_dead_code
+from .install import install, must_open, remove_dead_code, whole_ends
 from .outline import NotOutlinable, outline
 from .program import Program, program_of
 from .rewritten import rewrite_module
@@ -27,8 +28,9 @@ ConversionOf = Callable[[Site], Conversion]
 class OwnerProgram:
     """The new forward of one module: at ``path``, replacing ``sites``, with the children and buffers it needs.
 
-    ``dropped`` are children that nothing uses any more. ``fixed_to`` says what holds for the captured size only;
-    ``handed_on`` whether a child with a life of its own hands its input on in eval mode.
+    ``dropped`` are children and parameters that nothing uses any more, and ``lost`` the sizes of those parameters by
+    identity. ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its
+    own hands its input on in eval mode.
     """
 
     call: ModuleCall
@@ -40,9 +42,12 @@ class OwnerProgram:
     fixed_to: list[str] = field(default_factory=list)
     handed_on: bool = False
     donor_class: type = field(init=False)
+    lost: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.donor_class = type(self.call.module)
+        gone = [parameter for path in self.dropped for parameter in _parameters_at(self.call.module, path)]
+        self.lost = {id(parameter): parameter.numel() for parameter in gone}
 
     @property
     def path(self) -> str:
@@ -59,10 +64,10 @@ def build_programs(
     """One program for every owning module, and the sites that could not be rewritten, with the reason."""
     programs: list[OwnerProgram] = []
     failed: list[tuple[Site, str]] = []
-    for calls in _by_module(_owners(sites, conversion_of)):
+    for calls in _by_module(_owners(sites, flow, conversion_of)):
         built = []
         for call, owned in calls:
-            program, without = _build(call, owned, flow, conversion_of)
+            program, without = build_program(call, owned, flow, conversion_of)
             failed += without
             built += [program] if program is not None else []
         count = sum(1 for other in _calls(flow.capture.root) if other.module is calls[0][0].module)
@@ -74,16 +79,16 @@ def build_programs(
     return programs, failed
 
 
-def _build(
+def build_program(
     call: ModuleCall, sites: list[Site], flow: Dataflow, conversion_of: ConversionOf
 ) -> tuple[OwnerProgram | None, list[tuple[Site, str]]]:
-    """Leave out, one by one, the sites that cannot be installed."""
+    """The program of one module call; sites that cannot be installed are left out, one by one, with the reason."""
     failed: list[tuple[Site, str]] = []
     while sites:
         site = sites[0]
         try:
             outlined = outline(call, flow, _opener(sites, conversion_of))
-            before = _children_called(outlined.graph)
+            before = _parts_used(outlined.graph)
             for site in sites:
                 install(outlined, site, conversion_of(site))
             remove_dead_code(outlined.graph)
@@ -106,19 +111,38 @@ def _build(
     return None, failed
 
 
-def _children_called(graph: fx.Graph) -> list[str]:
-    return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"))
+def _parts_used(graph: fx.Graph) -> list[str]:
+    """Children that are called, and parameters and buffers that are read."""
+    return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")))
+
+
+def _parameters_at(module: nn.Module, path: str) -> list[nn.Parameter]:
+    """The parameters of a child, or the one that has this name."""
+    parent, _, name = path.rpartition(".")
+    own = module.get_submodule(parent)._parameters.get(name)
+    return list(module.get_submodule(path).parameters()) if own is None else [own]
 
 
 def _is_droppable(call: ModuleCall, name: str, flow: Dataflow) -> bool:
-    """A child with parameters that only this module used, once a call: left behind, it would break distributed
-    training."""
+    """A parameter, or a child with parameters, that only this module used, once a call: left behind, it would break
+    distributed training."""
+    parameter = dict(call.module.named_parameters(remove_duplicate=False)).get(name)
+    if parameter is not None:
+        return _is_read_by(call.module, parameter, flow)
     if name not in dict(call.module.named_modules()):
         return False
     child = call.module.get_submodule(name)
     calls = [other.module for other in _calls(flow.capture.root)]
     alone = sum(module is child for module in calls) == sum(module is call.module for module in calls)
     return alone and any(True for _ in child.parameters())
+
+
+def _is_read_by(module: nn.Module, parameter: nn.Parameter, flow: Dataflow) -> bool:
+    """Whether nothing else reads it."""
+    own = [call for call in _calls(flow.capture.root) if call.module is module]
+    holders = [node for node, value in flow.capture.tensors.items() if value is parameter]
+    users = [flow.capture.position[user] for holder in holders for user in holder.users]
+    return all(any(call.encloses(position) for call in own) for position in users)
 
 
 def _opener(sites: list[Site], conversion_of: ConversionOf) -> Callable[[ModuleCall], bool]:
@@ -144,11 +168,22 @@ def _opener(sites: list[Site], conversion_of: ConversionOf) -> Callable[[ModuleC
     return opened
 
 
-def _owners(sites: list[Site], conversion_of: ConversionOf) -> list[tuple[ModuleCall, list[Site]]]:
+def _owner(site: Site, conversion: Conversion, flow: Dataflow) -> ModuleCall:
+    """The smallest module call in which the site can be replaced; with its projections, where those go too."""
+    if not conversion.whole or (conversion.until is None and not isinstance(site, AttentionSite)):
+        return site.owner
+    source, result = whole_ends(site, conversion)
+    return flow.capture.enclosing_call([n for n in needed_nodes([result], {source: 0}) if n not in flow.constants])
+
+
+def _owners(
+    sites: list[Site], flow: Dataflow, conversion_of: ConversionOf
+) -> list[tuple[ModuleCall, list[Site]]]:
     """Sites by the call that owns them; a site inside a child that another site dissolves joins that one's owner."""
     owners: dict[int, tuple[ModuleCall, list[Site]]] = {}
     for site in sites:
-        owners.setdefault(id(site.owner), (site.owner, []))[1].append(site)
+        owner = _owner(site, conversion_of(site), flow)
+        owners.setdefault(id(owner), (owner, []))[1].append(site)
     for outer, owned in sorted(owners.values(), key=lambda entry: entry[0].enter - entry[0].exit):
         for inner, theirs in list(owners.values()):
             if inner is outer or not theirs or not _is_inside(inner, outer):

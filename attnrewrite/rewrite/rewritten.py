@@ -20,7 +20,8 @@ from .program import Program
 class Rewriting:
     """What was done to one module: its program, and the children and buffers that were added for it.
 
-    ``dropped`` are the children that were taken out, each with its parent's path and the order the parent had them in.
+    ``dropped`` are the children and parameters that were taken out, each with its parent's path, whether it is one of
+    the parent's ``_modules`` or ``_parameters``, and what the parent had there, in order.
     ``previous`` is an earlier rewriting of the same module.
     """
 
@@ -28,7 +29,7 @@ class Rewriting:
     donor_class: type[nn.Module]
     modules: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
-    dropped: list[tuple[str, dict[str, nn.Module | None]]] = field(default_factory=list)
+    dropped: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     previous: Rewriting | None = None
 
 
@@ -73,8 +74,8 @@ def restore_module(module: RewrittenModule) -> None:
     done = module.attnrewrite_rewriting
     for name in (*done.modules, *done.buffers):
         delattr(module, name)
-    for path, children in reversed(done.dropped):
-        module.get_submodule(path)._modules = dict(children)
+    for path, kind, parts in reversed(done.dropped):
+        module.get_submodule(path).__dict__[kind] = dict(parts)
     if isinstance(module, nn.MultiheadAttention):
         module._qkv_same_embed_dim = module.in_proj_weight is not None
     if done.previous is not None:
@@ -84,12 +85,14 @@ def restore_module(module: RewrittenModule) -> None:
     module.__class__ = done.donor_class  # type: ignore[assignment]
 
 
-def _take_out(module: nn.Module, path: str) -> tuple[str, dict[str, nn.Module | None]]:
+def _take_out(module: nn.Module, path: str) -> tuple[str, str, dict[str, Any]]:
     parent, _, name = path.rpartition(".")
-    children = module.get_submodule(parent)._modules
-    before = dict(children)
-    children[name] = TakenOut(module.get_submodule(path))
-    return parent, before
+    holder = module.get_submodule(parent)
+    kind = "_parameters" if name in holder._parameters else "_modules"
+    parts = getattr(holder, kind)
+    before = dict(parts)
+    parts[name] = None if kind == "_parameters" else TakenOut(module.get_submodule(path))
+    return parent, kind, before
 
 
 class TakenOut(nn.Module):
