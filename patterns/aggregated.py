@@ -8,11 +8,23 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..cores import AggregatedCore, LocalBranch, OfMap, ReducedAggregatedCore
+from ..cores.published import beside_prefix
 from ..errors import ArgumentError
 from ..ir import AttentionSite, Grid, Reduced, Site, Window
 from ..layout import as_pair
+from ..modules.aggregated import AggregatedAttention
+from ..modules.cosine_attention import CosineAttention, ScoreOptions
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
-from .geometry import bias_entries, grid_of_site, require_positive, text_of, window_bias_entries
+from .geometry import (
+    bias_entries,
+    grid_of_site,
+    relative_bias,
+    require_one_of,
+    require_positive,
+    text_of,
+    window_bias_entries,
+)
+from .published import attention_map, layout, published_attention, require_unset, width_of
 
 Pair = tuple[int, int]
 OFF = float("-inf")
@@ -33,11 +45,15 @@ class Aggregated(Target):
         local_bias: what the window's scores start with; ``-inf`` leaves it out of the softmax. None is 0 where keys are
             pooled, and ``-inf`` where none are lost: over the reduced keys of spatial reduction, which are kept, and at
             ``pool=1``.
+        official: take the layer as published for the whole site, with cosine similarity, a learned temperature and
+            position bias and its own reducer; of spatial reduction the ratio stays. At ``pool=1`` it is the last
+            stage's, without window.
     """
 
     window_size: int = 3
     pool: int | Pair | None = None
     local_bias: float | None = None
+    official: bool = False
     name = "aggregated"
 
     def __post_init__(self) -> None:
@@ -48,9 +64,14 @@ class Aggregated(Target):
         number = isinstance(self.local_bias, int | float) and not isinstance(self.local_bias, bool)
         if self.local_bias is not None and not (number and self.local_bias < math.inf):
             raise ArgumentError(f"local_bias: expected a number or -inf, got {self.local_bias!r}")
+        require_one_of("official", self.official, (False, True))
+        if self.official:
+            require_unset({"local_bias": self.local_bias}, "whose window has a learned one")
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
+        if self.official:
+            return self._published(site, weights)
         if site.dropout:
             raise NotConvertible("it drops attention weights in training, which this core cannot; leave it with `keep`")
         if isinstance(site.keys, Reduced):
@@ -60,7 +81,7 @@ class Aggregated(Target):
         else:
             grid = grid_of_site(site)
             window, entries = (grid.height, grid.width), bias_entries(site, grid)
-        pool = as_pair(self.pool or (1 if grid.height * grid.width <= 64 else 2))
+        pool = self._pool(grid)
         keeps_all = pool == (1, 1) and window == (grid.height, grid.width)
         bias = self._bias(OFF if keeps_all else 0.0)
         scale = site.scale if isinstance(site.keys, Window) else site.scale_of_operands
@@ -91,6 +112,57 @@ class Aggregated(Target):
         core = ReducedAggregatedCore(self._local(site, bias), site.scale_of_operands)
         settings = {"window_size": self.window_size, "reducer": keys.reducer, "local_bias": bias}
         return Conversion(*_kept(bias), core, settings, "none: the window comes on top of the reduced keys", ("local",))
+
+    def _pool(self, grid: Grid) -> Pair:
+        return as_pair(self.pool or (1 if grid.height * grid.width <= 64 else 2))
+
+    def _published(self, site: AttentionSite, weights: Weights) -> Conversion:
+        """TransNeXt's layer: that of the stages that pool, or the last one's."""
+        pooling = self._pooling(site)
+        grid = attention_map(site, takes_prefix=bool(pooling))
+        options: ScoreOptions = {"pretrain_size": (grid.height, grid.width), "attn_drop": site.dropout}
+        width, place = width_of(site), layout(site.nodes.source, site.nodes.result, grid)
+        if not pooling:
+            full = CosineAttention(width, site.heads, **options)
+            made = published_attention(site, full, {"qkv": "qkv", "proj": "o"}, weights)
+            lost = "" if site.bias is None else "; its bias has no place"
+            return made.conversion(
+                Exactness.PROJECTED, f"cosine similarity on the {grid} map{lost}", {"sr_ratio": 1}, "none", **place
+            )
+        module = AggregatedAttention(width, site.heads, window_size=self.window_size, **pooling, **options)
+        made = published_attention(site, module, {"q": "q", "kv": "kv", "proj": "o"}, weights)
+        reach = self.window_size // 2 + 1
+        if (table := relative_bias(site, (reach, reach))) is not None:
+            made.carry("relative_pos_bias_local", table.flatten(1))
+        cells = module.key_grid((grid.height, grid.width))
+        keys = self.window_size**2 + cells[0] * cells[1]
+        if grid.prefix_tokens:
+            place["run"] = beside_prefix
+        return made.conversion(
+            Exactness.PROJECTED,
+            f"cosine similarity with a window of {self.window_size} and a pooled {text_of(cells)} map",
+            {"window_size": self.window_size, **pooling}, f"{keys} of {grid.tokens} keys a query", **place,
+        )  # fmt: skip
+
+    def _pooling(self, site: AttentionSite) -> dict[str, Pair]:
+        """Ratio or size of the pooled map: of spatial reduction the site's own. Empty: there is none."""
+        keys = site.keys
+        grid = site.map_grid if isinstance(keys, Window) else grid_of_site(site)
+        if not isinstance(keys, Reduced):
+            pool = self._pool(grid)
+            return {} if pool == (1, 1) else {"sr_ratio": pool}
+        ratio = (grid.height // keys.height, grid.width // keys.width)
+        if self.pool is not None and as_pair(self.pool) != ratio:
+            raise ArgumentError(
+                f"pool: {self.pool!r} contradicts official=True at {site.name}, whose sr_ratio of {ratio} is kept; "
+                "leave pool out"
+            )
+        divides = (grid.height // ratio[0], grid.width // ratio[1]) == (keys.height, keys.width)
+        return (
+            {"sr_ratio": ratio}
+            if "convolution" in keys.reducer and divides
+            else {"pool_size": (keys.height, keys.width)}
+        )
 
     def _bias(self, default: float) -> float:
         return default if self.local_bias is None else float(self.local_bias)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..cores.conv_gate import ConvGate, ConvGatedMlp
+from ..cores.conv_gate import ConvGate, ConvGatedMlp, identity_convolution
 from ..ir import Grid, MlpSite, Site, Stage
 from ..lift.values import input_of, operator_name, shape_of
-from ..modules.conv_glu import gated_width
+from ..modules.conv_glu import ConvGLU, gated_width
 from ..targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, Weights, register_target
 from .geometry import require_one_of
+from .published import Published, layout, require_no_dropout
 
 _WITHOUT_CONVOLUTION = [("activation",), ("gate",), ("gate", "norm")]
 _WITH_CONVOLUTION = [("convolution", "activation"), ("activation", "convolution", "activation")]
@@ -29,22 +30,28 @@ class ConvGlu(Target):
 
     Args:
         hidden: ``"keep"`` keeps the hidden width, and with it the function; ``"match"`` takes two thirds of it, with
-            which the unit has as many weights as the MLP had.
+            which the unit has as many weights as the MLP had. None is ``"keep"``, and ``"match"`` where ``official``.
+        official: take the unit as published, ``fc1``, ``dwconv``, ``fc2``, for the whole MLP.
     """
 
-    hidden: str = "keep"
+    hidden: str | None = None
+    official: bool = False
     name = "conv_glu"
     kinds = ("mlp",)
 
     def __post_init__(self) -> None:
+        require_one_of("official", self.official, (False, True))
+        if self.hidden is None:
+            object.__setattr__(self, "hidden", "match" if self.official else "keep")
         require_one_of("hidden", self.hidden, ("keep", "match"))
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, MlpSite)
         _require_activation_before_convolution(site)
-        if self.hidden == "match" and not _gates(site):
-            return _matched(site, weights)
-        return _kept(site, weights)
+        matched = self.hidden == "match" and not _gates(site)
+        if self.official:
+            return _published(site, weights, matched)
+        return _matched(site, weights) if matched else _kept(site, weights)
 
 
 def _kept(site: MlpSite, weights: Weights) -> Conversion:
@@ -52,7 +59,7 @@ def _kept(site: MlpSite, weights: Weights) -> Conversion:
     stage = site.stages[last]
     if shape_of(stage.node)[:-1] != shape_of(site.source)[:-1] or _is_moved(site):
         raise NotConvertible("its activation acts on another layout than its input has; leave it with `keep`")
-    convolves = any(other.kind == "convolution" for other in site.stages)
+    convolves = _convolves(site)
     grid = None if convolves else _grid_of(site)
     source_dim = None if stage.kind == "gate" else site.width
     gate = ConvGate(stage.name, site.hidden_width, source_dim, not convolves, grid).to(_weight_of(site.first, weights))
@@ -93,6 +100,73 @@ def _matched(site: MlpSite, weights: Weights) -> Conversion:
         Exactness.PROJECTED, f"{width} of {site.hidden_width} hidden units kept, those the second map weighs most",
         core, {"hidden": width, "kept_weight": round(share, 6)}, "as many weights as the MLP had", whole=True,
     )  # fmt: skip
+
+
+def _published(site: MlpSite, weights: Weights, matched: bool) -> Conversion:
+    """TransNeXt's unit: hidden units and values are halves of one map."""
+    last, third = site.stages[-1], site.stages[0].name if len(site.stages) == 3 else "identity"
+    if last.kind == "norm":
+        raise NotConvertible("its inner norm has no place in the unit as published; leave official out")
+    require_no_dropout(_dropout(site))
+    parts = _matched_parts(site, weights) if matched else _kept_parts(site, weights)
+    first, value, convolution, second = parts
+    width = len(first[0])
+    made = Published(
+        ConvGLU(site.width, width, len(second[0]), activation=last.name, pre_activation=third),
+        _weight_of(site.first, weights),
+    )
+    own = _gates(site)
+    for number, kind in enumerate(("weight", "bias")):
+        carried = first[number].numel() + (value[number].numel() if own else 0)
+        made.carry(f"fc1.{kind}", torch.cat([first[number], value[number]]), carried)
+        made.carry(f"dwconv.dwconv.{kind}", convolution[number], convolution[number].numel() if _convolves(site) else 0)
+        made.carry(f"fc2.{kind}", second[number])
+    return made.conversion(
+        Exactness.PROJECTED if matched else Exactness.CONTINUOUS,
+        f"{width} of {site.hidden_width} hidden units, "
+        + ("its own gate" if own else "a value of one") + (", its own convolution" if _convolves(site) else ""),
+        {"hidden": width}, "as many weights as the MLP had" if matched else "none at once",
+        **layout(site.source, site.result, _grid_of(site)),
+    )  # fmt: skip
+
+
+Part = tuple[Tensor, Tensor]
+"""Weight and bias."""
+
+
+def _matched_parts(site: MlpSite, weights: Weights) -> tuple[Part, ...]:
+    """Hidden units, values, convolution and second map of ``hidden="match"``."""
+    core = _matched(site, weights).core
+    made = (core.fc1, core.gate.value, core.gate.conv.conv, core.fc2)
+    return tuple((part.weight.detach(), part.bias.detach()) for part in made)
+
+
+def _kept_parts(site: MlpSite, weights: Weights) -> tuple[Part, ...]:
+    """The same at the donor's own width."""
+    first, second = (_part_of(linear, rows, weights) for linear, rows in ((site.first, site.rows), (site.second, None)))
+    last, width = site.stages[-1], len(site.rows)
+    if last.gate is not None:
+        value = _part_of(last.gate, last.rows, weights)
+    else:
+        value = (torch.zeros_like(first[0]), torch.ones_like(first[1]))
+    own = next((stage for stage in site.stages if stage.kind == "convolution"), None)
+    if own is not None:
+        bias = _bias_of(own.node, weights, slice(None))
+        return first, value, (_taps(own, weights), torch.zeros_like(first[1]) if bias is None else bias), second
+    identity = identity_convolution(width).conv
+    assert identity.bias is not None
+    return first, value, (identity.weight.detach(), identity.bias.detach()), second
+
+
+def _part_of(linear: Node, rows: Tensor | None, weights: Weights) -> Part:
+    weight, chosen = _weight_of(linear, weights).detach(), slice(None) if rows is None else rows
+    bias = _bias_of(linear, weights, chosen)
+    weight = weight[chosen]
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
+
+
+def _convolves(site: MlpSite) -> bool:
+    return any(stage.kind == "convolution" for stage in site.stages)
 
 
 def _require_activation_before_convolution(site: MlpSite) -> None:

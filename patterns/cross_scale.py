@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..cores.cross_scale import CrossScaleConv, CrossScalePatches
+from ..cores.published import merge_of_image, patches_to_image, patches_to_map, patches_to_tokens
 from ..cores.stem import GatherPatches
 from ..errors import ArgumentError
 from ..ir import Grid, Site, StemSite
-from ..lift.values import shape_of
-from ..modules.cross_scale import scale_widths
+from ..lift.values import operator_name, shape_of
+from ..modules.cross_scale import CrossScaleMerge, CrossScaleStem, scale_widths
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
+from .geometry import require_one_of
 from .patch_stem import map_width, patch_geometry
+from .published import Published, layout
 
+Pair = tuple[int, int]
 KERNEL_SIZES = {2: (2, 4), 4: (4, 8, 16, 32), 16: (16, 32)}
 """By stride: CrossFormer's merges and its stem, and what a stem of 16 x 16 patches fits into."""
 
@@ -34,13 +39,17 @@ class CrossScale(Target):
     Args:
         kernel_sizes: ascending, none smaller than the stride and each larger by an even number. None takes
             ``KERNEL_SIZES`` of each site's stride.
+        official: take the embedding as published: at stride 2 the merge, ``norm`` and ``reductions``, elsewhere the
+            stem, ``projs`` and ``norm``. Channels keep their order, whatever a smaller kernel cuts off.
     """
 
     kernel_sizes: Sequence[int] | None = None
+    official: bool = False
     name = "cross_scale"
     kinds = ("stem",)
 
     def __post_init__(self) -> None:
+        require_one_of("official", self.official, (False, True))
         sizes = self.kernel_sizes
         if sizes is None:
             return
@@ -53,6 +62,8 @@ class CrossScale(Target):
         if len({*site.kernel}) > 1 or len({*site.stride}) > 1 or len({*site.padding}) > 1:
             raise NotConvertible("its patches are not square, and cross-scale kernels are; leave it with `keep`")
         kernels = self._kernels(site)
+        if self.official:
+            return _published(site, kernels, weights)
         if site.patches is None:
             return _convolution(site, kernels, weights)
         return _merge(site, kernels, weights)
@@ -89,15 +100,11 @@ def _convolution(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> 
 
 
 def _merge(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Conversion:
-    assert site.patches is not None
-    side, sequence = site.kernel[0], len(shape_of(site.source)) == 3
-    geometry = patch_geometry(site.patches, site.kernel, map_width(site.source))
-    assert geometry is not None, "a merge is recognised by its geometry"
-    sides, order = geometry
+    sequence = len(shape_of(site.source)) == 3
+    sides, order = _geometry(site)
     weight = weights(site.weight).detach()
-    filters = weight.unflatten(1, (side * side, -1))[:, torch.tensor(order).argsort()]  # the places row by row
-    filters = filters.movedim(1, 2).unflatten(2, (side, side))
-    shares = _shares(filters, kernels, side, 0)
+    filters = _filters_of_places(weight, order)
+    shares = _shares(filters, kernels, site.kernel[0], 0)
     core = CrossScalePatches(
         GatherPatches(site.kernel, order, sides, flat=False),
         site.in_channels, site.out_channels, kernels,
@@ -106,6 +113,21 @@ def _merge(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Conver
     ).to(weight)  # fmt: skip
     _fill(core.projs, shares, site, weights)
     return _conversion(core, shares, filters, kernels)
+
+
+def _geometry(site: StemSite) -> tuple[Pair, tuple[int, ...]]:
+    """Of a merge: the sides of its map, and the order in which a patch's places lie in the channels."""
+    assert site.patches is not None
+    geometry = patch_geometry(site.patches, site.kernel, map_width(site.source))
+    assert geometry is not None, "a merge is recognised by its geometry"
+    return geometry
+
+
+def _filters_of_places(weight: Tensor, order: tuple[int, ...]) -> Tensor:
+    """A linear map of gathered patches, ``[out, places * in]``, as ``[out, in, side, side]``."""
+    side = math.isqrt(len(order))
+    filters = weight.unflatten(1, (side * side, -1))[:, torch.tensor(order).argsort()]  # the places row by row
+    return filters.movedim(1, 2).unflatten(2, (side, side))
 
 
 @dataclass(frozen=True)
@@ -161,6 +183,106 @@ def _norm(node: Node | None, weights: Weights, like: Tensor) -> nn.LayerNorm | N
             if isinstance(given, Node):
                 own.copy_(weights(given))
     return made
+
+
+def _published(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Conversion:
+    """CrossFormer's merge at stride 2, its stem elsewhere."""
+    if site.stride[0] != CrossScaleMerge.STRIDE:
+        return _published_stem(site, kernels, weights)
+    if site.out_channels != 2 * site.in_channels:
+        raise NotConvertible(
+            f"the merge as published doubles the channels, and this makes {site.out_channels} of {site.in_channels}; "
+            "leave official out"
+        )
+    return _published_merge(site, kernels, weights)
+
+
+def _published_stem(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Conversion:
+    """The layer norm behind the donor's map becomes the stem's own; without one it is new."""
+    if site.patches is not None:
+        raise NotConvertible("the published merge has stride 2; leave official out")
+    weight, shape = weights(site.weight).detach(), (site.kernel[0], site.stride[0], site.padding[0])
+    made = Published(CrossScaleStem(site.in_channels, site.out_channels, kernels, site.stride[0]), weight)
+    kept = _carry_filters(made, "projs", weight, kernels, shape, _bias_of(site, weight, weights))
+    norm = _norm_after(site)
+    if norm is None:
+        return _published_conversion(made, kept, kernels, {"run": patches_to_image, "sizes": shape})
+    own = _norm(norm, weights, weight)
+    assert own is not None
+    made.carry("norm.weight", own.weight)
+    made.carry("norm.bias", own.bias)
+    made.module.norm.eps = own.eps  # type: ignore[union-attr]
+    run = patches_to_map if len(shape_of(norm)) == 4 else patches_to_tokens
+    return _published_conversion(made, kept, kernels, {"run": run, "sizes": shape, "until": norm})
+
+
+def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Conversion:
+    """The published layer norm is of every token, before the convolutions: that of a donor's patch, whose factors and
+    offsets the convolutions take over, or else a new one."""
+    weight = weights(site.weight).detach()
+    bias, stride = _bias_of(site, weight, weights), site.stride[0]
+    made = Published(CrossScaleMerge(site.in_channels, kernels), weight)
+    shape = (site.kernel[0], stride, site.padding[0])
+    form: dict[str, Any] = {"run": merge_of_image, "sizes": shape}
+    if site.patches is not None:
+        sides, order = _geometry(site)
+        norm = _norm(site.norm_node, weights, weight)
+        if norm is not None:
+            bias, weight = bias + weight @ norm.bias.detach(), weight * norm.weight.detach()
+            made.settle("norm.weight", 1.0)
+            made.settle("norm.bias", 0.0)
+            made.module.norm.eps = norm.eps  # type: ignore[union-attr]
+        weight, shape = _filters_of_places(weight, order), (site.kernel[0], stride, 0)
+        form = layout(site.source, site.result, Grid(*sides))
+    kept = _carry_filters(made, "reductions", weight, kernels, shape, bias)
+    return _published_conversion(made, kept, kernels, form, "; every token is normalised by itself")
+
+
+def _carry_filters(
+    made: Published, name: str, weight: Tensor, kernels: tuple[int, ...], shape: tuple[int, int, int], bias: Tensor
+) -> float:
+    """Channels in their own order, each filter in the middle of its kernel; the share of squared weight that fits."""
+    _, stride, padding = shape
+    start, lost = 0, 0.0
+    for number, (size, width) in enumerate(zip(kernels, scale_widths(len(weight), len(kernels)), strict=True)):
+        chosen = slice(start, start + width)
+        filters, outside = _centred(weight[chosen], size, (size - stride) // 2 - padding)
+        made.carry(f"{name}.{number}.weight", filters, int((filters != 0).sum()))
+        made.carry(f"{name}.{number}.bias", bias[chosen])
+        start, lost = start + width, lost + float(outside.sum())
+    return 1 - lost / float(weight.square().sum())
+
+
+def _published_conversion(
+    made: Published, kept: float, kernels: tuple[int, ...], form: dict[str, Any], note: str = ""
+) -> Conversion:
+    same = kept == 1.0 and not note
+    cut = "every filter lies inside its kernel" if kept == 1.0 else f"{kept:.1%} of the squared filters lie inside them"
+    cut = f"kernels of {', '.join(map(str, kernels))}: {cut}"
+    return made.conversion(
+        Exactness.EXACT if same else Exactness.PROJECTED, cut + note,
+        {"kernel_sizes": kernels, "kept_weight": round(kept, 6)}, "none at once", **form,
+    )  # fmt: skip
+
+
+def _norm_after(site: StemSite) -> Node | None:
+    """The layer norm that alone reads the donor's tokens."""
+    users = (
+        []
+        if site.tokens is None
+        else [n for n in site.tokens.users if operator_name(n) != "aten::_assert_tensor_metadata"]
+    )
+    if (
+        len(users) != 1
+        or operator_name(users[0]) != "aten::layer_norm"
+        or list(users[0].args[1]) != [site.out_channels]
+    ):  # type: ignore
+        return None
+    return users[0]
+
+
+def _bias_of(site: StemSite, weight: Tensor, weights: Weights) -> Tensor:
+    return weight.new_zeros(len(weight)) if site.bias is None else weights(site.bias).detach()
 
 
 def _conversion(core: nn.Module, shares: list[_Share], weight: Tensor, kernels: tuple[int, ...]) -> Conversion:

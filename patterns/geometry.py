@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cores.neighborhood import reached_table
 from ..errors import ArgumentError
 from ..ir import AttentionSite, Global, Grid, Reduced, Window
 from ..layout import as_pair
@@ -49,6 +50,19 @@ def window_bias_entries(site: AttentionSite, window: Window) -> Tensor | None:
     if table is None:
         raise NotConvertible("its bias is no table of relative positions in the window; leave it with `keep`")
     return table[1]
+
+
+def relative_bias(site: AttentionSite, kernel: Pair, dilation: Pair = (1, 1)) -> Tensor | None:
+    """``[heads, 2k-1, 2k-1]`` in key-minus-query order: the part of a site's own table that a kernel reaches."""
+    if site.bias is None:
+        return None
+    if isinstance(site.keys, Window):
+        entries, sides = window_bias_entries(site, site.keys), site.keys.size
+    else:
+        grid = grid_of_site(site)
+        entries, sides = bias_entries(site, grid), (grid.height, grid.width)
+    assert entries is not None
+    return reached_table(site.bias.values, entries, sides, kernel, dilation)
 
 
 def is_whole_map(site: AttentionSite) -> bool:

@@ -12,8 +12,19 @@ from ..cores import GroupedCore, OfMap, WindowAttention
 from ..cores.grouped import fitted, into_groups
 from ..ir import AttentionSite, Grid, Reduced, Site, Window
 from ..layout import as_pair
+from ..modules.long_short_distance import LongShortDistanceAttention
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
 from .geometry import bias_entries, dropped_mass, grid_of_site, require_one_of, require_positive, text_of
+from .published import (
+    attention_map,
+    layout,
+    note_of_keys,
+    published_attention,
+    require_no_dropout,
+    require_one_number,
+    require_unset,
+    width_of,
+)
 
 Pair = tuple[int, int]
 
@@ -27,22 +38,34 @@ class LongShortDistance(Target):
         group_size: tokens of a group, per axis or for both. None is the window of a windowed site, and 7 elsewhere.
         interval: of the long distance groups; None is the largest with which one region covers the map, as in the
             paper: ``ceil(side / group_size)``.
-        shifted: what becomes of shifted windows: ``"keep"`` the offset, exactly, or ``"long"`` distance instead.
+        shifted: what becomes of shifted windows: ``"keep"`` the offset, exactly, or ``"long"`` distance instead. None
+            is ``"keep"``, and ``"long"`` where ``official``.
+        official: take the layer as published, ``pos``, ``qkv``, ``proj``, for the whole site; its dynamic position bias
+            is new.
     """
 
     group_size: int | Pair | None = None
     interval: int | Pair | None = None
-    shifted: str = "keep"
+    shifted: str | None = None
+    official: bool = False
     name = "long_short_distance"
 
     def __post_init__(self) -> None:
         for argument, value in (("group_size", self.group_size), ("interval", self.interval)):
             if value is not None:
                 require_positive(argument, value)
+        require_one_of("official", self.official, (False, True))
+        if self.official:
+            require_one_number("interval", self.interval)
+            require_unset({"shifted": None if self.shifted == "long" else self.shifted}, "whose groups have no offset")
+        if self.shifted is None:
+            object.__setattr__(self, "shifted", "long" if self.official else "keep")
         require_one_of("shifted", self.shifted, ("keep", "long"))
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
+        if self.official:
+            return self._published(site, index, weights)
         if isinstance(site.keys, Window):
             return self._windowed(site, site.keys)
         if isinstance(site.keys, Reduced):
@@ -82,6 +105,28 @@ class LongShortDistance(Target):
         grouped = OfMap(GroupedCore(group, interval, grid, site.scale, site.dropout))
         settings = {"group_size": group, "interval": interval, "bias": "table"}
         return Conversion(Exactness.PROJECTED, _why(group, interval), grouped, settings, "as many keys")
+
+    def _published(self, site: AttentionSite, index: int, weights: Weights) -> Conversion:
+        """CrossFormer's layer: short distance for windows and every other site, long distance for the rest."""
+        require_no_dropout(site.dropout)
+        grid, window, width = attention_map(site), site.keys, width_of(site)
+        if width < 16:
+            raise NotConvertible(
+                f"the position bias as published is a 16th of {width} channels wide, which is none; leave official out"
+            )
+        windowed = isinstance(window, Window)
+        group = as_pair(self.group_size or (window.size if isinstance(window, Window) else 7))
+        long = any(window.shift) if isinstance(window, Window) else index % 2 == 1
+        interval = (as_pair(self.interval)[0] if self.interval is not None else "adaptive") if long else None
+        module = LongShortDistanceAttention(width, site.heads, group, interval)
+        made = published_attention(site, module, {"qkv": "qkv", "proj": "o"}, weights)
+        found = module.grouping(grid.height, grid.width)
+        lost = "; the table of its windows is not taken over" if windowed and site.bias is not None else ""
+        return made.conversion(
+            Exactness.PROJECTED, f"{_why(found.group, found.interval)}{lost}{note_of_keys(site)}",
+            {"group_size": group, "interval": found.interval}, _benefit(found.group, grid),
+            **layout(site.nodes.source, site.nodes.result, grid),
+        )  # fmt: skip
 
     def _groups(self, grid: Grid, group: Pair, long: bool) -> tuple[Pair, Pair]:
         sides = (grid.height, grid.width)

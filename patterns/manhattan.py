@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +13,18 @@ from ..cores import DecomposedManhattanCore, ManhattanCore, OfMap, ReducedManhat
 from ..errors import ArgumentError
 from ..ir import AttentionSite, Grid, Reduced, Site, Window
 from ..modules.decay import log_decay
-from ..modules.manhattan import PLACEMENTS
+from ..modules.manhattan import PLACEMENTS, ManhattanAttention
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
 from .geometry import bias_entries, grid_of_site, is_whole_map, require_one_of
+from .published import (
+    attention_map,
+    layout,
+    note_of_keys,
+    published_attention,
+    require_no_dropout,
+    require_unset,
+    width_of,
+)
 
 OFFICIAL = (2.0, 4.0)
 """Initial decay and range of RMT's first stages; later stages use (2, 6)."""
@@ -32,21 +42,28 @@ class Manhattan(Target):
         lce: whether there is a local context enhancement; it starts at zero.
         reduced_keys: for spatial reduction, ``"refuse"``, or ``"keep"`` the reduced keys and decay towards the centres
             of their cells.
+        official: take the layer as published, ``q_proj``, ``k_proj``, ``v_proj``, ``lepe``, ``out_proj``, for the whole
+            site, with RMT's decay and rotary position.
     """
 
     decay: float | str | None = None
     placement: str = "inside"
     lce: bool = True
     reduced_keys: str = "refuse"
+    official: bool = False
     name = "manhattan"
 
     def __post_init__(self) -> None:
         _require_decay(self.decay)
         require_one_of("placement", self.placement, PLACEMENTS)
         require_one_of("reduced_keys", self.reduced_keys, ("refuse", "keep"))
+        kept = None if self.reduced_keys == "refuse" else self.reduced_keys
+        _require_official(self.official, self.decay, self.lce, reduced_keys=kept)
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
+        if self.official:
+            return _published(site, weights, decomposed=False, placement=self.placement)
         if isinstance(site.keys, Reduced):
             return self._reduced(site, site.keys)
         grid = map_of(site, "decay would spread it over the whole map")
@@ -94,19 +111,23 @@ class DecomposedManhattan(Target):
     Args:
         decay: as for ``Manhattan``.
         gate: blend with the dense attention, starting as that alone; trains towards the decomposed form. It costs both.
-        lce: as for ``Manhattan``.
+        lce, official: as for ``Manhattan``.
     """
 
     decay: float | str | None = None
     gate: bool = False
     lce: bool = True
+    official: bool = False
     name = "manhattan_decomposed"
 
     def __post_init__(self) -> None:
         _require_decay(self.decay)
+        _require_official(self.official, self.decay, self.lce, gate=self.gate or None)
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
+        if self.official:
+            return _published(site, weights, decomposed=True)
         if isinstance(site.keys, Reduced):
             raise NotConvertible(
                 "it attends to reduced keys, which have no rows and columns of tokens; use to='aggregated'"
@@ -168,6 +189,38 @@ def _channels(site: AttentionSite, lce: bool) -> int:
     if lce:
         raise NotConvertible("its values are not a plain projection of tokens; use lce=False")
     return 0
+
+
+def _published(site: AttentionSite, weights: Weights, decomposed: bool, placement: str = "inside") -> Conversion:
+    """RMT's layer; its local context enhancement starts at zero, its decay and rotation as they are."""
+    require_no_dropout(site.dropout)
+    grid = attention_map(site)
+    if isinstance(site.keys, Window):
+        map_of(site, "decay would spread it over the whole map")
+    if site.head_dim % 2:
+        raise NotConvertible(
+            f"rotary position turns pairs of channels, and its heads have {site.head_dim}; leave official out"
+        )
+    module = ManhattanAttention(width_of(site), site.heads, decomposed, *OFFICIAL, decay_placement=placement)
+    layers = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}
+    made = published_attention(site, module, layers, weights)
+    for name in ("lepe.conv.weight", "lepe.conv.bias"):
+        made.settle(name)
+    form = f"attention along rows, then columns, of the {grid} map" if decomposed else f"decay on the {grid} map"
+    lost = "" if site.bias is None else "; its bias has no place"
+    keys = grid.height + grid.width if decomposed else grid.tokens
+    return made.conversion(
+        Exactness.PROJECTED, f"{form}, and rotary position{lost}{note_of_keys(site)}",
+        {"decay": "official", "rotary": "raster", "placement": placement}, f"{keys} products a query",
+        **layout(site.nodes.source, site.nodes.result, grid),
+    )  # fmt: skip
+
+
+def _require_official(official: bool, decay: float | str | None, lce: bool, **others: Any) -> None:
+    require_one_of("official", official, (False, True))
+    if official:
+        decay, without = None if decay == "official" else decay, None if lce else lce
+        require_unset({"decay": decay, "lce": without, **others}, "which has the published layer's own")
 
 
 def _require_decay(decay: float | str | None) -> None:

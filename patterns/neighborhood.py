@@ -12,8 +12,28 @@ from ..cores.neighborhood import clamped_kernel, covers, neighborhood_mask, redu
 from ..errors import ArgumentError
 from ..ir import AttentionSite, Global, Grid, Reduced, Site, Window
 from ..layout import as_pair
+from ..modules.neighborhood_block import NeighborhoodAttention2d
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
-from .geometry import bias_entries, dropped_mass, grid_of_site, require_positive, text_of, window_bias_entries
+from .geometry import (
+    bias_entries,
+    dropped_mass,
+    grid_of_site,
+    is_whole_map,
+    relative_bias,
+    require_one_of,
+    require_positive,
+    text_of,
+    window_bias_entries,
+)
+from .published import (
+    attention_map,
+    layout,
+    note_of_keys,
+    published_attention,
+    require_no_dropout,
+    require_one_number,
+    width_of,
+)
 
 Pair = tuple[int, int]
 
@@ -29,11 +49,14 @@ class Neighborhood(Target):
         dilation: spacing of the keys, per axis or for both.
         oversize: ``"clamp"`` cuts a kernel that does not fit a map to the largest that does (at ``dilation``), which
             the report says; ``"error"`` refuses the site.
+        official: take the layer as published, ``qkv``, ``rpb``, ``proj``, for the whole site; one number for each of
+            ``kernel_size`` and ``dilation``.
     """
 
     kernel_size: int | Pair | None = None
     dilation: int | Pair = 1
     oversize: str = "clamp"
+    official: bool = False
     name = "neighborhood"
 
     def __post_init__(self) -> None:
@@ -42,9 +65,15 @@ class Neighborhood(Target):
         require_positive("dilation", self.dilation)
         if self.oversize not in ("clamp", "error"):
             raise ArgumentError(f"oversize: expected 'clamp' or 'error', got {self.oversize!r}")
+        require_one_of("official", self.official, (False, True))
+        if self.official:
+            require_one_number("kernel_size", self.kernel_size)
+            require_one_number("dilation", self.dilation)
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
+        if self.official:
+            return self._published(site, as_pair(self.dilation)[0], weights)
         if isinstance(site.keys, Window):
             if self.kernel_size is None and as_pair(self.dilation) == (1, 1):
                 return _blocks(site, site.keys)
@@ -107,6 +136,26 @@ class Neighborhood(Target):
             f"{kernel[0] * kernel[1]} of {reduced.tokens} keys a query",
         )  # fmt: skip
 
+    def _published(self, site: AttentionSite, dilation: int, weights: Weights) -> Conversion:
+        """NAT's layer; without a bias to take over its table starts at zero."""
+        require_no_dropout(site.dropout)
+        grid, steps = attention_map(site), (dilation, dilation)
+        size = as_pair(7 if self.kernel_size is None else self.kernel_size)
+        kernel, clamped = self._kernel(site, grid, steps)
+        module = NeighborhoodAttention2d(width_of(site), site.heads, size[0], dilation)
+        made = published_attention(site, module, {"qkv": "qkv", "proj": "o"}, weights)
+        table = relative_bias(site, size, steps)
+        made.settle("rpb") if table is None else made.carry("rpb", table)
+        sees_all = covers(kernel, steps, grid) and not isinstance(site.keys, Reduced)
+        same = sees_all and (is_whole_map(site) or not isinstance(site.keys, Window))
+        seen = min(kernel[0] * kernel[1], grid.tokens)
+        return made.conversion(
+            Exactness.CONTINUOUS if same else Exactness.PROJECTED,
+            f"keys in kernel {text_of(kernel)} dilation {dilation} of the {grid} map{clamped}{note_of_keys(site)}",
+            {"kernel_size": size[0], "dilation": dilation}, f"{seen} of {grid.tokens} keys a query",
+            **layout(site.nodes.source, site.nodes.result, grid),
+        )  # fmt: skip
+
     def _kernel(self, site: AttentionSite, grid: Grid, dilation: Pair) -> tuple[Pair, str]:
         wanted = as_pair(7 if self.kernel_size is None else self.kernel_size)
         kernel = clamped_kernel(wanted, dilation, grid)
@@ -151,13 +200,19 @@ class DilatedNeighborhood(Neighborhood):
             raise NotConvertible(
                 f"dilation over {site.keys} keys is not defined here; use to='neighborhood' for this site"
             )
+        dilation = self._dilation(site, index)
+        if self.official:
+            return self._published(site, min(dilation), weights)
+        return self._sliding(site, dilation)
+
+    def _dilation(self, site: AttentionSite, index: int) -> Pair:
         if self.dilation is not None:
-            return self._sliding(site, as_pair(self.dilation))
+            return as_pair(self.dilation)
         if index % 2 == 0:
-            return self._sliding(site, (1, 1))
+            return 1, 1
         grid = grid_of_site(site)
         kernel, _ = self._kernel(site, grid, (1, 1))
-        return self._sliding(site, (max(1, grid.height // kernel[0]), max(1, grid.width // kernel[1])))
+        return max(1, grid.height // kernel[0]), max(1, grid.width // kernel[1])
 
 
 def _blocks(site: AttentionSite, window: Window) -> Conversion:

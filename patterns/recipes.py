@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..ir import AttentionSite, Global, Site, Window
 from ..targets import Conversion, NothingToDo, Target, Weights, register_target, target_of
+from .geometry import require_one_of
+from .published import require_unset
 
 
 @dataclass(frozen=True)
 class Recipe(Target):
-    """A choice of target for every site. Subclasses say which; sites that a paper leaves alone stay."""
+    """A choice of target for every site. Subclasses say which; sites that a paper leaves alone stay.
 
+    Args:
+        official: take every layer as published, for the whole of its site.
+    """
+
+    official: bool = field(default=False, kw_only=True)
     kinds = ("attention", "mlp", "stem")
+
+    def __post_init__(self) -> None:
+        require_one_of("official", self.official, (False, True))
 
     def choose(self, site: Site) -> Target:
         """Raises:
@@ -46,8 +56,8 @@ class TransNeXt(Recipe):
         if site.kind == "stem":
             raise _alone("a convolution for patches")
         if site.kind == "mlp":
-            return target_of("conv_glu")
-        return target_of("aggregated", {"window_size": self.window_size})
+            return target_of("conv_glu", {"official": self.official})
+        return target_of("aggregated", {"window_size": self.window_size, "official": self.official})
 
 
 @register_target
@@ -64,11 +74,20 @@ class Rmt(Recipe):
     full_tokens: int = 196
     name = "rmt"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.official:
+            decay = None if self.decay == "official" else self.decay
+            require_unset({"decay": decay}, "which has the published layer's own")
+
     def choose(self, site: Site) -> Target:
         if not isinstance(site, AttentionSite):
             raise _alone("such MLPs and stems")
         grid = site.grid
-        if isinstance(site.keys, Global) and grid and grid.height * grid.width > self.full_tokens:
+        large = grid is not None and grid.height * grid.width > self.full_tokens
+        if self.official:
+            return target_of("manhattan_decomposed" if large else "manhattan", {"official": True})
+        if isinstance(site.keys, Global) and large:
             return target_of("manhattan_decomposed", {"decay": self.decay, "gate": self.decay is None})
         return target_of("manhattan", {"decay": self.decay, "reduced_keys": "keep"})
 
@@ -85,9 +104,10 @@ class CrossFormer(Recipe):
         if site.kind == "mlp":
             raise _alone("such MLPs")
         if site.kind == "stem":
-            return target_of("cross_scale")
+            return target_of("cross_scale", {"official": self.official})
         windowed = isinstance(site, AttentionSite) and isinstance(site.keys, Window)
-        return target_of("long_short_distance", {} if windowed else {"group_size": self.group_size})
+        options = {} if windowed else {"group_size": self.group_size}
+        return target_of("long_short_distance", {"official": self.official, **options})
 
 
 @register_target
@@ -101,7 +121,7 @@ class Nat(Recipe):
     def choose(self, site: Site) -> Target:
         if site.kind != "attention":
             raise _alone("such MLPs, and the stem is not converted")
-        return target_of("neighborhood", {"kernel_size": self.kernel_size})
+        return target_of("neighborhood", {"kernel_size": self.kernel_size, "official": self.official})
 
 
 @register_target
@@ -116,7 +136,7 @@ class Dinat(Recipe):
         if not isinstance(site, AttentionSite):
             raise _alone("such MLPs, and the stem is not converted")
         name = "dilated_neighborhood" if isinstance(site.keys, Global) else "neighborhood"
-        return target_of(name, {"kernel_size": self.kernel_size})
+        return target_of(name, {"kernel_size": self.kernel_size, "official": self.official})
 
 
 @register_target
@@ -124,13 +144,13 @@ class Dinat(Recipe):
 class T2t(Recipe):
     """A Tokens-to-Token stem (Yuan et al. 2021); the blocks behind it are a plain transformer's."""
 
-    mode: str = "branch"
+    mode: str | None = None
     name = "t2t"
 
     def choose(self, site: Site) -> Target:
         if site.kind != "stem":
             raise _alone("such blocks")
-        return target_of("tokens_to_token", {"mode": self.mode})
+        return target_of("tokens_to_token", {"mode": self.mode, "official": self.official})
 
 
 __all__ = ["CrossFormer", "Dinat", "Nat", "Recipe", "Rmt", "T2t", "TransNeXt"]

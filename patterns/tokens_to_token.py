@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..modules.token_layers import TokenLayer
 from ..modules.tokens_to_token import KINDS
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
 from .geometry import require_one_of
+from .published import require_unset
 
 MODES = ("branch", "exact", "fit", "fresh")
 TOKEN_DIM = 64
@@ -28,24 +30,32 @@ class TokensToToken(Target):
     Args:
         mode: ``"branch"`` keeps the convolution and adds a stem whose last map starts at zero; ``"exact"`` is a stem
             alone, without the norms of its patches and wide enough to hand every pixel on (48 and 192 channels for
-            three colours); ``"fit"`` the nearest one of ``token_dim``; ``"fresh"`` the published one, untrained.
+            three colours); ``"fit"`` the nearest one of ``token_dim``; ``"fresh"`` the published one, untrained. None
+            is ``"branch"``, and ``"fresh"`` where ``official``.
         kind: of the token layers, ``"transformer"`` or ``"performer"``.
         token_dim: channels after both token layers; None is 64. Has no meaning for ``"exact"``.
         covariance: for ``"fit"``: that of a patch's pixels, ``[n, n]`` in the order channel, row, column; the error is
             least for patches of that covariance. None is that of white noise.
+        official: take the published stem alone.
 
     Raises:
         ArgumentError: options that are unknown or contradict each other.
     """
 
-    mode: str = "branch"
+    mode: str | None = None
     kind: str = "transformer"
     token_dim: int | None = None
     covariance: Tensor | None = field(default=None, repr=False, compare=False)
+    official: bool = False
     name = "tokens_to_token"
     kinds = ("stem",)
 
     def __post_init__(self) -> None:
+        require_one_of("official", self.official, (False, True))
+        if self.official:
+            require_unset({"mode": None if self.mode == "fresh" else self.mode}, "which is mode='fresh'")
+        if self.mode is None:
+            object.__setattr__(self, "mode", "fresh" if self.official else "branch")
         require_one_of("mode", self.mode, MODES)
         require_one_of("kind", self.kind, tuple(KINDS))
         if self.token_dim is not None and (type(self.token_dim) is not int or self.token_dim < 1):
@@ -75,18 +85,19 @@ class TokensToToken(Target):
                 f"its patches are no plain {side}x{side} ones (kernel {site.kernel}, padding {site.padding}); "
                 "leave it with `keep`"
             )
-        settings = {"mode": self.mode, "kind": self.kind}
+        settings: dict[str, Any] = {"mode": self.mode, "kind": self.kind}
         if self.mode == "branch":
             return self._branch(site, settings)
         if self.mode == "fresh":
             core = TokensToTokenStem(site.in_channels, site.out_channels, self.kind, self._token_dims())
-            return Conversion(Exactness.FRESH, "the published stem, untrained", core, settings, whole=True)
+            official = {"official": True} if self.official else {}
+            return Conversion(Exactness.FRESH, "the published stem, untrained", core, settings | official, whole=True)
         return self._exact(site, weights, settings) if self.mode == "exact" else self._fit(site, weights, settings)
 
     def _token_dims(self) -> tuple[int, int]:
         return (self.token_dim or TOKEN_DIM,) * 2
 
-    def _branch(self, site: StemSite, settings: dict[str, str]) -> Conversion:
+    def _branch(self, site: StemSite, settings: dict[str, Any]) -> Conversion:
         core = TokensToTokenBranch(site.in_channels, site.out_channels, self.kind, self._token_dims())
         _silence(core.project)
         return Conversion(
@@ -94,7 +105,7 @@ class TokensToToken(Target):
             "none: it costs beside the convolution", ("source",),
         )  # fmt: skip
 
-    def _exact(self, site: StemSite, weights: Weights, settings: dict[str, str]) -> Conversion:
+    def _exact(self, site: StemSite, weights: Weights, settings: dict[str, Any]) -> Conversion:
         weight = weights(site.weight).detach()
         pixels = site.in_channels * 64
         core = self._stem(site, (pixels // 4, pixels), weight)
@@ -105,7 +116,7 @@ class TokensToToken(Target):
             core, settings, "none at once", whole=True,
         )  # fmt: skip
 
-    def _fit(self, site: StemSite, weights: Weights, settings: dict[str, str]) -> Conversion:
+    def _fit(self, site: StemSite, weights: Weights, settings: dict[str, Any]) -> Conversion:
         dims = self._token_dims()
         if dims[0] < site.in_channels * 16:
             raise NotConvertible(

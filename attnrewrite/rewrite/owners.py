@@ -176,9 +176,7 @@ def _owner(site: Site, conversion: Conversion, flow: Dataflow) -> ModuleCall:
     return flow.capture.enclosing_call([n for n in needed_nodes([result], {source: 0}) if n not in flow.constants])
 
 
-def _owners(
-    sites: list[Site], flow: Dataflow, conversion_of: ConversionOf
-) -> list[tuple[ModuleCall, list[Site]]]:
+def _owners(sites: list[Site], flow: Dataflow, conversion_of: ConversionOf) -> list[tuple[ModuleCall, list[Site]]]:
     """Sites by the call that owns them; a site inside a child that another site dissolves joins that one's owner."""
     owners: dict[int, tuple[ModuleCall, list[Site]]] = {}
     for site in sites:

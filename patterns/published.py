@@ -1,0 +1,181 @@
+"""``official=True``: a site replaced whole by the paper's module, under its official names, with the site's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ..cores.published import map_to_tokens, on_tokens
+from ..errors import ArgumentError
+from ..ir import AttentionSite, Grid, Projection, Reduced, Site, Window
+from ..lift.values import shape_of
+from ..targets import Conversion, Exactness, NotConvertible, Weights
+from .geometry import grid_of_site
+
+
+class Published:
+    """A paper's module on its way into the place of a site.
+
+    What is neither carried nor settled stays as the module initialises it: then the conversion is FRESH.
+    """
+
+    def __init__(self, module: nn.Module, like: Tensor) -> None:
+        self.module = module.to(like)
+        self.parameters = dict(module.named_parameters())
+        self.settled: set[str] = set()
+        self.carried = 0
+
+    def carry(self, name: str, value: Tensor, count: int | None = None) -> None:
+        """Give a parameter the donor's values; ``count`` of them, where not all are."""
+        self.settle(name, value)
+        self.carried += value.numel() if count is None else count
+
+    def settle(self, name: str, value: Tensor | float = 0.0) -> None:
+        """Give a new parameter the values with which it adds nothing to what the donor did."""
+        with torch.no_grad():
+            self.parameters[name].copy_(torch.as_tensor(value))
+        self.settled.add(name)
+
+    def conversion(
+        self, exactness: Exactness, why: str, settings: dict[str, Any], benefit: str, **form: Any
+    ) -> Conversion:
+        """The whole conversion: of ``exactness`` if every parameter is settled; ``form`` is its other fields."""
+        fresh = list(dict.fromkeys(n.partition(".")[0] for n in self.parameters if n not in self.settled))
+        if fresh:
+            exactness, why = Exactness.FRESH, f"{why}; untrained: {', '.join(fresh)}"
+        return Conversion(
+            exactness, f"as published, {why}", self.module, {"official": True, **settings}, benefit, whole=True,
+            carried=self.carried, **form,
+        )  # fmt: skip
+
+
+def published_attention(
+    site: AttentionSite, module: nn.Module, layers: Mapping[str, str], weights: Weights
+) -> Published:
+    """A module whose linear ``layers`` hold the site's projections: ``q``, ``k``, ``v`` and ``o`` by layer, as in
+    ``{"qkv": "qkv", "proj": "o"}``, heads in order.
+
+    The site's own scale of the scores becomes part of the queries, as the module has ``head_dim ** -0.5``.
+    """
+    assert site.query is not None
+    made = Published(module, weights(site.query.weight))
+    parts = {"q": site.query, "k": site.key, "v": site.value, "o": site.output}
+    for name, letters in layers.items():
+        matrices, biases = zip(*(_of_part(letter, parts[letter], site, weights) for letter in letters), strict=True)
+        made.carry(f"{name}.weight", torch.cat(matrices))
+        made.carry(f"{name}.bias", torch.cat(biases))
+    return made
+
+
+def _of_part(letter: str, part: Projection | None, site: AttentionSite, weights: Weights) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one projection, heads in order; no bias is one of zeros."""
+    assert part is not None
+    weight, rows = weights(part.weight).detach(), part.rows.flatten()
+    bias = weight.new_zeros(len(weight)) if part.bias is None else weights(part.bias).detach()
+    if letter == "o":
+        return weight[:, rows.to(weight.device)], bias
+    factor = site.scale * site.head_dim**0.5 if letter == "q" else 1.0
+    return weight[rows.to(weight.device)] * factor, bias[rows.to(weight.device)] * factor
+
+
+def attention_map(site: AttentionSite, takes_prefix: bool = False) -> Grid:
+    """The map of an attention site that a paper's module can replace.
+
+    Raises:
+        NotConvertible: it has something that the papers' modules have no place for.
+    """
+    grid = site.map_grid if isinstance(site.keys, Window) else grid_of_site(site)
+    nodes, parts = site.nodes, (site.query, site.key, site.value, site.output)
+    if nodes.source is None or nodes.result is None or any(part is None for part in parts) or site.learned_scales:
+        acting = (
+            "a learned scale" if site.learned_scales else site.qk if site.qk != "none" else "more than a linear map"
+        )
+        raise NotConvertible(
+            f"{acting} stands between its projections and its scores, which the published layer has no place for; "
+            "leave official out, which keeps it"
+        )
+    if nodes.batch_axis:
+        raise NotConvertible("its tokens come before its samples; leave official out")
+    width = shape_of(nodes.source)[-1]
+    if any(part is None or part.rows.numel() != width for part in parts) or shape_of(nodes.result)[-1] != width:
+        raise NotConvertible(
+            f"its heads are {site.heads}x{site.head_dim} wide and its tokens {width}, and the published layer has one "
+            "width for both; leave official out"
+        )
+    if grid.prefix_tokens and not takes_prefix:
+        raise NotConvertible(
+            f"the published layer has no place for {grid.prefix_tokens} class or register tokens; leave official out, "
+            "which carries them, or take a model that pools its map instead"
+        )
+    return grid
+
+
+def require_no_dropout(rate: float) -> None:
+    """Raises:
+    NotConvertible: the site drops something in training that the paper's module does not.
+    """
+    if rate:
+        raise NotConvertible(
+            "it drops values in training where the published layer here does not; set its rate to 0, or leave official "
+            "out"
+        )
+
+
+def width_of(site: AttentionSite) -> int:
+    """Channels of its tokens."""
+    assert site.nodes.source is not None
+    return shape_of(site.nodes.source)[-1]
+
+
+def layout(source: Node | None, result: Node | None, grid: Grid | None) -> dict[str, Any]:
+    """How a module of channels-last maps runs from ``source`` to ``result``: fields of a ``Conversion``.
+
+    Raises:
+        NotConvertible: tokens would have to become a map of no known sides.
+    """
+    assert source is not None
+    assert result is not None
+    before, after = len(shape_of(source)), len(shape_of(result))
+    if (before, after) == (4, 4):
+        return {}
+    if (before, after) == (4, 3):
+        return {"run": map_to_tokens}
+    if after != 3 or grid is None:
+        raise NotConvertible("its tokens become a map on the way; leave official out")
+    return {"run": on_tokens, "sizes": (grid.height, grid.width, grid.prefix_tokens)}
+
+
+def note_of_keys(site: Site) -> str:
+    """What is said of a site whose keys the paper's module takes from every token instead."""
+    if isinstance(site, AttentionSite) and isinstance(site.keys, Reduced):
+        return "; its maps of reduced keys are taken for every token's, without the reducer"
+    return ""
+
+
+def require_unset(options: Mapping[str, Any], reason: str) -> None:
+    """Refuse options that contradict ``official=True``: those that are not None.
+
+    Raises:
+        ArgumentError: naming both.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise ArgumentError(f"{name}: {value!r} contradicts official=True, {reason}; leave one of them out")
+
+
+def require_one_number(name: str, value: Any) -> None:
+    """Raises:
+    ArgumentError: two numbers, where the paper's layer has one for both axes.
+    """
+    if isinstance(value, tuple | list):
+        raise ArgumentError(f"{name}: {value!r} contradicts official=True, which has one number for both axes")
+
+
+__all__ = [
+    "Published", "attention_map", "layout", "note_of_keys", "published_attention", "require_no_dropout",
+    "require_one_number", "require_unset", "width_of",
+]  # fmt: skip
