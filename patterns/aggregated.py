@@ -129,7 +129,10 @@ class Aggregated(Target):
             return made.conversion(
                 Exactness.PROJECTED, f"cosine similarity on the {grid} map{lost}", {"sr_ratio": 1}, "none", **place
             )
-        module = AggregatedAttention(width, site.heads, window_size=self.window_size, **pooling, **options)
+        module = AggregatedAttention(
+            width, site.heads, window_size=self.window_size, sr_ratio=pooling.get("sr_ratio"),
+            pool_size=pooling.get("pool_size"), **options,
+        )  # fmt: skip
         made = published_attention(site, module, {"q": "q", "kv": "kv", "proj": "o"}, weights)
         reach = self.window_size // 2 + 1
         if (table := relative_bias(site, (reach, reach))) is not None:

@@ -266,19 +266,12 @@ def _published_conversion(
 
 
 def _norm_after(site: StemSite) -> Node | None:
-    """The layer norm that alone reads the donor's tokens."""
-    users = (
-        []
-        if site.tokens is None
-        else [n for n in site.tokens.users if operator_name(n) != "aten::_assert_tensor_metadata"]
-    )
-    if (
-        len(users) != 1
-        or operator_name(users[0]) != "aten::layer_norm"
-        or list(users[0].args[1]) != [site.out_channels]
-    ):  # type: ignore
+    """The layer norm over channels that alone reads the donor's tokens."""
+    users = [] if site.tokens is None else list(site.tokens.users)
+    users = [user for user in users if operator_name(user) != "aten::_assert_tensor_metadata"]
+    if len(users) != 1 or operator_name(users[0]) != "aten::layer_norm":
         return None
-    return users[0]
+    return users[0] if users[0].args[1] == [site.out_channels] else None
 
 
 def _bias_of(site: StemSite, weight: Tensor, weights: Weights) -> Tensor:
