@@ -147,9 +147,16 @@ class T2t(Recipe):
     mode: str | None = None
     name = "t2t"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._stem()
+
     def choose(self, site: Site) -> Target:
         if site.kind != "stem":
             raise _alone("such blocks")
+        return self._stem()
+
+    def _stem(self) -> Target:
         return target_of("tokens_to_token", {"mode": self.mode, "official": self.official})
 
 
