@@ -154,18 +154,20 @@ class Aggregated(Target):
         if not isinstance(keys, Reduced):
             pool = self._pool(grid)
             return {} if pool == (1, 1) else {"sr_ratio": pool}
-        ratio = (grid.height // keys.height, grid.width // keys.width)
-        if self.pool is not None and as_pair(self.pool) != ratio:
-            raise ArgumentError(
-                f"pool: {self.pool!r} contradicts official=True at {site.name}, whose sr_ratio of {ratio} is kept; "
-                "leave pool out"
-            )
+        ratio = (max(1, grid.height // keys.height), max(1, grid.width // keys.width))
         divides = (grid.height // ratio[0], grid.width // ratio[1]) == (keys.height, keys.width)
-        return (
+        pooling = (
             {"sr_ratio": ratio}
             if "convolution" in keys.reducer and divides
             else {"pool_size": (keys.height, keys.width)}
         )
+        if self.pool is not None and pooling != {"sr_ratio": as_pair(self.pool)}:
+            ((name, own),) = pooling.items()
+            raise ArgumentError(
+                f"pool: {self.pool!r} contradicts official=True at {site.name}, whose {name} of {own} is kept; "
+                "leave pool out"
+            )
+        return pooling
 
     def _bias(self, default: float) -> float:
         return default if self.local_bias is None else float(self.local_bias)
