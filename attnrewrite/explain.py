@@ -11,6 +11,7 @@ from .ir import Site, line
 from .lift.dataflow import Dataflow
 from .plan import Plan
 from .planning import lifted, prove
+from .reading import TOLD
 from .targets import NotConvertible, known_targets
 
 
@@ -24,7 +25,7 @@ class Explanation:
     def __str__(self) -> str:
         rows = []
         for index, (planned, options) in enumerate(zip(self.plan.sites, self.targets, strict=True)):
-            rows.append(line(index, planned.site, planned.certificate))
+            rows.append(line(index, planned.site, planned.certificate) + TOLD[self.plan.read[id(planned.site)]])
             rows += [f"      {name}: {text}" for name, text in options.items()]
         rows += [f"refused {r.kind} @ {r.name or '(root)'}: {r.reason}" for r in self.plan.refused]
         return "\n".join(rows) if rows else "no attention, MLP or stem recognised"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError
 from .ir import AttentionSite, Grid, Refused, Site, StemSite, Window, line
 from .lift.dataflow import Dataflow
 from .lift.values import Values, shape_of
+from .reading import NONE, PREFIX, TOLD, read_tokens
 from .report import ConversionReport, SiteReport, suggestion
 from .rewrite.aspect import guard_aspect
 from .rewrite.install import whole_ends
@@ -33,7 +35,10 @@ models that cast to float32 inside move by 1e-7 in float64."""
 
 @dataclass
 class PlannedSite:
-    """One site and what becomes of it: ``status`` is convert, kept, refused or untouched, ``why`` says why."""
+    """One site and what becomes of it: ``status`` is convert, kept, refused or untouched, ``why`` says why.
+
+    ``keeps_prefix``: what prefix tokens attend to stays as it was, as far as the example input shows.
+    """
 
     site: Site
     status: str = "untouched"
@@ -42,6 +47,7 @@ class PlannedSite:
     conversion: Conversion | None = None
     certificate: Certificate | None = None
     measured: dict[str, Any] = field(default_factory=dict)
+    keeps_prefix: bool = False
 
     def refuse(self, reason: str) -> None:
         self.status, self.why = "refused", reason
@@ -75,6 +81,12 @@ class Plan:
     @property
     def converting(self) -> list[PlannedSite]:
         return [planned for planned in self.sites if planned.status == "convert"]
+
+    @cached_property
+    def read(self) -> dict[int, str]:
+        """By ``id`` of a site: which of its tokens reach an output, as ``read_tokens`` says."""
+        sites = [planned.site for planned in self.sites]
+        return dict(zip(map(id, sites), read_tokens(self.flow, sites), strict=True))
 
     def drop(self, *globs: str) -> Plan:
         """Leave sites alone after all; returns the plan."""
@@ -135,7 +147,10 @@ class Plan:
     def report(self, output_error: float | None = None) -> ConversionReport:
         """What is planned, as a report; ``output_error`` is known after ``apply``."""
         lost = {id(site): owner.lost for owner in self.programs for site in owner.sites}
-        rows = [_row(planned, self.flow, lost.get(id(planned.site), {})) for planned in self.sites]
+        rows = [
+            _row(planned, self.flow, lost.get(id(planned.site), {}), self.read[id(planned.site)])
+            for planned in self.sites
+        ]
         rows += [SiteReport(r.name, r.kind, "", "refused", why=r.reason) for r in self.refused]
         inputs = (self.capture.tensors[node] for node in self.capture.inputs)
         shapes = [list(value.shape) for value in inputs if isinstance(value, Tensor)]
@@ -147,7 +162,10 @@ class Plan:
         return ConversionReport(type(self.model).__name__, shapes, rows, output_error, tied)
 
     def __str__(self) -> str:
-        rows = [line(i, p.site, p.certificate) + _fate(p) for i, p in enumerate(self.sites)]
+        rows = [
+            line(i, planned.site, planned.certificate) + TOLD[self.read[id(planned.site)]] + _fate(planned)
+            for i, planned in enumerate(self.sites)
+        ]
         rows += [f"refused {site.kind} @ {site.name or '(root)'}: {site.reason}" for site in self.refused]
         return "\n".join(rows)
 
@@ -229,12 +247,15 @@ def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _row(planned: PlannedSite, flow: Dataflow, lost: dict[int, int]) -> SiteReport:
+def _row(planned: PlannedSite, flow: Dataflow, lost: dict[int, int], read: str) -> SiteReport:
     site, conversion = planned.site, planned.conversion
     status = "converted" if planned.status == "convert" else planned.status
     certificate = str(planned.certificate) if planned.certificate else ""
     grid = "" if isinstance(site, StemSite) or site.grid is None else str(site.grid)
-    row = SiteReport(site.name, site.kind, site.describe(), status, why=planned.why, certificate=certificate, grid=grid)
+    row = SiteReport(
+        site.name, site.kind, site.describe(), status, why=planned.why, certificate=certificate, grid=grid, read=read,
+        dead=read == NONE or (read == PREFIX and planned.status == "convert" and planned.keeps_prefix),
+    )  # fmt: skip
     if conversion is None or planned.status != "convert":
         return row
     return replace(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .calibration.keep import Budget, keep_the_worst, require_budget
 from .capture import ModuleCall, NodeRef, capture
 from .certify import certify, collect_values
-from .certify.certificate import relative_error, wanted_nodes
+from .certify.certificate import TOLERANCE, relative_error, wanted_nodes
 from .certify.forms import operand_heads_last
 from .errors import ArgumentError, ConversionError
 from .ir import AttentionSite, Global, Reduced, Refused, Site
@@ -243,7 +243,10 @@ def _measure(made: Plan) -> None:
     with torch.no_grad():
         for planned in made.converting:
             site, conversion = planned.site, planned.conversion
-            if not isinstance(site, AttentionSite) or conversion is None or conversion.exactness is Exactness.EXACT:
+            if not isinstance(site, AttentionSite) or conversion is None:
+                continue
+            planned.keeps_prefix = conversion.keeps_function
+            if conversion.exactness is Exactness.EXACT:
                 continue
             if not isinstance(site.keys, Global | Reduced) or conversion.extras or conversion.whole:
                 continue
@@ -251,7 +254,12 @@ def _measure(made: Plan) -> None:
             parts = [operand_heads_last(made.values[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
             expected = operand_heads_last(made.values[nodes.output.node], nodes.output, site)
             bias = () if site.bias is None else (site.bias.values[None].to(parts[0].dtype),)
-            planned.measured["error"] = relative_error(conversion.core.eval()(*parts, *bias), expected)
+            actual = conversion.core.eval()(*parts, *bias)
+            planned.measured["error"] = relative_error(actual, expected)
+            if site.grid is not None and site.grid.prefix_tokens:
+                prefix = slice(site.grid.prefix_tokens)
+                moved = relative_error(actual[:, prefix], expected[:, prefix])
+                planned.keeps_prefix = moved <= TOLERANCE.get(expected.dtype, 8 * torch.finfo(expected.dtype).eps)
             assert planned.target is not None
             planned.measured |= planned.target.measure(conversion, site, (parts[0], parts[1], parts[2]))
 

@@ -17,7 +17,7 @@ from .errors import ConversionError, nearest
 from .report_page import html_page
 from .targets import Exactness
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class SiteReport:
     holds; ``parameters`` how many were ``moved`` (they serve as before), are ``new`` or were ``dropped``; ``macs``
     the multiply-adds of its two products before and after, on the example input; ``error`` the measured local error
     of the new core on the example input (None: not measured); ``dropped_mass`` the share of attention per head that
-    is lost.
+    is lost. ``read`` says which of its tokens can reach an output of the captured call: "all", the "prefix" tokens
+    alone, or "none"; ``dead`` that its conversion can change no output, for what it changes is not read.
     """
 
     name: str
@@ -98,6 +99,8 @@ class SiteReport:
     dropped_mass: list[float] | None = None
     errors: SiteErrors | None = None
     calibrated: SiteErrors | None = None
+    read: str = "all"
+    dead: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,9 @@ class ConversionReport:
             notes.append(f"on {self.errors.images} images: {self.errors}{floor}")
         if self.calibration is not None:
             notes.append(str(self.calibration))
+        dead = sum(site.dead for site in self.sites)
+        if dead:
+            notes.append(f"{dead} DEAD: no output of the captured call reads what is converted there")
         if self.fixed_to:
             notes.append(f"tied to this input size: {', '.join(self.fixed_to)}")
         if self.new_parameters:
@@ -220,7 +226,7 @@ def folded(sites: list[SiteReport]) -> Iterator[tuple[str, SiteReport]]:
     """Consecutive sites that differ only in numbers of their names share a row: ``blocks.{0...11}.attn``."""
 
     def alike(site: SiteReport) -> tuple[Any, ...]:
-        return (re.sub(r"\d+", "#", site.name), site.status, site.exactness, site.source, site.target, site.why)
+        return (re.sub(r"\d+", "#", site.name), site.status, _class(site), site.source, site.target, site.why)
 
     for _, group in groupby(sites, key=alike):
         members = list(group)
@@ -258,8 +264,12 @@ def _cells(names: str, site: SiteReport) -> tuple[str, ...]:
     macs = " -> ".join(map(short, site.macs)) if site.macs else ""
     counts = "/".join(short(site.parameters[key]) for key in ("moved", "new", "dropped")) if site.parameters else ""
     return (
-        names, site.status, site.exactness, site.source, counts, macs, error, kept, _only_text(site), site.why,
+        names, site.status, _class(site), site.source, counts, macs, error, kept, _only_text(site), site.why,
     )  # fmt: skip
+
+
+def _class(site: SiteReport) -> str:
+    return " ".join(filter(None, [site.exactness, "DEAD" if site.dead else ""]))
 
 
 def _only(site: SiteReport) -> float | None:
@@ -270,10 +280,10 @@ def _only_text(site: SiteReport) -> str:
     """The error of the outputs with this site converted alone, before and after calibration."""
     if site.status != "converted":
         return ""
+    if site.dead or (site.errors is not None and site.errors.dead):
+        return "DEAD"
     if site.errors is None:
         return number(None)
-    if site.errors.dead:
-        return "DEAD"
     after = "" if site.calibrated is None else f" -> {number(site.calibrated.logits)}"
     return number(site.errors.logits) + after
 

@@ -1,0 +1,47 @@
+"""Which tokens of a site's result the model's outputs can depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.fx import Node
+
+from .ir import AttentionSite, Site, Window
+from .layout import heads_last
+from .lift.dataflow import Dataflow
+from .lift.liveness import read_elements
+from .lift.values import shape_of
+
+ALL, PREFIX, NONE = "all", "prefix", "none"
+TOLD = {
+    ALL: "",
+    PREFIX: "   DEAD beyond its prefix tokens: no output reads its map",
+    NONE: "   DEAD: no output reads it",
+}
+
+
+def read_tokens(flow: Dataflow, sites: Sequence[Site]) -> list[str]:
+    """For every site: ``"all"`` of its tokens, the ``"prefix"`` alone (class, distillation and register tokens) or
+    ``"none"`` can reach an output of the captured call. Proved on the graph; without a proof it is ``"all"``."""
+    nodes = [_result(site) for site in sites]
+    read = read_elements(flow, nodes)
+    return [_tokens(site, read[node]) for site, node in zip(sites, nodes, strict=True)]
+
+
+def _result(site: Site) -> Node:
+    if not isinstance(site, AttentionSite):
+        return site.result
+    return site.nodes.output.node
+
+
+def _tokens(site: Site, read: Tensor) -> str:
+    if not bool(read.any()):
+        return NONE
+    if bool(read.all()) or not isinstance(site, AttentionSite) or isinstance(site.keys, Window) or site.grid is None:
+        return ALL
+    nodes = site.nodes
+    read = read.expand(shape_of(nodes.output.node))
+    rows = heads_last(read, nodes.output.axes, nodes.batch_groups, nodes.head_groups, site.heads).any((0, 2, 3))
+    beyond = rows[site.grid.prefix_tokens :]
+    return ALL if bool(beyond.any()) else PREFIX
