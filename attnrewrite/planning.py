@@ -20,6 +20,7 @@ from .certify.forms import operand_heads_last
 from .errors import ArgumentError, ConversionError
 from .ir import AttentionSite, Global, Reduced, Refused, Site
 from .lift.dataflow import Dataflow
+from .lift.values import Values
 from .plan import Plan, PlannedSite, matching
 from .product_cost import macs_after, macs_before
 from .rewrite.check import misbehaviour
@@ -56,6 +57,7 @@ def plan(
     chosen = [planned for planned in made.sites if planned.target is not None]
     prove(made, chosen, flow, progress)
     _classify(chosen, least, flow)
+    _fit(made, flow)
     made.build()
     if max_rewrites is not None:
         made.limit(max_rewrites)
@@ -191,6 +193,17 @@ def _classify(chosen: list[PlannedSite], least: Exactness, flow: Dataflow) -> No
         converted[id(planned.target)] = index + 1
 
 
+def _fit(made: Plan, flow: Dataflow) -> None:
+    """Let targets refit on the example input what only data tell."""
+    for planned in made.converting:
+        assert planned.target is not None
+        assert planned.conversion is not None
+        fitted = planned.target.fit(planned.conversion, planned.site, flow.weights, made.values.__getitem__)
+        if fitted is not planned.conversion:
+            _match(fitted, planned.site)
+            planned.conversion = fitted
+
+
 def _match(conversion: Conversion, site: Site) -> None:
     """Give the new core the device and dtype of what the site computes."""
     value = (site.nodes.output.node if isinstance(site, AttentionSite) else site.result).meta["val"]
@@ -243,25 +256,33 @@ def _measure(made: Plan) -> None:
     with torch.no_grad():
         for planned in made.converting:
             site, conversion = planned.site, planned.conversion
-            if not isinstance(site, AttentionSite) or conversion is None:
-                continue
+            assert conversion is not None
             planned.keeps_prefix = conversion.keeps_function
             if conversion.exactness is Exactness.EXACT:
                 continue
-            if not isinstance(site.keys, Global | Reduced) or conversion.extras or conversion.whole:
-                continue
-            nodes = site.nodes
-            parts = [operand_heads_last(made.values[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
-            expected = operand_heads_last(made.values[nodes.output.node], nodes.output, site)
-            bias = () if site.bias is None else (site.bias.values[None].to(parts[0].dtype),)
-            actual = conversion.core.eval()(*parts, *bias)
-            planned.measured["error"] = relative_error(actual, expected)
-            if site.grid is not None and site.grid.prefix_tokens:
-                prefix = slice(site.grid.prefix_tokens)
-                moved = relative_error(actual[:, prefix], expected[:, prefix])
-                planned.keeps_prefix = moved <= TOLERANCE.get(expected.dtype, 8 * torch.finfo(expected.dtype).eps)
-            assert planned.target is not None
-            planned.measured |= planned.target.measure(conversion, site, (parts[0], parts[1], parts[2]))
+            if isinstance(site, AttentionSite):
+                _measure_attention(planned, site, conversion, made.values)
+            elif conversion.whole and conversion.until is None:
+                core, source = conversion.core.eval(), made.values[site.source]
+                actual = core(source) if conversion.run is None else conversion.run(core, source, *conversion.sizes)
+                planned.measured["error"] = relative_error(actual, made.values[site.result])
+
+
+def _measure_attention(planned: PlannedSite, site: AttentionSite, conversion: Conversion, values: Values) -> None:
+    if not isinstance(site.keys, Global | Reduced) or conversion.extras or conversion.whole:
+        return
+    nodes = site.nodes
+    parts = [operand_heads_last(values[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
+    expected = operand_heads_last(values[nodes.output.node], nodes.output, site)
+    bias = () if site.bias is None else (site.bias.values[None].to(parts[0].dtype),)
+    actual = conversion.core.eval()(*parts, *bias)
+    planned.measured["error"] = relative_error(actual, expected)
+    if site.grid is not None and site.grid.prefix_tokens:
+        prefix = slice(site.grid.prefix_tokens)
+        moved = relative_error(actual[:, prefix], expected[:, prefix])
+        planned.keeps_prefix = moved <= TOLERANCE.get(expected.dtype, 8 * torch.finfo(expected.dtype).eps)
+    assert planned.target is not None
+    planned.measured |= planned.target.measure(conversion, site, (parts[0], parts[1], parts[2]))
 
 
 def _operands(site: Site) -> list[Node]:

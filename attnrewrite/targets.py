@@ -58,6 +58,9 @@ class Conversion:
 Weights = Callable[[Node], Tensor]
 """The value of a constant of the captured graph: a parameter, or what is computed from parameters alone."""
 
+RIDGE = 1e-3
+"""Strength of a refit's ridge towards the carried weights, relative to the mean diagonal of the Gram matrix."""
+
 
 class NotConvertible(Exception):
     """A site has no meaning in a target: the reason, and what would work instead."""
@@ -80,6 +83,13 @@ class Target:
             NotConvertible: with reason and remedy.
         """
         raise NotImplementedError
+
+    def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
+        """``conversion``, refitted where only data tell the best weights.
+
+        ``values`` gives what the site's inputs and its result were on the example input.
+        """
+        return conversion
 
     def measure(self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
         """What can be said of an inexact conversion from heads-last query, key and value of the example input."""

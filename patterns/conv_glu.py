@@ -13,7 +13,8 @@ from ..cores.conv_gate import ConvGate, ConvGatedMlp, identity_convolution
 from ..ir import Grid, MlpSite, Site, Stage
 from ..lift.values import input_of, operator_name, shape_of
 from ..modules.conv_glu import ConvGLU, gated_width
-from ..targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, Weights, register_target
+from ..ridge import ridge_of_rows
+from ..targets import RIDGE, Conversion, Exactness, NotConvertible, NothingToDo, Target, Weights, register_target
 from .geometry import require_one_of
 from .published import Published, layout, require_no_dropout
 
@@ -30,7 +31,9 @@ class ConvGlu(Target):
 
     Args:
         hidden: ``"keep"`` keeps the hidden width, and with it the function; ``"match"`` takes two thirds of it, with
-            which the unit has as many weights as the MLP had. None is ``"keep"``, and ``"match"`` where ``official``.
+            which the unit has as many weights as the MLP had: the units that give most to the result on the example
+            input, and the second map refitted there to what the others gave. None is ``"keep"``, and ``"match"`` where
+            ``official``.
         official: take the unit as published, ``fc1``, ``dwconv``, ``fc2``, for the whole MLP.
     """
 
@@ -48,10 +51,20 @@ class ConvGlu(Target):
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, MlpSite)
         _require_activation_before_convolution(site)
-        matched = self.hidden == "match" and not _gates(site)
+        matched = _matched(site, weights) if self._matches(site) else None
         if self.official:
             return _published(site, weights, matched)
-        return _matched(site, weights) if matched else _kept(site, weights)
+        return matched or _kept(site, weights)
+
+    def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
+        assert isinstance(site, MlpSite)
+        if not self._matches(site):
+            return conversion
+        refitted = _refitted(site, weights, values(site.source))
+        return _published(site, weights, refitted) if self.official else refitted
+
+    def _matches(self, site: MlpSite) -> bool:
+        return self.hidden == "match" and not _gates(site)
 
 
 def _kept(site: MlpSite, weights: Weights) -> Conversion:
@@ -77,15 +90,50 @@ def _kept(site: MlpSite, weights: Weights) -> Conversion:
 
 def _matched(site: MlpSite, weights: Weights) -> Conversion:
     """The hidden units whose columns of the second map are largest; how active they are, only data would tell."""
-    width = gated_width(site.hidden_width)
-    if width < 1:
-        raise NotConvertible(f"two thirds of {site.hidden_width} hidden units are none; use hidden='keep'")
+    norms = _weight_of(site.second, weights).detach().norm(dim=0)
+    kept = _largest(norms, _matched_width(site))
+    core = _of_kept_units(site, weights, kept)
+    return _of_units(site, core, norms.square(), kept, "those the second map weighs most")
+
+
+def _refitted(site: MlpSite, weights: Weights, source: Tensor) -> Conversion:
+    """The units that give most to the result on ``source``, and the second map refitted to what the others gave.
+
+    With the kept units' values ``a`` and what is lost of the result ``e``, ``e - a d`` is to be small: a ridge towards
+    the old columns, so that few tokens move little (CORP, 2026, does this for pruned MLPs).
+    """
+    second = _weight_of(site.second, weights).detach()
+    with torch.no_grad():
+        hidden = _of_kept_units(site, weights, torch.arange(site.hidden_width)).hidden(source).flatten(0, -2)
+        given = hidden.double().square().mean(0) * second.double().square().sum(0)
+        kept = _largest(given, _matched_width(site))
+        core = _of_kept_units(site, weights, kept)
+        cut = second.clone()
+        cut[:, kept] = 0
+        ones = hidden.new_ones(len(hidden), 1)
+        change = ridge_of_rows(torch.cat([hidden[:, kept], ones], dim=1), hidden @ cut.T, RIDGE).to(second)
+        core.fc2.weight.add_(change[:-1].T)
+        core.fc2.bias.add_(change[-1])
+    how = f"those that give most on {len(hidden)} example tokens, and the second map refitted to the rest"
+    return _of_units(site, core, given, kept, how)
+
+
+def _of_units(site: MlpSite, core: ConvGatedMlp, given: Tensor, kept: Tensor, how: str) -> Conversion:
+    share = round(float(given[kept].sum() / given.sum()), 6)
+    return Conversion(
+        Exactness.PROJECTED, f"{len(kept)} of {site.hidden_width} hidden units kept, {how}", core,
+        {"hidden": len(kept), "kept_share": share}, "as many weights as the MLP had", whole=True,
+    )  # fmt: skip
+
+
+def _of_kept_units(site: MlpSite, weights: Weights, kept: Tensor) -> ConvGatedMlp:
+    """The MLP with some of its hidden units."""
     second = _weight_of(site.second, weights)
-    kept = second.norm(dim=0).topk(width).indices.sort().values
+    kept = kept.to(second.device)
     rows = site.rows.to(kept.device)[kept]
     pre_activation = site.stages[0].name if len(site.stages) == 3 else "identity"
     core = ConvGatedMlp(
-        site.width, width, len(second), site.stages[-1].name, _grid_of(site), pre_activation, _dropout(site)
+        site.width, len(kept), len(second), site.stages[-1].name, _grid_of(site), pre_activation, _dropout(site)
     ).to(second)
     convolution = next((stage for stage in site.stages if stage.kind == "convolution"), None)
     with torch.no_grad():
@@ -94,21 +142,28 @@ def _matched(site: MlpSite, weights: Weights) -> Conversion:
         if convolution is not None:
             assert core.gate.conv is not None
             taps = _taps(convolution, weights)[kept]
-            _fill(core.gate.conv.conv, taps, _bias_of(convolution.node, weights, kept))
-        share = float((second[:, kept].norm() / second.norm()) ** 2)
-    return Conversion(
-        Exactness.PROJECTED, f"{width} of {site.hidden_width} hidden units kept, those the second map weighs most",
-        core, {"hidden": width, "kept_weight": round(share, 6)}, "as many weights as the MLP had", whole=True,
-    )  # fmt: skip
+            _fill(core.gate.conv.conv, taps, _bias_of(convolution.call, weights, kept))
+    return core
 
 
-def _published(site: MlpSite, weights: Weights, matched: bool) -> Conversion:
+def _matched_width(site: MlpSite) -> int:
+    width = gated_width(site.hidden_width)
+    if width < 1:
+        raise NotConvertible(f"two thirds of {site.hidden_width} hidden units are none; use hidden='keep'")
+    return width
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    return scores.topk(count).indices.sort().values
+
+
+def _published(site: MlpSite, weights: Weights, matched: Conversion | None) -> Conversion:
     """TransNeXt's unit: hidden units and values are halves of one map."""
     last, third = site.stages[-1], site.stages[0].name if len(site.stages) == 3 else "identity"
     if last.kind == "norm":
         raise NotConvertible("its inner norm has no place in the unit as published; leave official out")
     require_no_dropout(_dropout(site))
-    parts = _matched_parts(site, weights) if matched else _kept_parts(site, weights)
+    parts = _kept_parts(site, weights) if matched is None else _parts_of(matched.core)
     first, value, convolution, second = parts
     width = len(first[0])
     made = Published(
@@ -122,10 +177,10 @@ def _published(site: MlpSite, weights: Weights, matched: bool) -> Conversion:
         made.carry(f"dwconv.dwconv.{kind}", convolution[number], convolution[number].numel() if _convolves(site) else 0)
         made.carry(f"fc2.{kind}", second[number])
     return made.conversion(
-        Exactness.PROJECTED if matched else Exactness.CONTINUOUS,
+        Exactness.CONTINUOUS if matched is None else Exactness.PROJECTED,
         f"{width} of {site.hidden_width} hidden units, "
         + ("its own gate" if own else "a value of one") + (", its own convolution" if _convolves(site) else ""),
-        {"hidden": width}, "as many weights as the MLP had" if matched else "none at once",
+        {"hidden": width}, "none at once" if matched is None else "as many weights as the MLP had",
         **layout(site.source, site.result, _grid_of(site)),
     )  # fmt: skip
 
@@ -134,9 +189,8 @@ Part = tuple[Tensor, Tensor]
 """Weight and bias."""
 
 
-def _matched_parts(site: MlpSite, weights: Weights) -> tuple[Part, ...]:
-    """Hidden units, values, convolution and second map of ``hidden="match"``."""
-    core = _matched(site, weights).core
+def _parts_of(core: ConvGatedMlp) -> tuple[Part, ...]:
+    """Hidden units, values, convolution and second map."""
     made = (core.fc1, core.gate.value, core.gate.conv.conv, core.fc2)
     return tuple((part.weight.detach(), part.bias.detach()) for part in made)
 
@@ -151,7 +205,7 @@ def _kept_parts(site: MlpSite, weights: Weights) -> tuple[Part, ...]:
         value = (torch.zeros_like(first[0]), torch.ones_like(first[1]))
     own = next((stage for stage in site.stages if stage.kind == "convolution"), None)
     if own is not None:
-        bias = _bias_of(own.node, weights, slice(None))
+        bias = _bias_of(own.call, weights, slice(None))
         return first, value, (_taps(own, weights), torch.zeros_like(first[1]) if bias is None else bias), second
     identity = identity_convolution(width).conv
     assert identity.bias is not None
@@ -218,14 +272,14 @@ def _dropout(site: MlpSite) -> float:
 
 
 def _taps(stage: Stage, weights: Weights) -> Tensor:
-    """``[channels, 1, 3, 3]`` of a ConvFFN's convolution."""
+    """``[channels, 1, 3, 3]`` of a ConvFFN's convolution; one that is added to its operand holds that in its centre."""
     taps = weights(input_of(stage.call, 1))
     if taps.shape[-2:] != (3, 3) or shape_of(stage.node) != shape_of(stage.before):
         raise NotConvertible(
             f"its convolution is {taps.shape[-2]}x{taps.shape[-1]} from {stage.before.meta['val'].shape[-2:]} to "
             f"{stage.grid}, not 3x3 on the same map; use hidden='keep', which leaves it as it is"
         )
-    return taps
+    return taps if stage.added is None else taps + identity_convolution(len(taps)).conv.weight.detach().to(taps)
 
 
 def _weight_of(linear: Node, weights: Weights) -> Tensor:

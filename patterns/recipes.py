@@ -36,6 +36,9 @@ class Recipe(Target):
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         return self.choose(site).convert(site, index, weights)
 
+    def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
+        return self.choose(site).fit(conversion, site, weights, values)
+
     def measure(self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
         return self.choose(site).measure(conversion, site, operands)
 

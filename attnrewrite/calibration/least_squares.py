@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..ridge import ridge
 from .images import Batch, Images
-from .moments import Moments, ridge
+from .moments import Moments
 from .parallel import agreed, summed
 from .places import Place, ValueHeads
 from .streams import Tap, calling, read, tokens

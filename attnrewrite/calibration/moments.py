@@ -42,11 +42,3 @@ class Moments:
         other = Moments(basis.shape[1], self.cross.shape[1], self.gram.device)
         other.gram, other.cross, other.square = basis.T @ self.gram @ basis, basis.T @ self.cross, self.square
         return other
-
-
-def ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
-    """``(gram + strength * mean(diag gram))^-1 cross``; zero where there are no features."""
-    damping = strength * gram.diagonal().mean()
-    if not damping > 0:
-        return torch.zeros_like(cross)
-    return torch.linalg.solve(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross)

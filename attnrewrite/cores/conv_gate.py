@@ -79,8 +79,11 @@ class ConvGatedMlp(nn.Module):
 
     def forward(self, source: Tensor) -> Tensor:
         """``[batch, tokens, dim]`` or ``[batch, height, width, dim]`` to the same with ``out_dim`` channels."""
-        hidden = self.gate(self.pre_act(self.fc1(source)), source=source)
-        return self.fc2(self.drop(hidden))
+        return self.fc2(self.drop(self.hidden(source)))
+
+    def hidden(self, source: Tensor) -> Tensor:
+        """What ``fc2`` is given."""
+        return self.gate(self.pre_act(self.fc1(source)), source=source)
 
 
 def on_map(operator: Callable[[Tensor], Tensor], value: Tensor, grid: Grid | None) -> Tensor:

@@ -72,26 +72,88 @@ def test_gradients_reach_every_new_weight(name):
             assert bool((core.conv.conv.weight.grad.abs().amax(dim=(0, 1)) > 0).all())  # every tap
 
 
-@pytest.mark.parametrize("name", ["vit", "swin, torchvision", "pvt v2"])
-def test_the_matched_width_keeps_the_weightiest_units(name):
-    """The donor with all other units cut off gives the same."""
-    model, expected = converted((name, "conv_glu", MATCH)), copy.deepcopy(donor(name))
-    shares = []
-    mlps = [m for m in expected.modules() if isinstance(m, Mlp | MlpWithDepthwiseConv) or type(m).__name__ == "MLP"]
-    for mlp in mlps:
-        second = [m for m in mlp.modules() if isinstance(m, nn.Linear)][-1]
-        with torch.no_grad():
-            columns = second.weight.square().sum(0)
-            kept = columns.argsort(descending=True)[: int(2 * len(columns) / 3)]
-            shares.append(float(columns[kept].sum() / columns.sum()))
-            mask = torch.zeros_like(columns).index_fill(0, kept, 1.0)
-            second.weight.mul_(mask)
-    batch = images(name)
-    assert distance(logits(model, batch), logits(expected, batch)) < 1e-12
-    assert distance(logits(model, batch), logits(donor(name), batch)) > 1e-3
+def refitted(name):
+    """The donor with a third of every MLP's units cut off and its second map solved anew, and the shares kept."""
+    model, shares = copy.deepcopy(donor(name)), []
+    mlps = [m for m in model.modules() if isinstance(m, Mlp | MlpWithDepthwiseConv) or type(m).__name__ == "MLP"]
+    seconds = [[m for m in mlp.modules() if isinstance(m, nn.Linear)][-1] for mlp in mlps]
+    seen = {}
+    hooks = [s.register_forward_pre_hook(lambda m, given: seen.update({m: given[0].flatten(0, -2)})) for s in seconds]
+    with torch.no_grad():
+        model(images(name))
+        for second, hook in zip(seconds, hooks, strict=True):
+            hook.remove()
+            hidden, weight = seen[second], second.weight
+            outer = [hidden[:, unit, None] * weight[:, unit] for unit in range(len(weight.T))]
+            given = torch.stack([part.square().sum() for part in outer])
+            kept = given.argsort(descending=True)[: int(2 * len(given) / 3)]
+            shares.append(float(given[kept].sum() / given.sum()))
+            mask = torch.zeros_like(given).index_fill(0, kept, 1.0)
+            lost = hidden @ (weight * (1 - mask)).T
+            x = torch.cat([hidden[:, kept], torch.ones(len(hidden), 1, dtype=torch.float64)], dim=1)
+            damping = (1e-3 * x.square().sum() / x.shape[1]).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
+            rows, wanted = torch.cat([x, damping]), torch.cat([lost, damping.new_zeros(len(damping), lost.shape[1])])
+            change = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution
+            second.weight.mul_(mask).index_add_(1, kept, change[:-1].T)
+            second.bias += change[-1]
+    return model, shares
+
+
+MATCHED = pytest.mark.parametrize("name", ["vit", "swin, torchvision", "pvt v2", "pvt v2, linear"])
+
+
+@MATCHED
+def test_the_matched_width_is_the_refit_of_an_independent_solve(name):
+    """With fewer example tokens than units (the last stages of the pyramids) and with more."""
+    model, (expected, shares) = converted((name, "conv_glu", MATCH)), refitted(name)
+    batch = images(name, 3, seed=6)
+    assert distance(logits(model, batch), logits(expected, batch)) < 1e-9
+    assert distance(logits(model, batch), logits(donor(name), batch)) > 1e-4
     rows = rows_of(model, "mlp")
-    assert [row.settings["kept_weight"] for row in rows] == pytest.approx(shares, abs=1e-6)
+    assert [row.settings["kept_share"] for row in rows] == pytest.approx(shares, abs=1e-6)
     assert {row.exactness for row in rows} == {"PROJECTED"}
+    assert all(row.error > 1e-4 for row in rows)  # on the example input
+
+
+class Unfitted(ConvGlu):
+    """The units with the largest columns, and the second map as it was."""
+
+    def fit(self, conversion, site, weights, values):
+        return conversion
+
+
+class Biased(ConvGlu):
+    """A refit without a constant, on values that are not centred."""
+
+    def fit(self, conversion, site, weights, values):
+        fitted = super().fit(conversion, site, weights, values)
+        with torch.no_grad():
+            fitted.core.fc2.bias.copy_(conversion.core.fc2.bias)
+        return fitted
+
+
+@MATCHED
+def test_the_refit_wins_on_held_out_images(name):
+    batch = images(name, 8, seed=11)
+    wanted = logits(donor(name), batch)
+    errors = [
+        distance(logits(attnrewrite.convert(donor(name), target, images(name)), batch), wanted)
+        for target in (ConvGlu("match"), Biased("match"), Unfitted("match"))
+    ]
+    assert errors[0] < errors[1]
+    assert errors[0] < errors[2]
+
+
+def test_the_local_error_is_that_of_the_mlp():
+    model, given = converted(("vit", "conv_glu", MATCH)), []
+    donor_mlp = donor("vit").blocks[0].mlp
+    hook = donor_mlp.register_forward_hook(lambda m, x, y: given.extend((x[0], y)))
+    logits(donor("vit"), images("vit"))
+    hook.remove()
+    with torch.no_grad():
+        actual = model.blocks[0].mlp(given[0])
+    error = float((actual - given[1]).abs().max() / given[1].abs().max())
+    assert rows_of(model, "mlp")[0].error == pytest.approx(error, rel=1e-9)
 
 
 def test_the_matched_width_has_as_many_weights_as_the_mlp():
