@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..cores import AggregatedCore, LocalBranch, OfMap, ReducedAggregatedCore
+from ..cores import AggregatedCore, LocalBranch, MaskedAggregatedCore, OfMap, ReducedAggregatedCore
 from ..cores.published import beside_prefix
 from ..errors import ArgumentError
 from ..ir import AttentionSite, Grid, Reduced, Site, Window
@@ -45,6 +45,9 @@ class Aggregated(Target):
         local_bias: what the window's scores start with; ``-inf`` leaves it out of the softmax. None is 0 where keys are
             pooled, and ``-inf`` where none are lost: over the reduced keys of spatial reduction, which are kept, and at
             ``pool=1``.
+        windows: what becomes of Swin's windows: ``"pool"`` gives every token the means of the whole map instead, and
+            its window keeps the part of the bias that it reaches; ``"mask"`` keeps them, exactly and at a higher cost,
+            as a window of ``2 M - 1`` around every token with a mask and nothing pooled.
         official: take the layer as published for the whole site, with cosine similarity, a learned temperature and
             position bias and its own reducer; of spatial reduction the ratio stays. At ``pool=1`` it is the last
             stage's, without window.
@@ -53,6 +56,7 @@ class Aggregated(Target):
     window_size: int = 3
     pool: int | Pair | None = None
     local_bias: float | None = None
+    windows: str = "pool"
     official: bool = False
     name = "aggregated"
 
@@ -64,9 +68,14 @@ class Aggregated(Target):
         number = isinstance(self.local_bias, int | float) and not isinstance(self.local_bias, bool)
         if self.local_bias is not None and not (number and self.local_bias < math.inf):
             raise ArgumentError(f"local_bias: expected a number or -inf, got {self.local_bias!r}")
+        require_one_of("windows", self.windows, ("pool", "mask"))
+        if self.windows == "mask" and (self.pool is not None or self.local_bias is not None):
+            raise ArgumentError("windows: 'mask' pools nothing and keeps the scores; leave pool and local_bias out")
         require_one_of("official", self.official, (False, True))
         if self.official:
+            windows = None if self.windows == "pool" else self.windows
             require_unset({"local_bias": self.local_bias}, "whose window has a learned one")
+            require_unset({"windows": windows}, "which pools the whole map")
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
@@ -76,6 +85,8 @@ class Aggregated(Target):
             raise NotConvertible("it drops attention weights in training, which this core cannot; leave it with `keep`")
         if isinstance(site.keys, Reduced):
             return self._reduced(site, site.keys)
+        if isinstance(site.keys, Window) and self.windows == "mask":
+            return self._masked(site, site.keys)
         if isinstance(site.keys, Window):
             grid, window, entries = site.map_grid, site.keys.size, window_bias_entries(site, site.keys)
         else:
@@ -98,10 +109,27 @@ class Aggregated(Target):
 
     def _why(self, site: AttentionSite, grid: Grid, cells: Pair) -> str:
         lost = "" if site.bias is None else "; its bias serves the window alone"
+        lost += "; windows='mask' is exact, and dearer" if isinstance(site.keys, Window) else ""
         return (
             f"keys beyond a window of {self.window_size} are means over a pooled {text_of(cells)} map of the {grid} one"
             + lost
         )
+
+    def _masked(self, site: AttentionSite, blocks: Window) -> Conversion:
+        """Every token's block inside a window around it; any shift, no padding."""
+        grid = site.map_grid
+        if not blocks.divides(grid):
+            raise NotConvertible(
+                f"its windows of {text_of(blocks.size)} pad the {grid} map, and padded slots count as keys that no "
+                "window of tokens holds; use windows='pool', or to='neighborhood', which keeps them"
+            )
+        side = 2 * max(blocks.size) - 1
+        local = LocalBranch(site.heads, site.head_dim, side, 0.0)
+        core = MaskedAggregatedCore(local, blocks, grid, site.scale, window_bias_entries(site, blocks))
+        why = f"{blocks} masked inside a window of {side} around every token, nothing pooled"
+        settings = {"window_size": side, "pool": None, "local_bias": 0.0, "windows": "mask"}
+        benefit = f"none: {side**2} scores a query for {blocks.size[0] * blocks.size[1]} keys"
+        return Conversion(Exactness.EXACT, why, core, settings, benefit)
 
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         """The source's reducer makes the pooled keys: exact for as long as the window has no part in the softmax."""

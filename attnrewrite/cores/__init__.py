@@ -1,6 +1,6 @@
 """The cores that sites are rewritten to, on heads-last queries, keys and values; projections stay the site's own."""
 
-from .aggregated import AggregatedCore, LocalBranch, ReducedAggregatedCore
+from .aggregated import AggregatedCore, LocalBranch, MaskedAggregatedCore, ReducedAggregatedCore
 from .dense import DenseAttention
 from .grouped import GroupedCore
 from .manhattan import DecomposedManhattanCore, ManhattanCore, ReducedManhattanCore
@@ -12,6 +12,7 @@ from .window import WindowAttention
 
 __all__ = [
     "Activation", "AggregatedCore", "DecomposedManhattanCore", "DenseAttention", "GatherPatches", "GroupedCore",
-    "LocalBranch", "ManhattanCore", "MapToTokens", "NeighborhoodAttention", "OfMap", "ReducedAggregatedCore",
-    "ReducedManhattanCore", "ReducedNeighborhoodAttention", "SlidingAttention", "WindowAttention",
+    "LocalBranch", "ManhattanCore", "MapToTokens", "MaskedAggregatedCore", "NeighborhoodAttention", "OfMap",
+    "ReducedAggregatedCore", "ReducedManhattanCore", "ReducedNeighborhoodAttention", "SlidingAttention",
+    "WindowAttention",
 ]  # fmt: skip

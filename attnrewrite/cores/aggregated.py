@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ir import Grid
+from ..ir import Grid, Window
 from ..modules.adaptive_pool import adaptive_average, cell_bounds
 from ..modules.local_window import inside_map, window_average, window_scores
 from .neighborhood import reached_table
 from .sequence import attend, grid_of, join_map, split_map
+from .window import require_same_border
 
 Pair = tuple[int, int]
 
@@ -121,6 +122,56 @@ class ReducedAggregatedCore(nn.Module):
         return f"scale={self.scale:.4g}"
 
 
+class MaskedAggregatedCore(nn.Module):
+    """Swin's windows as aggregated attention without a pooled map: a window of ``2 M - 1`` around every token holds the
+    ``M x M`` block it is in, and a mask leaves the rest of it out of the softmax. The learned weights after the softmax
+    see the whole window.
+
+    Args:
+        local: the window's parameters; they start at zero and add to the bias.
+        blocks: the windows, shifted or not; none of their slots may be padding.
+        grid: the map at conversion.
+        scale: multiplies the scores.
+        entries: where a flattened block's bias holds its relative table.
+    """
+
+    def __init__(self, local: LocalBranch, blocks: Window, grid: Grid, scale: float, entries: Tensor | None) -> None:
+        super().__init__()
+        self.local, self.blocks, self.grid, self.scale = local, blocks, grid, scale
+        self.register_buffer("entries", entries, persistent=False)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *_pads: Tensor) -> Tensor:
+        """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` by slots of a block.
+
+        Raises:
+            ConversionError: the map has blocks that were not seen at conversion, or is no multiple of them.
+        """
+        grid = Grid(query.shape[1], query.shape[2])
+        require_same_border(self.blocks, grid, self.grid, padded=False)
+        table = None
+        if bias is not None:
+            assert isinstance(self.entries, Tensor)
+            reach = self.local.window_size // 2 + 1
+            table = reached_table(bias, self.entries, self.blocks.size, (reach, reach)).flatten(1)
+        none = key.flatten(1, 2)[:, :0]
+        inside = same_block(self.blocks, grid, self.local.window_size).to(query.device)
+        return aggregate(query, key, value, none, none, None, self.local, self.scale, table, inside)
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}, grid={self.grid}, scale={self.scale:.4g}"
+
+
+def same_block(blocks: Window, grid: Grid, window_size: int) -> Tensor:
+    """``[height, width, window_size ** 2]``: which places of a token's window lie on the map and in its block."""
+    slots = blocks.slots(grid)
+    block, slot = torch.nonzero(slots >= 0, as_tuple=True)
+    number = torch.empty(grid.tokens, dtype=torch.long)
+    number[slots[block, slot]] = block
+    number, reach = number.view(grid.height, grid.width), window_size // 2
+    around = F.pad(number, (reach,) * 4, value=-1).unfold(0, window_size, 1).unfold(1, window_size, 1)
+    return (around == number[:, :, None, None]).flatten(2)
+
+
 def aggregate(
     query: Tensor,
     key: Tensor,
@@ -131,6 +182,7 @@ def aggregate(
     local: LocalBranch | None,
     scale: float,
     table: Tensor | None = None,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Dot-product aggregated attention of a map.
 
@@ -140,6 +192,8 @@ def aggregate(
         shared_bias: ``[keys]`` or ``[heads, height, width, keys]``, added to their scores.
         local: the window's parameters; None is no window.
         table: ``[heads, window_size ** 2]``, added to the window's scores.
+        inside: ``[height, width, window_size ** 2]``, which places of the window are in the softmax; None is all on
+            the map.
 
     Returns:
         ``[batch, height, width, heads, dim]``.
@@ -157,7 +211,8 @@ def aggregate(
     if local.relative_pos_bias_local is not None:
         bias = local.relative_pos_bias_local if table is None else local.relative_pos_bias_local + table
         scores = window_scores(embedded * scale, key, local.window_size) + bias[:, None, None].to(query.dtype)
-        inside = inside_map(height, width, local.window_size, query.device).view(height, width, places)
+        if inside is None:
+            inside = inside_map(height, width, local.window_size, query.device).view(height, width, places)
         scores = scores.masked_fill(~inside, float("-inf"))
         joint = torch.cat([scores, shared], dim=-1).softmax(-1)
         after, weights = after + joint[..., :places], joint[..., places:]

@@ -43,20 +43,8 @@ class WindowAttention(nn.Module):
         ``pad_value`` ``[heads, dim]`` stand in padded slots. Returns the map of mixed values."""
         bias = None if bias is None else bias.to(query.dtype)
         grid = Grid(query.shape[1], query.shape[2])
-        divides = self.window.divides(grid)
-        if not divides and not self.window.phantom and grid != self.grid:
-            raise ConversionError(
-                f"a {grid} map is no multiple of the window {self.window.size}, and how the original would pad it "
-                f"was not seen at {self.grid}; convert the model with example inputs of this size"
-            )
-        for axis, (now, then) in enumerate(zip(self.window.blocks(grid), self.window.blocks(self.grid), strict=True)):
-            if (then == 1 < now) or (now == 1 < then and self.window.shift[axis]):
-                raise ConversionError(
-                    f"a {grid} map has {now} windows of {self.window.size[axis]} on axis {axis}, and {self.grid}, at "
-                    f"which it was converted, {then}: whether a single window is shifted differs from model to model; "
-                    "convert the model with example inputs of this size"
-                )
-        if (self.training and self.dropout > 0.0) or (self.window.cyclic and not divides):
+        require_same_border(self.window, grid, self.grid, self.window.phantom)
+        if (self.training and self.dropout > 0.0) or (self.window.cyclic and not self.window.divides(grid)):
             return self._gathered(query, key, value, bias, pad_key, pad_value)
         shift = tuple(
             s if side > size else 0
@@ -97,3 +85,25 @@ class WindowAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.window}, scale={self.scale:.4g}, dropout={self.dropout}"
+
+
+def require_same_border(window: Window, grid: Grid, converted: Grid, padded: bool) -> None:
+    """Stop at a map on which what the original does at the border was not seen, at the ``converted`` one.
+
+    ``padded``: what stands in padded slots is known.
+
+    Raises:
+        ConversionError: it was not seen.
+    """
+    if not window.divides(grid) and not padded and grid != converted:
+        raise ConversionError(
+            f"a {grid} map is no multiple of the window {window.size}, and how the original would pad it "
+            f"was not seen at {converted}; convert the model with example inputs of this size"
+        )
+    for axis, (now, then) in enumerate(zip(window.blocks(grid), window.blocks(converted), strict=True)):
+        if (then == 1 < now) or (now == 1 < then and window.shift[axis]):
+            raise ConversionError(
+                f"a {grid} map has {now} windows of {window.size[axis]} on axis {axis}, and {converted}, at "
+                f"which it was converted, {then}: whether a single window is shifted differs from model to model; "
+                "convert the model with example inputs of this size"
+            )

@@ -228,16 +228,37 @@ def reduced_aggregated(op: Operands, window_size: int, local: LocalWeights) -> T
 def with_window(
     op: Operands, size: int, local: LocalWeights, shared_key: Tensor, shared_value: Tensor, shared_bias: Tensor
 ) -> Tensor:
+    inside, place, by_tokens = window_places(op, size, local)
+    embedded = op.query + local.embedding[:, 0]
+    shared = scores_of(embedded, shared_key, op.scale) + shared_bias
+    if local.bias is None:
+        return by_tokens + mixed_by(shared, shared_value)
+    bias = local.bias[:, place] + (0.0 if op.table is None else table_at(op.table, *offsets(op.sides)))
+    near = scores_of(embedded, op.key, op.scale) + bias + masked(inside)
+    return by_tokens + mixed_by(torch.cat([near, shared], dim=-1), torch.cat([op.value, shared_value], dim=1))
+
+
+def window_places(op: Operands, size: int, local: LocalWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """``[queries, keys]`` whether a key is in the window and at which place, and what the learned weights mix."""
     down, across = offsets(op.sides)
     inside = (down.abs() <= size // 2) & (across.abs() <= size // 2)
     place = ((down + size // 2) * size + across + size // 2).clamp(0, size**2 - 1)
-    embedded = op.query + local.embedding[:, 0]
-    shared = scores_of(embedded, shared_key, op.scale) + shared_bias
     learned = torch.einsum("bnhd,hdp->bhnp", op.query, local.tokens) + local.token_bias[:, 0][None, :, None]
     learned = learned.gather(-1, place.expand(*learned.shape[:2], -1, -1)) * inside
-    by_tokens = torch.einsum("bhnm,bmhd->bnhd", learned, op.value)
-    if local.bias is None:
-        return by_tokens + mixed_by(shared, shared_value)
-    bias = local.bias[:, place] + (0.0 if op.table is None else table_at(op.table, down, across))
-    near = scores_of(embedded, op.key, op.scale) + bias + masked(inside)
-    return by_tokens + mixed_by(torch.cat([near, shared], dim=-1), torch.cat([op.value, shared_value], dim=1))
+    return inside, place, torch.einsum("bhnm,bmhd->bnhd", learned, op.value)
+
+
+def masked_windows(op: Operands, local: LocalWeights) -> Tensor:
+    """Liu et al. 2021: attention inside (shifted) windows, with what aggregated attention learns for 2 M - 1 places."""
+    assert op.window is not None
+    assert op.table is not None
+    assert local.bias is not None
+    _, place, by_tokens = window_places(op, 2 * max(op.window) - 1, local)
+    blocks = []
+    for side, size in zip(op.sides, op.window, strict=True):
+        shift = size // 2 if op.shifted else 0
+        blocks.append((torch.arange(side) + size - shift) // size)
+    seen = on_both_axes(*(block[:, None] == block[None] for block in blocks))
+    bias = table_at(op.table, *offsets(op.sides)) + local.bias[:, place]
+    scores = scores_of(op.query + local.embedding[:, 0], op.key, op.scale)
+    return by_tokens + mixed_by(scores + bias + masked(seen), op.value)

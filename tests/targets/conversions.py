@@ -19,6 +19,7 @@ Case = tuple[str, str, dict[str, Any]]
 
 QUICK: list[Case] = [
     ("swin", "aggregated", {}),
+    ("swin", "aggregated", {"windows": "mask"}),
     ("swin", "neighborhood", {"kernel_size": 3}),
     ("swin, padded", "long_short_distance", {}),
     ("swin, padded", "neighborhood", {"kernel_size": 3, "dilation": 3}),

@@ -86,6 +86,10 @@ def aggregated(window: int, pool: tuple[int, int]) -> Definition:
     return mix
 
 
+def masked(op: Operands, new: New) -> Tensor:
+    return define.masked_windows(op, local_weights(new))
+
+
 # Each a case and what its converted attentions compute.
 DEFINED: list[tuple[Case, Definition]] = [
     (("vit", "aggregated", {}), aggregated(3, (1, 1))),
@@ -98,6 +102,7 @@ DEFINED: list[tuple[Case, Definition]] = [
     (("swin", "aggregated", {}), aggregated(3, (1, 1))),
     (("swin", "aggregated", {"window_size": 7, "pool": 1} | OPEN), aggregated(7, (1, 1))),
     (("swin, padded", "aggregated", {"pool": 2, "window_size": 9}), aggregated(9, (2, 2))),
+    (("swin", "aggregated", {"windows": "mask"}), masked),
     (("pvt v2", "aggregated", OPEN), aggregated(3, (1, 1))),
     (("pvt v2, linear", "aggregated", {"window_size": 5}), aggregated(5, (1, 1))),
     (("pvt v1, twins", "aggregated", {"local_bias": -2.0}), aggregated(3, (1, 1))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import attention_definitions as define
@@ -18,8 +19,10 @@ import attnrewrite
 from attnrewrite import cores
 from attnrewrite.cores import aggregated, grouped, manhattan, neighborhood
 from attnrewrite.errors import ConversionError
+from attnrewrite.ir import Window
 
 Wrapped = Callable[..., Any]
+MASKED = ("swin", "aggregated", {"windows": "mask"})
 FIRST_BLOCKS = ("vit", "neighborhood", {"kernel_size": 3})
 
 
@@ -73,6 +76,15 @@ def class_token_counts(split_map: Wrapped) -> Wrapped:
     return lambda part, grid: split_map(part.roll(1, 1), grid)
 
 
+def whole_windows(same_block: Wrapped) -> Wrapped:
+    """Everything in a token's window, whether or not it is in its block."""
+    return lambda blocks, grid, size: same_block(Window((grid.height, grid.width)), grid, size)
+
+
+def unshifted(same_block: Wrapped) -> Wrapped:
+    return lambda blocks, grid, size: same_block(replace(blocks, shift=(0, 0)), grid, size)
+
+
 def first_key_lost(operator: Wrapped) -> Wrapped:
     def lost(*parts: Any, additional_keys: Tensor, additional_values: Tensor, **more: Any) -> Any:
         return operator(*parts, additional_keys=None, additional_values=None, **more)
@@ -89,6 +101,9 @@ KEPT_FAULTS: list[tuple[str, Case, object, str, Callable[[Wrapped], Wrapped]]] =
     ("flipped table", ("swin", "aggregated", {}), cores.AggregatedCore, "forward", with_bias(flipped)),
     ("dropped table", ("swin", "neighborhood", {"kernel_size": 4}), neighborhood, "reached_table",
      lambda table: lambda *arguments: torch.zeros_like(table(*arguments))),
+    ("flipped table", MASKED, cores.MaskedAggregatedCore, "forward", with_bias(flipped)),
+    ("no mask", MASKED, aggregated, "same_block", whole_windows),
+    ("no shift", MASKED, aggregated, "same_block", unshifted),
     ("class token on the map", ("vit", "aggregated", {}), aggregated, "split_map", class_token_counts),
 ]  # fmt: skip
 

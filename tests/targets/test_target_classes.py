@@ -44,6 +44,8 @@ CELLS: list[tuple[tuple[str, ...], str, dict[str, Any], list[str]]] = [
     (VITS, "dilated_neighborhood", {}, [E, E]),
     (SWINS, "aggregated", {}, [P, P, E, E]),
     (SWINS, "aggregated", {"local_bias": -20}, [P, P, C, C]),
+    (SWINS, "aggregated", {"windows": "mask"}, [E, E, E, E]),
+    (("swin, padded",), "aggregated", {"windows": "mask"}, ["padded slots count as keys.*; use windows='pool'"] * 4),
     (SWINS, "manhattan", {}, [WINDOWED, WINDOWED, C, C]),
     (SWINS, "manhattan_decomposed", {}, [WINDOWED, WINDOWED, NOT_A_SUM, NOT_A_SUM]),
     (SWINS, "long_short_distance", {}, [E, E, E, E]),
