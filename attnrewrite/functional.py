@@ -71,6 +71,11 @@ def neighborhood_attention(
         `[B, *grid, heads, value_dim]`, and with `return_lse` also `[B, *grid, heads]` (natural logarithm,
         float32 for half precision). Gradients flow through both.
 
+        A query whose every logit is -inf by its bias gets NaN, and -inf as log-sum-exp. NaN or infinity in a
+        key, value or query (and NaN gradients of such a query) may reach more than the neighbors: backend
+        "tiled" computes boxes of queries with all the keys of a box around them, and weights of zero do not
+        hide NaN. Only backend "reference" keeps them where they belong.
+
     Raises:
         ArgumentError: for arguments that do not fit each other.
         BackendError: if the backend is unknown or cannot run this.

@@ -66,7 +66,7 @@ Derivative = Callable[[Tile, Outcome], TileGradients]
 def attend(block: Block, problem: Problem, attention: Attention, output: Tensor, lse: Tensor) -> None:
     """Fill the block's part of output `[B, *grid, heads, d_v]` and log-sum-exp `[B, *grid, heads, 1]`."""
     outputs, statistics = tile_view(output, block.queries), tile_view(lse, block.queries)
-    for index, tile in _tiles(block, problem):
+    for index, tile in _tiles(block, problem, held=1):
         mixed, logarithms = attention(tile)
         write(outputs, index, mixed)
         write(statistics, index, logarithms)
@@ -78,7 +78,7 @@ def attend_backward(
     """Fill the block's part of the query's gradient, and add its part to the other gradients."""
     maps = [tile_view(each, block.queries) for each in outcome]
     grad_query = tile_view(gradients.query, block.queries)
-    for index, tile in _tiles(block, problem):
+    for index, tile in _tiles(block, problem, held=2):
         found = differentiate(tile, Outcome(*(read(each, index).to(tile.query.dtype) for each in maps)))
         write(grad_query, index, found.query)
         _add_key_gradients(block, index, gradients.key, gradients.extra_key, found.key)
@@ -87,29 +87,29 @@ def attend_backward(
             _add_table_gradient(block, gradients.table, found.logits)
 
 
-def _tiles(block: Block, problem: Problem) -> Iterator[tuple[Index, Tile]]:
-    """The block's tiles, run by run, in the precision of the softmax."""
+def _tiles(block: Block, problem: Problem, held: int) -> Iterator[tuple[Index, Tile]]:
+    """The block's tiles, run by run, in the precision of the softmax; `held` is 2 with gradients beside them."""
     operands = problem.operands
     dtype = operands.table.dtype
     lead = lead_shape(operands.query.shape[0], block.queries)
     queries = tile_view(operands.query, block.queries)
     keys, values = (tile_view(each, block.keys) for each in (operands.key, operands.value))
     terms = None if block.terms is None else operands.table[:, block.terms]
-    for index in chunks(lead, _run_length(block, operands)):
+    for index in chunks(lead, _run_length(block, operands, held)):
         query = read(queries, index).to(dtype)
         key = _with_extras(read(keys, index).to(dtype), operands.extra_key, block, lead, index)
         value = _with_extras(read(values, index).to(dtype), operands.extra_value, block, lead, index)
         yield index, Tile(query, key, value, terms, problem.scale)
 
 
-def _run_length(block: Block, operands: Operands) -> int:
+def _run_length(block: Block, operands: Operands, held: int) -> int:
     """How many tiles stay in cache together."""
     heads, head_dim, value_dim = *operands.query.shape[-2:], operands.value.shape[-1]
     points = prod(axis.size for axis in block.queries)
     keys = prod(axis.size for axis in block.keys) + block.extras
     numbers = heads * (points * keys + (points + keys) * (head_dim + value_dim))
     bytes_per_run = RUN_BYTES.get(operands.query.device.type, RUN_BYTES["cuda"])
-    return max(1, bytes_per_run // (numbers * operands.table.element_size()))
+    return max(1, bytes_per_run // (held * numbers * operands.table.element_size()))
 
 
 def _with_extras(tiles: Tensor, extra: Tensor, block: Block, lead: tuple[int, ...], index: Index) -> Tensor:

@@ -157,6 +157,52 @@ def test_large_logits_do_not_overflow(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value_dim", [3, 2])  # as wide as queries or not
+def test_a_window_without_any_key_is_nan_and_leaves_the_others_alone(backend, value_dim):
+    operands = local_operands((9, 8), (3, 3), batch=2, value_dim=value_dim, bias=True)
+    bias = operands[3]
+    bias[0, 1:4, 1:4] = -torch.inf  # head 0: all an interior query sees
+    bias[1, 2:, 2:] = -torch.inf  # head 1: all that the first query sees, and some keys of others
+    geometry = ((3, 3), (1, 1), (1, 1), (False, False), 0.5)
+    output, lse, *gradients = results(on(backend, geometry), operands)
+    dead = torch.zeros(2, 9, 8, 2, dtype=torch.bool)
+    dead[:, 1:-1, 1:-1, 0] = True
+    dead[:, 0, 0, 1] = True
+    assert output.isnan().equal(dead[..., None].expand_as(output))
+    assert lse.eq(-torch.inf).equal(dead)
+    expected = results(on("reference", geometry), operands)
+    assert_same([output.nan_to_num()], [expected[0].nan_to_num()])
+    for one, other in zip(gradients, expected[2:], strict=True):  # NaN may reach all keys of a tile
+        assert one.isnan()[other.isnan()].all()
+        assert_same([one.nan_to_num()], [other.masked_fill(one.isnan(), 0.0)])
+
+
+def test_gradients_that_arrive_at_the_statistics_alone_are_the_reference():
+    operands = local_operands((9, 8), (3, 3), batch=2, value_dim=3)[:3]
+
+    def gradients(backend):
+        leaves = [operand.detach().requires_grad_() for operand in operands]
+        _, lse = neighborhood_attention(*leaves, 3, backend=backend, return_lse=True)
+        return torch.autograd.grad(lse.sin().sum(), leaves)
+
+    assert_same(gradients("tiled"), gradients("reference"))
+
+
+@pytest.mark.parametrize("additional", [0, 2])
+def test_gradients_of_the_output_alone_are_the_reference(additional):
+    """As in most models: what torch's fused kernel serves."""
+    operands = local_operands((19, 18), (5, 3), batch=2, value_dim=3, additional=additional)
+    leaves = [x.detach().requires_grad_() for x in operands if x is not None]
+
+    def gradients(backend):
+        extra = dict(zip(("additional_keys", "additional_values"), leaves[3:], strict=False))
+        output = neighborhood_attention(*leaves[:3], (5, 3), dilation=2, backend=backend, **extra)
+        return torch.autograd.grad(output.sin().sum(), leaves)
+
+    assert_same(gradients("tiled"), gradients("reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
 )  # their rounding
