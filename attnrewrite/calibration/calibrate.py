@@ -16,11 +16,11 @@ from ..errors import UNFORESEEN, ArgumentError, CalibrationError, first_line
 from ..report import CalibrationReport, ConversionReport, SiteErrors
 from .distill import control, distill
 from .images import Images, call, collect
-from .least_squares import Pair, Refit, install, refit_projection, refit_value, write
+from .least_squares import Pair, Refit, correct_bias, install, refit_projection, refit_value, write
 from .measure import measure_model, measure_sites
 from .places import Place
 from .readout import token_weights
-from .settings import Calibration
+from .settings import RIDGES, Calibration
 from .state import State, fingerprint_of
 from .streams import evaluating
 
@@ -32,7 +32,7 @@ def calibrate(
     *,
     method: str = "lsq",
     n: int = 256,
-    ridge: float = 1e-2,
+    ridge: float | None = None,
     holdout: float = 0.25,
     token_weights: str = "readout",
     value_step: bool | None = None,
@@ -149,13 +149,16 @@ def _refit_place(pair: Pair, place: Place, settings: Calibration) -> tuple[str, 
     if not refit.wins:
         return f"taken back: {refit.what} is no better on held-out images", {}
     install(pair.model, refit)
-    return refit.what, refit.parameters
+    return str(refit), refit.parameters
 
 
 def _best(pair: Pair, place: Place, settings: Calibration) -> Refit:
-    refit = refit_projection(pair, place, settings.ridge, bias_only=settings.method == "bias")
-    if settings.method == "lsq" and settings.value_step is not False:
-        other = refit_value(pair, place, settings.ridge)
+    if settings.method == "bias":
+        return correct_bias(pair, place)
+    strengths = RIDGES if settings.ridge is None else (settings.ridge,)
+    refit = refit_projection(pair, place, strengths)
+    if settings.value_step is not False:
+        other = refit_value(pair, place, refit.strength, strengths)
         if other is not None and other.after < refit.after:
             return other
     return refit

@@ -26,16 +26,23 @@ VALUE_STEPS = (1.0, 0.5, 0.25, 0.125)
 
 @dataclass
 class Refit:
-    """New values of parameters, by name, and the weighted squared stream error on held-out images before and after."""
+    """New values of parameters, by name, and the weighted squared stream error on held-out images before and after.
+
+    ``strength`` is the ridge's, of refits that have one.
+    """
 
     what: str
     parameters: dict[str, Tensor]
     before: float
     after: float
+    strength: float = 0.0
 
     @property
     def wins(self) -> bool:
         return self.after < self.before
+
+    def __str__(self) -> str:
+        return f"{self.what}, ridge {self.strength:g}" if self.strength else self.what
 
 
 @dataclass
@@ -100,27 +107,34 @@ def features(x: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
-def refit_projection(pair: Pair, place: Place, strength: float, bias_only: bool = False) -> Refit:
-    """Ridge regression of the output projection towards its old weights."""
-    linear, scale = pair.linear(place), pair.scale(place)
-    if bias_only and linear.bias is None:
+def correct_bias(pair: Pair, place: Place) -> Refit:
+    """The output projection's bias moved by the mean error."""
+    linear = pair.linear(place)
+    if linear.bias is None:
         raise CalibrationError("its output projection has no bias")
     fit, held = (_moments(pair, place, half) for half in (pair.images.fit, pair.images.held))
     change = torch.zeros_like(fit.cross)
-    if bias_only:
-        change[-1] = fit.cross[-1] / fit.gram[-1, -1]
-    else:
-        change = _solve(fit, linear, strength)
+    change[-1] = fit.cross[-1] / fit.gram[-1, -1]
     agreed(change)
-    new = _projection_parameters(place, linear, change, scale)
-    return Refit("bias" if bias_only else "projection", new, held.error(), held.error(change))
+    new = _projection_parameters(place, linear, change, pair.scale(place))
+    return Refit("bias", new, held.error(), held.error(change))
 
 
-def refit_value(pair: Pair, place: Place, strength: float) -> Refit | None:
+def refit_projection(pair: Pair, place: Place, strengths: tuple[float, ...]) -> Refit:
+    """Ridge regression of the output projection towards its old weights, by the strength that wins on held-out images."""
+    linear = pair.linear(place)
+    fit, held = (_moments(pair, place, half) for half in (pair.images.fit, pair.images.held))
+    error, strength, change = _best_solution(fit, held, linear, strengths)
+    new = _projection_parameters(place, linear, change, pair.scale(place))
+    return Refit("projection", new, held.error(), error, strength)
+
+
+def refit_value(pair: Pair, place: Place, strength: float, strengths: tuple[float, ...]) -> Refit | None:
     """A step of the value projection with the output projection refitted on top; None where there is no such step.
 
     Per head: ``min |e - G dv^T p^T|`` with ``G`` the sources as this head mixes them and ``p`` the head's columns of
-    the output projection. Of the step's lengths the one with the smallest error after the refit is taken.
+    the output projection, by ridge regression of ``strength``. Of the step's lengths the one with the smallest error
+    after the refit is taken.
     """
     heads = place.value
     if heads is None:
@@ -131,17 +145,26 @@ def refit_value(pair: Pair, place: Place, strength: float) -> Refit | None:
     held, fit = (_step_moments(pair, place, heads, direction, half) for half in (pair.images.held, pair.images.fit))
     old = torch.zeros(linear.in_features + 1, linear.out_features, dtype=torch.float64, device=scale.device)
     old[:-1] = linear.weight.detach().double().T * scale
-    lengths = []
+    found = []
     for length in VALUE_STEPS:
-        moved = _moved(fit, old, length, linear.in_features)
-        change = _solve(moved, linear, strength)
-        lengths.append((moved.error(change), length, change))
-    _, length, change = min(lengths, key=lambda entry: entry[0])
-    agreed(change)
-    judged = _moved(held, old, length, linear.in_features)
+        moved, judged = (_moved(moments, old, length, linear.in_features) for moments in (fit, held))
+        found.append((*_best_solution(moved, judged, linear, strengths), length))
+    error, strength, change, length = min(found, key=lambda entry: entry[0])
     new = _projection_parameters(place, linear, change, scale)
     new |= _value_parameters(pair.model, heads, length * direction)
-    return Refit("value and projection", new, held.error(), judged.error(change))
+    return Refit("value and projection", new, held.error(), error, strength)
+
+
+def _best_solution(
+    fit: Moments, held: Moments, linear: nn.Linear, strengths: tuple[float, ...]
+) -> tuple[float, float, Tensor]:
+    """The smallest error on held-out images, with the ridge's strength and the change that reach it."""
+    found = []
+    for strength in strengths:
+        change = _solve(fit, linear, strength)
+        agreed(change)
+        found.append((held.error(change), strength, change))
+    return min(found, key=lambda entry: entry[0])
 
 
 def install(model: nn.Module, refit: Refit) -> dict[str, Tensor]:
