@@ -16,13 +16,14 @@ from ..errors import UNFORESEEN, ArgumentError, CalibrationError, first_line
 from ..report import CalibrationReport, ConversionReport, SiteErrors
 from .distill import control, distill
 from .images import Images, call, collect
-from .least_squares import Pair, Refit, correct_bias, install, refit_projection, refit_value, write
+from .least_squares import Pair, Refit, correct_bias, refit_projection, write
 from .measure import measure_model, measure_sites
 from .places import Place
 from .readout import token_weights
 from .settings import RIDGES, Calibration
 from .state import State, fingerprint_of
 from .streams import evaluating
+from .value_step import refit_value
 
 
 def calibrate(
@@ -78,12 +79,14 @@ def calibrated(converted: nn.Module, original: nn.Module, settings: Calibration)
         _try(model, "converted", images)
         before = measure_model(model, original, images, images.held)
         sites_before = measure_sites(model, original, places, images, images.held)
+        state = _state(model, original, images, settings)
+        outcome: dict[str, str] = {}
         floor = None
         if settings.method == "distill":
-            outcome = _distilled(model, original, images, settings)
-            floor = measure_model(control(original, images, settings), original, images, images.held)
+            distill(model, original, images, settings, state)
+            floor = measure_model(control(original, images, settings, state), original, images, images.held)
         else:
-            outcome = _refitted(model, original, places, images, settings)
+            outcome = _refitted(model, original, places, images, settings, state)
         after = measure_model(model, original, images, images.held)
         reverted = not after.logits <= before.logits
         if reverted:
@@ -112,23 +115,23 @@ def _try(model: nn.Module, argument: str, images: Images) -> None:
         raise CalibrationError(f"data: {argument} does not take images {shapes}: {first_line(cause)}") from cause
 
 
-def _distilled(model: nn.Module, original: nn.Module, images: Images, settings: Calibration) -> dict[str, str]:
-    distill(model, original, images, settings)
-    return {}
-
-
-def _refitted(
-    model: nn.Module, original: nn.Module, places: list[Place], images: Images, settings: Calibration
-) -> dict[str, str]:
-    """Refit place by place in forward order, in place; what was done by site."""
-    weights = token_weights(original, places, images, settings.seed) if settings.token_weights == "readout" else {}
-    pair = Pair(model, original, images, weights)
+def _state(model: nn.Module, original: nn.Module, images: Images, settings: Calibration) -> State:
+    """What an earlier run of the same left behind, if there is any."""
     fingerprint = {
         "images": images.fingerprint(), "weights of converted": fingerprint_of(model),
         "weights of original": fingerprint_of(original), "settings": repr(sorted(settings.of_result().items())),
     }  # fmt: skip
     state = State(None if settings.resume is None else Path(settings.resume), fingerprint)
     state.load()
+    return state
+
+
+def _refitted(
+    model: nn.Module, original: nn.Module, places: list[Place], images: Images, settings: Calibration, state: State
+) -> dict[str, str]:
+    """Refit place by place in forward order, in place; what was done by site."""
+    weights = token_weights(original, places, images, settings.seed) if settings.token_weights == "readout" else {}
+    pair = Pair(model, original, images, weights)
     write(model, state.parameters)
     for place in tqdm(places, desc="calibrate", disable=None if settings.progress else True, leave=False):
         if any(record["name"] == place.name for record in state.done):
@@ -148,7 +151,7 @@ def _refit_place(pair: Pair, place: Place, settings: Calibration) -> tuple[str, 
         return f"skipped: {first_line(reason)}", {}
     if not refit.wins:
         return f"taken back: {refit.what} is no better on held-out images", {}
-    install(pair.model, refit)
+    write(pair.model, refit.parameters)
     return str(refit), refit.parameters
 
 

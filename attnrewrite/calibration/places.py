@@ -12,23 +12,46 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from ..capture import ModuleCall, NodeRef
-from ..ir import AttentionSite, MlpSite, Projection, Site
+from ..ir import AttentionSite, MlpSite, Site
 from ..lift.dataflow import Dataflow
 from ..lift.values import operator_name
-from .streams import Tap
+from .streams import Tap, tokens
 
 if TYPE_CHECKING:
     from ..plan import Plan
+    from ..rewrite.owners import OwnerProgram
+    from ..targets import Conversion
 
 _RESHAPES = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"}
 
 
 @dataclass(frozen=True)
-class ValueHeads:
-    """The value projection of a site: the linear map at ``path``, ``rows[head][dim]`` of it for every head, ``columns``
-    of the output projection that read that head, and the module at ``owner`` between the two."""
+class LinearMap:
+    """An output projection: its parameters by name, and where its input can be read in the converted model.
 
-    path: str
+    ``columns``: the input is read as a core gives it, heads and their dimensions last, and its element ``i`` is column
+    ``columns[i]`` of the weight. Without any it is read as it is.
+    """
+
+    weight: str
+    bias: str | None
+    input: Tap
+    columns: tuple[int, ...] = ()
+
+    def rows(self, value: Tensor) -> Tensor:
+        """``[images, tokens, columns of the weight]`` of what was read at ``input``."""
+        if not self.columns:
+            return tokens(value)
+        return tokens(value.flatten(-2))[..., torch.argsort(torch.tensor(self.columns, device=value.device))]
+
+
+@dataclass(frozen=True)
+class ValueHeads:
+    """The value projection of a site: its parameters by name, ``rows[head][dim]`` of the weight for every head,
+    ``columns`` of the output projection that read that head, and the module at ``owner`` between the two."""
+
+    weight: str
+    bias: str | None
     rows: tuple[tuple[int, ...], ...]
     columns: tuple[tuple[int, ...], ...]
     owner: str
@@ -46,7 +69,7 @@ class Place:
     name: str
     kind: str
     owner: str | None = None
-    projection: str = ""
+    projection: LinearMap | None = None
     before: Tap | None = None
     after: Tap | None = None
     scale: str | None = None
@@ -61,7 +84,7 @@ class _NotAPlace(Exception):
 def find_places(plan: Plan) -> list[Place]:
     """Places of all attention sites that ``plan`` converts, of all MLPs and of the classifier, in forward order."""
     graph = _Residuals(plan.flow)
-    owners = {id(site): owner.path for owner in plan.programs for site in owner.sites}
+    owners = {id(site): owner for owner in plan.programs for site in owner.sites}
     places: list[tuple[int, Place]] = []
     for planned in plan.sites:
         site = planned.site
@@ -70,9 +93,9 @@ def find_places(plan: Plan) -> list[Place]:
         owner = owners.get(id(site))
         if isinstance(site, AttentionSite) and owner is None:
             continue
-        whole = planned.status == "convert" and planned.conversion is not None and planned.conversion.whole
+        conversion = planned.conversion if planned.status == "convert" else None
         position = (site.nodes.output.node if isinstance(site, AttentionSite) else site.second).meta["custom"]
-        places.append((position["attnrewrite_position"], graph.place(site, owner, whole)))
+        places.append((position["attnrewrite_position"], graph.place(site, owner, conversion)))
     ordered = [place for _, place in sorted(places, key=lambda entry: entry[0])]
     return ordered + graph.classifier()
 
@@ -87,24 +110,24 @@ class _Residuals:
     def __post_init__(self) -> None:
         self.calls = list(_walk(self.flow.capture.root))
 
-    def place(self, site: Site, owner: str | None, whole: bool) -> Place:
-        place = Place(site.name, site.kind, owner)
+    def place(self, site: Site, owner: OwnerProgram | None, conversion: Conversion | None) -> Place:
+        place = Place(site.name, site.kind, None if owner is None else owner.path)
         try:
-            if whole:
+            if conversion is not None and conversion.whole:
                 raise _NotAPlace("its output projection was replaced")
             assert isinstance(site, AttentionSite | MlpSite)
             merged = site.nodes.merged if isinstance(site, AttentionSite) else site.second
             start = site.nodes.result if isinstance(site, AttentionSite) else site.result
             if merged is None or start is None:
                 raise _NotAPlace("it has no output projection")
-            projection = self._linear_call(merged)
+            projection = self._projection(site, merged, owner, conversion)
             scale, before, after = self._residual(start)
             place = replace(
-                place, projection=projection.path, scale=scale, before=self._tap(before, "before"),
+                place, projection=projection, scale=scale, before=self._tap(before, "before"),
                 after=self._tap(after, "after"),
             )  # fmt: skip
             if isinstance(site, AttentionSite) and owner is not None:
-                place = replace(place, value=self._value_heads(site, owner))
+                place = replace(place, value=self._value_heads(site, owner.path))
         except _NotAPlace as reason:
             return replace(place, why=str(reason))
         return place
@@ -118,12 +141,38 @@ class _Residuals:
             head = self._linear_call(outputs[0])
         except _NotAPlace:
             return []
-        return [Place(head.path, "classifier", None, head.path, None, Tap(head.path, result=True))]
+        return [Place(head.path, "classifier", None, _called(head), None, Tap(head.path, result=True))]
+
+    def _projection(
+        self, site: Site, merged: Node, owner: OwnerProgram | None, conversion: Conversion | None
+    ) -> LinearMap:
+        """The output projection ``merged``: a module that is called, else a function whose input the core gives."""
+        if any(_output(call) is merged for call in self.calls if isinstance(call.module, nn.Linear)):
+            return _called(self._linear_call(merged))
+        names = self._parameters(merged)
+        output = site.output if isinstance(site, AttentionSite) else None
+        if names is None or output is None or owner is None or conversion is None:
+            raise _NotAPlace("its output projection is not a linear module that is called")
+        core = next((name for name, module in owner.modules.items() if module is conversion.core), None)
+        if core is None or sum(other.module is owner.call.module for other in self.calls) > 1:
+            raise _NotAPlace("the input of its output projection cannot be read")
+        path = f"{owner.path}.{core}" if owner.path else core
+        return LinearMap(*names, Tap(path, result=True), tuple(output.rows.flatten().tolist()))
+
+    def _parameters(self, linear: Node) -> tuple[str, str | None] | None:
+        """Names of the weight and the bias of a linear map, where they are parameters as they stand."""
+        if operator_name(linear) != "aten::linear":
+            return None
+        parameters = {id(value): name for name, value in self.flow.capture.model.named_parameters()}
+        given = [id(self.flow.capture.tensors.get(node)) for node in linear.args[1:] if isinstance(node, Node)]
+        if not all(key in parameters for key in given):
+            return None
+        return parameters[given[0]], parameters[given[1]] if len(given) > 1 else None
 
     def _linear_call(self, node: Node) -> ModuleCall:
         """The one call of a linear module that computes ``node``."""
         for call in self.calls:
-            if isinstance(call.module, nn.Linear) and isinstance(call.output, NodeRef) and call.output.node is node:
+            if isinstance(call.module, nn.Linear) and _output(call) is node:
                 if self._called_once(call):
                     return call
                 raise _NotAPlace("its output projection is called more than once")
@@ -202,17 +251,18 @@ class _Residuals:
         value, output = site.value, site.output
         if value is None or output is None or value.rows.shape != output.rows.shape:
             return None
-        path = self._linear_with(value)
-        if path is None:
-            return None
-        return ValueHeads(path, _plain(value.rows), _plain(output.rows), owner)
+        made = next((linear for linear in site.nodes.linears if linear.args[1] is value.weight), None)
+        names = None if made is None else self._parameters(made)
+        return None if names is None else ValueHeads(*names, _plain(value.rows), _plain(output.rows), owner)
 
-    def _linear_with(self, projection: Projection) -> str | None:
-        weight = self.flow.capture.tensors.get(projection.weight)
-        for call in self.calls:
-            if isinstance(call.module, nn.Linear) and call.module.weight is weight:
-                return call.path
-        return None
+
+def _output(call: ModuleCall) -> Node | None:
+    return call.output.node if isinstance(call.output, NodeRef) else None
+
+
+def _called(call: ModuleCall) -> LinearMap:
+    bias = None if call.module.bias is None else f"{call.path}.bias"
+    return LinearMap(f"{call.path}.weight", bias, Tap(call.path))
 
 
 def _width(node: object) -> int:

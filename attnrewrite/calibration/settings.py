@@ -70,8 +70,6 @@ class Calibration:
             self._check_training()
 
     def _check_training(self) -> None:
-        if self.resume is not None:
-            raise ArgumentError("resume: distillation is not resumed; leave it out, or use method='lsq'")
         if self.steps is not None:
             _require_whole("steps", self.steps, 1)
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):

@@ -20,7 +20,7 @@ from .parallel import processes
 
 @dataclass
 class State:
-    """What was done so far: a record a place, and the parameters as they are now.
+    """What was done so far: a record a place or a stretch of training, and the tensors that go on from there.
 
     ``fingerprint`` says what the run depends on; a file of another run is not continued.
     """
@@ -54,7 +54,7 @@ class State:
         self.done, self.parameters = record["done"], parameters
 
     def save(self, record: dict[str, Any], parameters: dict[str, Tensor]) -> None:
-        """Note a finished place; the first process writes the file."""
+        """Note what is finished; the first process writes the file. Without a path nothing is kept on disk."""
         self.done.append(record)
         self.parameters |= {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
         if self.path is None or processes()[0] != 0:

@@ -66,7 +66,6 @@ BAD_SETTINGS = [
     ({"steps": 3}, "steps, lr: only"),
     ({"method": "distill", "steps": 0}, "steps: expected"),
     ({"method": "distill", "lr": -1.0}, "lr: must be positive"),
-    ({"method": "distill", "resume": "state"}, "resume: distillation is not resumed"),
 ]
 
 
