@@ -73,7 +73,7 @@ def network(name: str) -> nn.Module:
         )
     return SwinTransformer(
         img_size=SIDES[name], patch_size=4, in_chans=1, num_classes=10, embed_dim=48, depths=(4, 2), num_heads=(3, 6),
-        window_size=7, mlp_ratio=2, drop_path_rate=0.0,
+        window_size=7, mlp_ratio=2, drop_path_rate=0.1,
     )  # fmt: skip
 
 

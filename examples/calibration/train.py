@@ -1,4 +1,4 @@
-"""Train the two small networks on the digits and store them; about two minutes each on one core.
+"""Train the two small networks on the digits and store them; six to ten minutes each on one core.
 
 python examples/calibration/train.py [vit] [swin]
 """
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", default=list(SIDES))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--folder", type=Path, default=CHECKPOINTS)
     arguments = parser.parse_args()
     for name in arguments.networks:

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -128,31 +122,3 @@ def test_keep_auto_holds_its_budget():
         original(), "neighborhood", images(1), budget={"agreement": 0.95}, measure=data, **options
     )
     assert attnrewrite.report(by_agreement).errors.agreement >= 0.95
-
-
-RUN = """
-import sys; sys.path[:0] = {paths!r}
-from attnrewrite.torchvision_compat import ensure_torchvision; ensure_torchvision()
-import torch
-from small_pair import calibrate
-torch.save(calibrate(resume={state!r}).state_dict(), {result!r})
-"""
-
-
-def test_a_killed_run_resumes_to_the_same_result(tmp_path):
-    state = tmp_path / "state.safetensors"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    code = RUN.format(paths=paths, state=str(state), result=str(tmp_path / "never"))
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 240
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert state.exists()
-    assert not (tmp_path / "never").exists(), "it was killed before its end"
-    assert same_weights(calibrate(resume=state), calibrate())
-    with pytest.raises(attnrewrite.AttnRewriteError, match="other settings"):
-        calibrate(resume=state, ridge=0.1)
-    with pytest.raises(attnrewrite.AttnRewriteError, match="other images"):
-        calibrate(resume=state, data=images(49)[1:])

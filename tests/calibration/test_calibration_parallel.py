@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from small_pair import calibrate, images
+from small_pair import calibrate, images, same_weights
 
 
 def _process(rank, folder, value_step):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = calibrate(data=images(48)[rank::2], value_step=value_step)
+    settings = {"data": images(48)[rank::2], "value_step": value_step, "resume": f"{folder}/state.safetensors"}
+    model = calibrate(**settings)
+    assert same_weights(calibrate(**settings), model), "both go on from the first one's file"
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
