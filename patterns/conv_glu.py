@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +192,10 @@ Part = tuple[Tensor, Tensor]
 
 def _parts_of(core: ConvGatedMlp) -> tuple[Part, ...]:
     """Hidden units, values, convolution and second map."""
-    made = (core.fc1, core.gate.value, core.gate.conv.conv, core.fc2)
+    gate = core.gate
+    assert gate.value is not None
+    assert gate.conv is not None
+    made: tuple[Any, ...] = (core.fc1, gate.value, gate.conv.conv, core.fc2)
     return tuple((part.weight.detach(), part.bias.detach()) for part in made)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..ridge import ridge
 from .images import Batch
 from .least_squares import Pair, Refit, best_solution, features, parameters_of, projection_parameters, solved, write
-from ..ridge import ridge
 from .moments import Moments
 from .parallel import agreed, summed
 from .places import Place, ValueHeads

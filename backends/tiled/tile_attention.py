@@ -72,7 +72,7 @@ def explicit(tile: Tile) -> tuple[Tensor, Tensor]:
 def fused_backward(tile: Tile, outcome: Outcome) -> TileGradients:
     """Gradients where none arrives at the log-sum-exp."""
     terms = None if tile.terms is None else tile.terms[None]
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    query, key, value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         outcome.grad_output,
         tile.query,
         tile.key,
@@ -84,7 +84,7 @@ def fused_backward(tile: Tile, outcome: Outcome) -> TileGradients:
         attn_mask=terms,
         scale=tile.scale,
     )
-    return TileGradients(*gradients, None)
+    return TileGradients(query, key, value, None)
 
 
 def explicit_backward(tile: Tile, outcome: Outcome) -> TileGradients:
