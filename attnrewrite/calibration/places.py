@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -106,9 +106,13 @@ class _Residuals:
 
     flow: Dataflow
     calls: list[ModuleCall] = field(init=False)
+    counts: Counter[int] = field(init=False)
+    taps: dict[Node, tuple[int, Tap]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.calls = list(_walk(self.flow.capture.root))
+        self.calls = list(self.flow.capture.root.walk())
+        self.counts = Counter(id(call.module) for call in self.calls)
+        self.taps = self._first_taps()
 
     def place(self, site: Site, owner: OwnerProgram | None, conversion: Conversion | None) -> Place:
         place = Place(site.name, site.kind, None if owner is None else owner.path)
@@ -217,20 +221,25 @@ class _Residuals:
             return long == sorted(long) and _width(node) == _width(node.args[0])
         return operator_name(node) in _RESHAPES and _width(node) == _width(node.args[0])
 
+    def _first_taps(self) -> dict[Node, tuple[int, Tap]]:
+        """The best module call at which each value is seen, and its rank: as an argument, best of one without children,
+        which no rewrite dissolves; else as a result."""
+        given = [(call, call.arguments, False) for call in sorted(self.calls, key=lambda call: bool(call.children))]
+        made = [(call, call.output, True) for call in self.calls]
+        taps: dict[Node, tuple[int, Tap]] = {}
+        for rank, (call, values, result) in enumerate(given + made):
+            if call.parent is None or not self._called_once(call):
+                continue
+            for index, leaf in enumerate(tree_leaves(values)):
+                if isinstance(leaf, NodeRef) and leaf.node is not None:
+                    taps.setdefault(leaf.node, (rank, Tap(call.path, index, result=result)))
+        return taps
+
     def _tap(self, node: Node, side: str) -> Tap:
-        """A module call that sees the stream's value; one without children first: no rewrite dissolves it."""
-        same = self._same_stream(node)
-        for call in sorted(self.calls, key=lambda call: bool(call.children)):
-            leaves = tree_leaves(call.arguments)
-            found = [i for i, leaf in enumerate(leaves) if isinstance(leaf, NodeRef) and leaf.node in same]
-            if found and call.parent is not None and self._called_once(call):
-                return Tap(call.path, found[0])
-        for call in self.calls:
-            leaves = tree_leaves(call.output)
-            found = [i for i, leaf in enumerate(leaves) if isinstance(leaf, NodeRef) and leaf.node in same]
-            if found and call.parent is not None and self._called_once(call):
-                return Tap(call.path, found[0], result=True)
-        raise _NotAPlace(f"no module sees the residual stream {side} it")
+        found = [self.taps[other] for other in self._same_stream(node) if other in self.taps]
+        if not found:
+            raise _NotAPlace(f"no module sees the residual stream {side} it")
+        return min(found, key=lambda entry: (entry[0], entry[1].leaf))[1]
 
     def _same_stream(self, node: Node) -> set[Node]:
         same = {node}
@@ -245,7 +254,7 @@ class _Residuals:
         return same
 
     def _called_once(self, call: ModuleCall) -> bool:
-        return sum(other.module is call.module for other in self.calls) == 1
+        return self.counts[id(call.module)] == 1
 
     def _value_heads(self, site: AttentionSite, owner: str) -> ValueHeads | None:
         value, output = site.value, site.output
@@ -272,9 +281,3 @@ def _width(node: object) -> int:
 
 def _plain(rows: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in rows.tolist())
-
-
-def _walk(call: ModuleCall) -> Iterator[ModuleCall]:
-    yield call
-    for child in call.children:
-        yield from _walk(child)

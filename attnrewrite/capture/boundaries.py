@@ -43,6 +43,12 @@ class ModuleCall:
     def encloses(self, position: int) -> bool:
         return self.enter <= position < self.exit
 
+    def walk(self) -> Iterator[ModuleCall]:
+        """The call and all below it, in the order they were made."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
     def __repr__(self) -> str:
         return f"ModuleCall({self.path!r}, {type(self.module).__name__}, [{self.enter}, {self.exit}))"
 
@@ -70,7 +76,7 @@ class BoundaryRecorder:
     def calls(self, final: dict[int, Node]) -> ModuleCall:
         """The tree of calls, with every reference resolved to a node of the final graph."""
         assert self.root is not None, "the model's own forward was traced"
-        for call in walk(self.root):
+        for call in self.root.walk():
             call.arguments = tree_map(lambda leaf: _resolve(leaf, final), call.arguments)
             call.output = tree_map(lambda leaf: _resolve(leaf, final), call.output)
         return self.root
@@ -106,13 +112,6 @@ def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def positions(nodes: Iterator[Node]) -> dict[Node, int]:
     """Trace position of every node of the final graph that has one."""
     return {node: node.meta["custom"][_MARK] for node in nodes if _MARK in node.meta.get("custom", {})}
-
-
-def walk(call: ModuleCall) -> Iterator[ModuleCall]:
-    """The call and all below it, in the order they were made."""
-    yield call
-    for child in call.children:
-        yield from walk(child)
 
 
 def _tracer() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -39,14 +38,8 @@ class CoreSite:
 
 def core_sites(flow: Dataflow) -> list[CoreSite]:
     """Every call of a core of known cost whose operands come from linear maps."""
-    found = (_read(call, flow) for call in _calls(flow.capture.root) if has_formula(call.module))
+    found = (_read(call, flow) for call in flow.capture.root.walk() if has_formula(call.module))
     return [site for site in found if site is not None]
-
-
-def _calls(call: ModuleCall) -> Iterator[ModuleCall]:
-    yield call
-    for child in call.children:
-        yield from _calls(child)
 
 
 def _read(call: ModuleCall, flow: Dataflow) -> CoreSite | None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..capture import Capture, NodeRef
-from ..capture.boundaries import walk
 from ..errors import ConversionError
 
 
@@ -44,7 +43,7 @@ def guard_aspect(model: nn.Module, capture: Capture) -> None:
         return
     release_aspect(model)
     guard = SameAspect(*capture.tensors[image].shape[2:])
-    paths = {call.path for call in walk(capture.root) if NodeRef(image) in tree_leaves(call.arguments)}
+    paths = {call.path for call in capture.root.walk() if NodeRef(image) in tree_leaves(call.arguments)}
     for path, module in model.named_modules():
         if path in paths:
             module.register_forward_pre_hook(guard, with_kwargs=True)

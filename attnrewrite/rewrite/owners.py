@@ -70,7 +70,7 @@ def build_programs(
             program, without = build_program(call, owned, flow, conversion_of)
             failed += without
             built += [program] if program is not None else []
-        count = sum(1 for other in _calls(flow.capture.root) if other.module is calls[0][0].module)
+        count = sum(1 for other in flow.capture.root.walk() if other.module is calls[0][0].module)
         reason = _disagreement(built, count)
         if reason:
             failed += [(site, reason) for program in built for site in program.sites]
@@ -132,14 +132,14 @@ def _is_droppable(call: ModuleCall, name: str, flow: Dataflow) -> bool:
     if name not in dict(call.module.named_modules()):
         return False
     child = call.module.get_submodule(name)
-    calls = [other.module for other in _calls(flow.capture.root)]
+    calls = [other.module for other in flow.capture.root.walk()]
     alone = sum(module is child for module in calls) == sum(module is call.module for module in calls)
     return alone and any(True for _ in child.parameters())
 
 
 def _is_read_by(module: nn.Module, parameter: nn.Parameter, flow: Dataflow) -> bool:
     """Whether nothing else reads it."""
-    own = [call for call in _calls(flow.capture.root) if call.module is module]
+    own = [call for call in flow.capture.root.walk() if call.module is module]
     holders = [node for node, value in flow.capture.tensors.items() if value is parameter]
     users = [flow.capture.position[user] for holder in holders for user in holder.users]
     return all(any(call.encloses(position) for call in own) for position in users)
@@ -223,9 +223,3 @@ def _disagreement(built: list[OwnerProgram], calls: int) -> str:
     if len(built) != calls or any(program.program.source != built[0].program.source for program in built):
         return f"its module is called {calls} times and would have to be rewritten differently each time"
     return ""
-
-
-def _calls(call: ModuleCall) -> Iterator[ModuleCall]:
-    yield call
-    for child in call.children:
-        yield from _calls(child)
