@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..report import ConversionReport
+from ..rewrite.rewritten import Rewriting, RewrittenModule
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_ATOMIC = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, type)
+_SHARED = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, type, Rewriting, ConversionReport)
+"""What a copy may share: a rewriting is code, which is given the module."""
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -56,7 +60,7 @@ def _tensors(modules: list[nn.Module]) -> Iterator[Tensor]:
 
 def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
     """As ``copy.deepcopy`` does, which takes ten times as long over what needs no copy."""
-    if isinstance(value, _ATOMIC):
+    if isinstance(value, _SHARED):
         return value
     if name in _HOOKS:
         return type(value)()
@@ -68,5 +72,7 @@ def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _copies_itself(kind: type) -> bool:
+    """Whether a class has its own way of being copied; that of rewritten modules only finds their class again."""
     own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__")
-    return any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in own)
+    classes = [base for base in kind.__mro__ if base not in (nn.Module, RewrittenModule, object)]
+    return any(vars(base).get(name) for base in classes for name in own)
