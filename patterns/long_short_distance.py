@@ -114,14 +114,13 @@ class LongShortDistance(Target):
             raise NotConvertible(
                 f"the position bias as published is a 16th of {width} channels wide, which is none; leave official out"
             )
-        windowed = isinstance(window, Window)
         group = as_pair(self.group_size or (window.size if isinstance(window, Window) else 7))
         long = any(window.shift) if isinstance(window, Window) else index % 2 == 1
         interval = (as_pair(self.interval)[0] if self.interval is not None else "adaptive") if long else None
         module = LongShortDistanceAttention(width, site.heads, group, interval)
         made = published_attention(site, module, {"qkv": "qkv", "proj": "o"}, weights)
         found = module.grouping(grid.height, grid.width)
-        lost = "; the table of its windows is not taken over" if windowed and site.bias is not None else ""
+        lost = "; its bias is not taken over" if site.bias is not None else ""
         return made.conversion(
             Exactness.PROJECTED, f"{_why(found.group, found.interval)}{lost}{note_of_keys(site)}",
             {"group_size": group, "interval": found.interval}, _benefit(found.group, grid),

@@ -22,6 +22,8 @@ def token_weights(original: nn.Module, places: list[Place], images: Images, seed
     of the logits, which is the diagonal of what an error in the stream costs at the output.
     """
     seen = [place for place in places if place.before is not None and place.after is not None]
+    if not seen:  # every projection onto the stream was replaced
+        return {}
     taps = [place.after for place in seen if place.after is not None]
     squares: list[Tensor | None] = [None] * len(seen)
     for batch in images.batches(images.fit):

@@ -128,6 +128,16 @@ def test_inplace_takes_the_same_weights_out():
     assert list(attnrewrite.revert(model).state_dict()) == list(donor("vit, torchvision").state_dict())
 
 
+def test_calibration_passes_over_what_was_replaced():
+    for target in ("neighborhood", "conv_glu"):
+        name = "vit, average, wide"
+        model = attnrewrite.convert(donor(name), target, images(name), official=True, calibrate=images(name, 16))
+        done = attnrewrite.report(model).calibration
+        assert done.after.logits <= done.before.logits
+        replaced = "attn" if target == "neighborhood" else "mlp"
+        assert all("was replaced" in what for site, what in done.sites.items() if site.endswith(replaced))
+
+
 @pytest.mark.parametrize("recipe", ["transnext", "rmt", "crossformer", "nat", "dinat", "t2t"])
 def test_recipes_hand_it_on(recipe):
     name = "vit, average, wide"

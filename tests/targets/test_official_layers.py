@@ -86,6 +86,24 @@ def test_it_computes_what_the_plain_target_does(name, target, options, plain, ch
     assert distance(expected, logits(donor(name), images(name))) > 1e-3
 
 
+FAULTS = {
+    "a flipped table": lambda core: core.rpb.data.copy_(core.rpb.flip(1, 2)),
+    "a dropped bias": lambda core: core.qkv.bias.data.zero_(),
+    "keys and values exchanged": lambda core: core.qkv.weight.data.copy_(
+        torch.cat([core.qkv.weight.chunk(3)[part] for part in (0, 2, 1)])
+    ),
+    "heads in another order": lambda core: core.proj.weight.data.copy_(core.proj.weight.roll(8, 1)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_comparison_sees_a_fault(fault):
+    model = copy.deepcopy(published("swin", "neighborhood", kernel_size=3))
+    FAULTS[fault](new_cores(model, "attention")[0])
+    expected = logits(converted(("swin", "neighborhood", {"kernel_size": 3})), images("swin"))
+    assert distance(logits(model, images("swin")), expected) > 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "target", "options"),
     [
