@@ -110,9 +110,9 @@ class LongShortDistance(Target):
         """CrossFormer's layer: short distance for windows and every other site, long distance for the rest."""
         require_no_dropout(site.dropout)
         grid, window, width = attention_map(site), site.keys, width_of(site)
-        if width < 16:
+        if width < 32:  # a layer norm over one channel is constant
             raise NotConvertible(
-                f"the position bias as published is a 16th of {width} channels wide, which is none; leave official out"
+                f"the position bias as published is a 16th of {width} channels wide, and needs two; leave official out"
             )
         group = as_pair(self.group_size or (window.size if isinstance(window, Window) else 7))
         long = any(window.shift) if isinstance(window, Window) else index % 2 == 1

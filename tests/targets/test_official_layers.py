@@ -227,7 +227,7 @@ def test_untrained_layers_need_to_be_asked_for():
     [
         ("vit", "neighborhood", {}, r"no place for 1 class or register tokens; leave official out, which carries them"),
         ("vit, qk norm", "aggregated", {"pool": 2}, r"live\(.*\) stands between its projections and its scores"),
-        ("pvt v2", "long_short_distance", {}, r"a 16th of 8 channels wide, which is none"),
+        ("pvt v2", "long_short_distance", {}, r"a 16th of 8 channels wide, and needs two"),
         ("swin", "manhattan", {}, r"it attends inside window\(4, phantom\)"),
         ("swin", "dilated_neighborhood", {}, r"dilation over window\(4, phantom\) keys is not defined here"),
         ("vit, dropout", "conv_glu", {}, r"it drops values in training .*; set its rate to 0, or leave official out"),
