@@ -269,11 +269,16 @@ def _measure(made: Plan) -> None:
 
 
 def _measure_attention(planned: PlannedSite, site: AttentionSite, conversion: Conversion, values: Values) -> None:
-    if not isinstance(site.keys, Global | Reduced) or conversion.extras or conversion.whole:
+    if not isinstance(site.keys, Global | Reduced) or "local" in conversion.extras or conversion.whole:
         return
     nodes = site.nodes
     parts = [operand_heads_last(values[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
     expected = operand_heads_last(values[nodes.output.node], nodes.output, site)
+    if "pixels" in conversion.extras:
+        assert nodes.source is not None
+        actual = conversion.core.eval()(parts[0], pixels=values[nodes.source])
+        planned.measured["error"] = relative_error(actual, expected)
+        return
     bias = () if site.bias is None else (site.bias.values[None].to(parts[0].dtype),)
     actual = conversion.core.eval()(*parts, *bias)
     planned.measured["error"] = relative_error(actual, expected)

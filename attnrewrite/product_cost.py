@@ -27,11 +27,12 @@ def macs_before(site: AttentionSite) -> int:
 
 def macs_after(site: AttentionSite, conversion: Conversion) -> int | None:
     """Multiply-adds of the new core; None if it does not run without values."""
-    core = copy.deepcopy(conversion.core).to("meta").eval()
+    pixels = "pixels" in conversion.extras  # then keys are projected inside, which is no product of attention
+    core = copy.deepcopy(conversion.core.core if pixels else conversion.core).to("meta").eval()
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
             dtype = site.nodes.query.node.meta["val"].dtype
-            operands = [None if part is None else part.to(dtype) for part in _operands(site)]
+            operands = [None if part is None else part.to(dtype) for part in _operands(site, pixels)]
             extras = {name: part.to(dtype) for name, part in _extras(site, conversion).items()}
             core(*operands, **extras)
     except UNFORESEEN:
@@ -39,7 +40,7 @@ def macs_after(site: AttentionSite, conversion: Conversion) -> int | None:
     return counter.get_total_flops() // 2
 
 
-def _operands(site: AttentionSite) -> list[Tensor | None]:
+def _operands(site: AttentionSite, pixels: bool) -> list[Tensor | None]:
     batch, nodes = _batch(site), site.nodes
     dims = [dict(zip(part.axes, shape_of(part.node), strict=True)) for part in (nodes.query, nodes.key, nodes.value)]
     widths = [sizes.get("d", sizes.get("e", 1)) for sizes in dims]
@@ -51,6 +52,7 @@ def _operands(site: AttentionSite) -> list[Tensor | None]:
         pads = [torch.empty(site.heads, width) for width in widths[1:]] if site.keys.phantom else []
         return [*parts, bias, *pads]
     lengths = (dims[0]["x"], dims[1]["y"], dims[1]["y"])
+    lengths = (lengths[0],) * 3 if pixels else lengths
     parts = [torch.empty(batch, length, site.heads, width) for length, width in zip(lengths, widths, strict=True)]
     if site.bias is not None:
         bias = torch.empty(1, site.heads, lengths[0], lengths[1])

@@ -32,6 +32,7 @@ class Conversion:
     ``why`` is one clause; ``benefit`` says whether the target is cheaper as soon as it is converted. ``extras`` are
     given to the core by keyword, beside its operands: ``local``, as ``local_key`` and ``local_value`` an attention
     site's keys and values of the query map itself, ``[B, H, W, heads, dim]``, where it attends to a reduced one;
+    ``pixels``, in the place of its keys and values, what feeds its query projection, ``[B, tokens, channels]``;
     ``source``, what feeds an MLP's or stem's first linear map. A ``whole`` core takes the site's source to its result
     by itself, and the site's own linear maps are dropped; where its layout is not the site's, ``run`` calls it, with
     core, source and ``sizes``. ``until`` is what such a core's result replaces, if that is not the site's own result,

@@ -15,6 +15,7 @@ from ..layout import as_pair
 from ..modules.long_short_distance import LongShortDistanceAttention
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
 from .geometry import bias_entries, dropped_mass, grid_of_site, require_one_of, require_positive, text_of
+from .pixel_keys import fitted_to_reduced, on_pixels
 from .published import (
     attention_map,
     layout,
@@ -40,6 +41,8 @@ class LongShortDistance(Target):
             paper: ``ceil(side / group_size)``.
         shifted: what becomes of shifted windows: ``"keep"`` the offset, exactly, or ``"long"`` distance instead. None
             is ``"keep"``, and ``"long"`` where ``official``.
+        reduced_keys: for spatial reduction, ``"refuse"``, or ``"refit"`` keys and values of every token to the reduced
+            ones on the example input; then the reducer is dropped.
         official: take the layer as published, ``pos``, ``qkv``, ``proj``, for the whole site; its dynamic position bias
             is new.
     """
@@ -47,6 +50,7 @@ class LongShortDistance(Target):
     group_size: int | Pair | None = None
     interval: int | Pair | None = None
     shifted: str | None = None
+    reduced_keys: str = "refuse"
     official: bool = False
     name = "long_short_distance"
 
@@ -58,9 +62,12 @@ class LongShortDistance(Target):
         if self.official:
             require_one_number("interval", self.interval)
             require_unset({"shifted": None if self.shifted == "long" else self.shifted}, "whose groups have no offset")
+            refit = None if self.reduced_keys == "refuse" else self.reduced_keys
+            require_unset({"reduced_keys": refit}, "which takes the reducer's maps for every token's")
         if self.shifted is None:
             object.__setattr__(self, "shifted", "long" if self.official else "keep")
         require_one_of("shifted", self.shifted, ("keep", "long"))
+        require_one_of("reduced_keys", self.reduced_keys, ("refuse", "refit"))
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
@@ -68,10 +75,13 @@ class LongShortDistance(Target):
             return self._published(site, index, weights)
         if isinstance(site.keys, Window):
             return self._windowed(site, site.keys)
+        if isinstance(site.keys, Reduced) and self.reduced_keys == "refit":
+            return on_pixels(site, lambda pixels: self.convert(pixels, index, weights), weights)
         if isinstance(site.keys, Reduced):
             raise NotConvertible(
                 "it attends to reduced keys, and groups need a key for every token, which the reducer has not left; "
-                "use to='aggregated' or to='neighborhood', which keep its keys"
+                "use to='aggregated' or to='neighborhood', which keep its keys, or reduced_keys='refit', which fits "
+                "keys of tokens to them"
             )
         grid = grid_of_site(site)
         bias_entries(site, grid)
@@ -86,6 +96,10 @@ class LongShortDistance(Target):
                 "none at this size: every query still sees every key",
             )  # fmt: skip
         return Conversion(Exactness.PROJECTED, _why(group, interval), core, settings, _benefit(group, grid))
+
+    def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
+        assert isinstance(site, AttentionSite)
+        return fitted_to_reduced(conversion, site, values)
 
     def _windowed(self, site: AttentionSite, window: Window) -> Conversion:
         size = window.size

@@ -16,6 +16,7 @@ from ..modules.decay import log_decay
 from ..modules.manhattan import PLACEMENTS, ManhattanAttention
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
 from .geometry import bias_entries, grid_of_site, is_whole_map, require_one_of
+from .pixel_keys import fitted_to_reduced, on_pixels
 from .published import (
     attention_map,
     layout,
@@ -41,7 +42,8 @@ class Manhattan(Target):
         placement: of the decay, ``"inside"`` the softmax (all released code) or ``"outside"`` (the paper's equation).
         lce: whether there is a local context enhancement; it starts at zero.
         reduced_keys: for spatial reduction, ``"refuse"``, or ``"keep"`` the reduced keys and decay towards the centres
-            of their cells.
+            of their cells, or ``"refit"`` keys and values of every token to them on the example input; then the reducer
+            is dropped.
         official: take the layer as published, ``q_proj``, ``k_proj``, ``v_proj``, ``lepe``, ``out_proj``, for the whole
             site, with RMT's decay and rotary position.
     """
@@ -56,7 +58,7 @@ class Manhattan(Target):
     def __post_init__(self) -> None:
         _require_decay(self.decay)
         require_one_of("placement", self.placement, PLACEMENTS)
-        require_one_of("reduced_keys", self.reduced_keys, ("refuse", "keep"))
+        require_one_of("reduced_keys", self.reduced_keys, ("refuse", "keep", "refit"))
         kept = None if self.reduced_keys == "refuse" else self.reduced_keys
         _require_official(self.official, self.decay, self.lce, reduced_keys=kept)
 
@@ -65,6 +67,8 @@ class Manhattan(Target):
         if self.official:
             return _published(site, weights, decomposed=False, placement=self.placement)
         if isinstance(site.keys, Reduced):
+            if self.reduced_keys == "refit":
+                return on_pixels(site, lambda pixels: self.convert(pixels, index, weights), weights)
             return self._reduced(site, site.keys)
         grid = map_of(site, "decay would spread it over the whole map")
         decay = head_decay(self.decay, site.heads)
@@ -77,11 +81,16 @@ class Manhattan(Target):
             *self._class(grid, self.lce), core, self._settings(), "none yet: every query still sees every key"
         )
 
+    def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
+        assert isinstance(site, AttentionSite)
+        return fitted_to_reduced(conversion, site, values)
+
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         if self.reduced_keys == "refuse":
             raise NotConvertible(
                 f"it attends to {keys.height}x{keys.width} reduced keys, and decay needs one key for every token; use "
-                "reduced_keys='keep' (the same keys, decayed towards their cells), or to='aggregated'"
+                "reduced_keys='keep' (the same keys, decayed towards their cells), reduced_keys='refit' (keys of "
+                "tokens, fitted on images), or to='aggregated'"
             )
         if self.placement == "outside" or site.bias is not None:
             raise NotConvertible(

@@ -25,6 +25,7 @@ from .geometry import (
     text_of,
     window_bias_entries,
 )
+from .pixel_keys import fitted_to_reduced, on_pixels
 from .published import (
     attention_map,
     layout,
@@ -32,6 +33,7 @@ from .published import (
     published_attention,
     require_no_dropout,
     require_one_number,
+    require_unset,
     width_of,
 )
 
@@ -49,6 +51,8 @@ class Neighborhood(Target):
         dilation: spacing of the keys, per axis or for both.
         oversize: ``"clamp"`` cuts a kernel that does not fit a map to the largest that does (at ``dilation``), which
             the report says; ``"error"`` refuses the site.
+        reduced_keys: for spatial reduction, ``"keep"`` the reduced keys, or ``"refit"`` keys and values of every token
+            to them on the example input; the reducer is dropped.
         official: take the layer as published, ``qkv``, ``rpb``, ``proj``, for the whole site; one number for each of
             ``kernel_size`` and ``dilation``.
     """
@@ -56,6 +60,7 @@ class Neighborhood(Target):
     kernel_size: int | Pair | None = None
     dilation: int | Pair = 1
     oversize: str = "clamp"
+    reduced_keys: str = "keep"
     official: bool = False
     name = "neighborhood"
 
@@ -69,6 +74,9 @@ class Neighborhood(Target):
         if self.official:
             require_one_number("kernel_size", self.kernel_size)
             require_one_number("dilation", self.dilation)
+            refit = None if self.reduced_keys == "keep" else self.reduced_keys
+            require_unset({"reduced_keys": refit}, "which takes the reducer's maps for every token's")
+        require_one_of("reduced_keys", self.reduced_keys, ("keep", "refit"))
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
@@ -79,8 +87,14 @@ class Neighborhood(Target):
                 return _blocks(site, site.keys)
             return self._sliding_windows(site, site.keys, as_pair(self.dilation))
         if isinstance(site.keys, Reduced):
+            if self.reduced_keys == "refit":
+                return on_pixels(site, lambda pixels: self._sliding(pixels, as_pair(self.dilation)), weights)
             return self._reduced(site, site.keys)
         return self._sliding(site, as_pair(self.dilation))
+
+    def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
+        assert isinstance(site, AttentionSite)
+        return fitted_to_reduced(conversion, site, values)
 
     def _sliding(self, site: AttentionSite, dilation: Pair) -> Conversion:
         grid = grid_of_site(site)
@@ -121,7 +135,9 @@ class Neighborhood(Target):
 
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         if as_pair(self.dilation) != (1, 1):
-            raise NotConvertible("a reduced key map has no dilation; use to='neighborhood' for this site")
+            raise NotConvertible(
+                "a reduced key map has no dilation; use to='neighborhood' for this site, or reduced_keys='refit'"
+            )
         grid, reduced = grid_of_site(site), Grid(keys.height, keys.width)
         kernel, clamped = self._kernel(site, reduced, (1, 1))
         core = ReducedNeighborhoodAttention(kernel, grid, reduced, site.scale_of_operands, site.dropout)
@@ -196,6 +212,8 @@ class DilatedNeighborhood(Neighborhood):
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
+        if isinstance(site.keys, Reduced) and self.reduced_keys == "refit":
+            return on_pixels(site, lambda pixels: self.convert(pixels, index, weights), weights)
         if not isinstance(site.keys, Global):
             raise NotConvertible(
                 f"dilation over {site.keys} keys is not defined here; use to='neighborhood' for this site"

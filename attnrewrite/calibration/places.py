@@ -95,7 +95,10 @@ def find_places(plan: Plan) -> list[Place]:
             continue
         conversion = planned.conversion if planned.status == "convert" else None
         position = (site.nodes.output.node if isinstance(site, AttentionSite) else site.second).meta["custom"]
-        places.append((position["attnrewrite_position"], graph.place(site, owner, conversion)))
+        place = graph.place(site, owner, conversion)
+        if conversion is not None and "pixels" in conversion.extras:
+            place = replace(place, value=None)  # its value projection is the core's own
+        places.append((position["attnrewrite_position"], place))
     ordered = [place for _, place in sorted(places, key=lambda entry: entry[0])]
     return ordered + graph.classifier()
 

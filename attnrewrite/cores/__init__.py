@@ -6,6 +6,7 @@ from .grouped import GroupedCore
 from .manhattan import DecomposedManhattanCore, ManhattanCore, ReducedManhattanCore
 from .mlp import Activation
 from .neighborhood import NeighborhoodAttention, ReducedNeighborhoodAttention, SlidingAttention
+from .pixel_keys import PixelKeys
 from .sequence import OfMap
 from .stem import GatherPatches, MapToTokens
 from .window import WindowAttention
@@ -13,6 +14,6 @@ from .window import WindowAttention
 __all__ = [
     "Activation", "AggregatedCore", "DecomposedManhattanCore", "DenseAttention", "GatherPatches", "GroupedCore",
     "LocalBranch", "ManhattanCore", "MapToTokens", "MaskedAggregatedCore", "NeighborhoodAttention", "OfMap",
-    "ReducedAggregatedCore", "ReducedManhattanCore", "ReducedNeighborhoodAttention", "SlidingAttention",
-    "WindowAttention",
+    "PixelKeys", "ReducedAggregatedCore", "ReducedManhattanCore", "ReducedNeighborhoodAttention",
+    "SlidingAttention", "WindowAttention",
 ]  # fmt: skip

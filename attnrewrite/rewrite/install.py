@@ -73,6 +73,8 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
     nodes, graph = site.nodes, outlined.graph
     old = outlined.first(nodes.output.node)
     consumers = ((nodes.query, nodes.product), (nodes.key, nodes.product), (nodes.value, nodes.output.node))
+    if "pixels" in conversion.extras:
+        consumers = consumers[:1]  # type: ignore[assignment]
     with graph.inserting_before(old):
         parts = [
             graph.call_function(
@@ -85,7 +87,9 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
             per_head = graph.call_method("reshape", (outlined.latest(scale), [-1, 1]))
             parts[0] = graph.call_function(operator.mul, (parts[0], per_head))
         bias = _dense_bias(outlined, site)
-        local = _local_operands(outlined, site) if conversion.extras else {}
+        local = _local_operands(outlined, site) if "local" in conversion.extras else {}
+        if "pixels" in conversion.extras:
+            local = {"pixels": outlined.latest(nodes.source)}  # type: ignore[arg-type]
         new = graph.call_module(outlined.add_module("attention", conversion.core), (*parts, *bias), local)
         sizes = dict(zip(nodes.output.axes, shape_of(nodes.output.node), strict=True))
         head_sizes = tuple(sizes[axis] for axis in nodes.head_groups)

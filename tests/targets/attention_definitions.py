@@ -18,7 +18,8 @@ class Operands:
     """What one attention of a donor computes from: projections ``[batch, tokens, heads, dim]`` and where tokens lie.
 
     ``table`` ``[heads, 2m-1, 2m-1]`` is a window's bias by key minus query; ``reduced`` is the map of the keys where
-    they are fewer than the queries, and then ``own_key`` and ``own_value`` are the tokens' own projections.
+    they are fewer than the queries, and then ``own_key`` and ``own_value`` are the tokens' own projections and
+    ``tokens`` ``[batch, tokens, channels]`` what they are projected from.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Operands:
     reduced: tuple[int, int] | None = None
     own_key: Tensor | None = None
     own_value: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 def mixed_by(scores: Tensor, value: Tensor) -> Tensor:

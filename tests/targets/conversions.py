@@ -24,6 +24,7 @@ QUICK: list[Case] = [
     ("swin, padded", "long_short_distance", {}),
     ("swin, padded", "neighborhood", {"kernel_size": 3, "dilation": 3}),
     ("pvt v2", "aggregated", {}),
+    ("pvt v2", "neighborhood", {"kernel_size": 3, "reduced_keys": "refit"}),
     ("pvt v2", "aggregated", {"local_bias": 0.0}),
 ]
 """Of the windowed and pyramid donors, which convert ten times slower than a ViT, those of every run."""

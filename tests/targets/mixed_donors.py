@@ -97,7 +97,7 @@ def _replace_reduced(attention: Any, model: Any, index: int, mix: Mix) -> None:
             key, value = _in_heads(attention.kv, tokens, 2, attention.num_heads)
             op = Operands(
                 index, query, key, value, attention.scale, tuple(sides), reduced=tuple(image.shape[2:]),
-                own_key=own_key, own_value=own_value,
+                own_key=own_key, own_value=own_value, tokens=x,
             )  # fmt: skip
         mixed = mix(op)
         return own(x, sides) if mixed is None else attention.proj(mixed.flatten(2))

@@ -90,6 +90,24 @@ def masked(op: Operands, new: New) -> Tensor:
     return define.masked_windows(op, local_weights(new))
 
 
+def on_pixels(definition: Definition) -> Definition:
+    """Keys and values of every token by projections of their own, where the donor has reduced ones."""
+
+    def mix(op: Operands, new: New) -> Tensor:
+        if op.reduced is None:
+            return definition(op, new)
+        assert op.tokens is not None
+        parts = {
+            name: (op.tokens @ new[f"{name}.weight"].T + new[f"{name}.bias"]).unflatten(-1, op.query.shape[2:])
+            for name in ("key", "value")
+        }
+        return definition(replace(op, reduced=None, **parts), new)
+
+    return mix
+
+
+REFIT = {"reduced_keys": "refit"}
+
 # Each a case and what its converted attentions compute.
 DEFINED: list[tuple[Case, Definition]] = [
     (("vit", "aggregated", {}), aggregated(3, (1, 1))),
@@ -131,6 +149,10 @@ DEFINED: list[tuple[Case, Definition]] = [
     (("swin, padded", "neighborhood", {"kernel_size": 3, "dilation": 3}), neighborhood((3, 3), (3, 3))),
     (("pvt v2", "neighborhood", {"kernel_size": (1, 2)}), neighborhood((1, 2))),
     (("pvt v2, linear", "neighborhood", {"kernel_size": 3}), neighborhood((3, 3))),
+    (("pvt v2", "neighborhood", {"kernel_size": 3} | REFIT), on_pixels(neighborhood((3, 3)))),
+    (("pvt v2, linear", "long_short_distance", {"group_size": 3} | REFIT), on_pixels(groups((3, 3)))),
+    (("pvt v1, twins", "manhattan", {"decay": 0.8} | REFIT), on_pixels(manhattan(0.8))),
+    (("pvt v2", "dilated_neighborhood", {"kernel_size": 2} | REFIT), on_pixels(alternating((2, 2)))),
     (("vit", "dilated_neighborhood", {"kernel_size": 2}), alternating((2, 2))),
     (("vit, registers", "dilated_neighborhood", {"kernel_size": 2, "dilation": (2, 1)}), neighborhood((2, 2), (2, 1))),
 ]  # fmt: skip

@@ -1,0 +1,31 @@
+"""Keys and values of the tokens themselves, where a site had those of a reduced map."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class PixelKeys(nn.Module):
+    """Projects tokens to keys and values of its own, and mixes those by another core: PVT's reducer is gone.
+
+    Args:
+        core: of heads-last queries, keys and values of one map.
+        channels: of the tokens.
+        heads, key_dim, value_dim: of the projections.
+    """
+
+    def __init__(self, core: nn.Module, channels: int, heads: int, key_dim: int, value_dim: int) -> None:
+        super().__init__()
+        self.core, self.heads = core, heads
+        self.key = nn.Linear(channels, heads * key_dim)
+        self.value = nn.Linear(channels, heads * value_dim)
+
+    @property
+    def grid(self) -> object:
+        """The map at conversion, of the ``core``."""
+        return self.core.grid
+
+    def forward(self, query: Tensor, *, pixels: Tensor) -> Tensor:
+        """Heads-last ``[batch, tokens, heads, dim]`` queries; ``pixels`` ``[batch, tokens, channels]``."""
+        key, value = (linear(pixels).unflatten(-1, (self.heads, -1)) for linear in (self.key, self.value))
+        return self.core(query, key, value)
