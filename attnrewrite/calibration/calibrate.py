@@ -20,7 +20,7 @@ from .least_squares import Pair, Refit, correct_bias, refit_projection, write
 from .measure import measure_model, measure_sites
 from .places import Place
 from .readout import token_weights
-from .settings import RIDGES, Calibration
+from .settings import Calibration
 from .state import State, fingerprint_of
 from .streams import evaluating
 from .value_step import refit_value
@@ -33,7 +33,7 @@ def calibrate(
     *,
     method: str = "lsq",
     n: int = 256,
-    ridge: float | None = None,
+    ridge: float = 1e-2,
     holdout: float = 0.25,
     token_weights: str = "readout",
     value_step: bool | None = None,
@@ -152,16 +152,15 @@ def _refit_place(pair: Pair, place: Place, settings: Calibration) -> tuple[str, 
     if not refit.wins:
         return f"taken back: {refit.what} is no better on held-out images", {}
     write(pair.model, refit.parameters)
-    return str(refit), refit.parameters
+    return refit.what, refit.parameters
 
 
 def _best(pair: Pair, place: Place, settings: Calibration) -> Refit:
     if settings.method == "bias":
         return correct_bias(pair, place)
-    strengths = RIDGES if settings.ridge is None else (settings.ridge,)
-    refit = refit_projection(pair, place, strengths)
+    refit = refit_projection(pair, place, settings.ridge)
     if settings.value_step is not False:
-        other = refit_value(pair, place, refit.strength, strengths)
+        other = refit_value(pair, place, settings.ridge)
         if other is not None and other.after < refit.after:
             return other
     return refit

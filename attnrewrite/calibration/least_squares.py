@@ -24,23 +24,16 @@ from .streams import read, tokens
 
 @dataclass
 class Refit:
-    """New values of parameters, by name, and the weighted squared stream error on held-out images before and after.
-
-    ``strength`` is the ridge's, of refits that have one.
-    """
+    """New values of parameters, by name, and the weighted squared stream error on held-out images before and after."""
 
     what: str
     parameters: dict[str, Tensor]
     before: float
     after: float
-    strength: float = 0.0
 
     @property
     def wins(self) -> bool:
         return self.after < self.before
-
-    def __str__(self) -> str:
-        return f"{self.what}, ridge {self.strength:g}" if self.strength else self.what
 
 
 @dataclass
@@ -120,31 +113,16 @@ def correct_bias(pair: Pair, place: Place) -> Refit:
     return Refit("bias", new, held.error(), held.error(change))
 
 
-def refit_projection(pair: Pair, place: Place, strengths: tuple[float, ...]) -> Refit:
-    """Ridge regression of the output projection towards its old weights, by the strength that wins."""
+def refit_projection(pair: Pair, place: Place, strength: float) -> Refit:
+    """Ridge regression of the output projection towards its old weights."""
     fit, held = (_moments(pair, place, half) for half in (pair.images.fit, pair.images.held))
-    error, strength, change = best_solution(fit, held, pair.projection(place)[1] is not None, strengths)
-    new = projection_parameters(pair, place, change)
-    return Refit("projection", new, held.error(), error, strength)
-
-
-def best_solution(
-    fit: Moments, held: Moments, biased: bool, strengths: tuple[float, ...]
-) -> tuple[float, float, Tensor]:
-    """The smallest error on held-out images, with the ridge's strength and the change that reach it.
-
-    The change ``[features + 1, channels]`` leaves the bias alone that a projection does not have.
-    """
-    found = []
-    for strength in strengths:
-        change = solved(fit, biased, strength)
-        agreed(change)
-        found.append((held.error(change), strength, change))
-    return min(found, key=lambda entry: entry[0])
+    change = solved(fit, pair.projection(place)[1] is not None, strength)
+    agreed(change)
+    return Refit("projection", projection_parameters(pair, place, change), held.error(), held.error(change))
 
 
 def solved(moments: Moments, biased: bool, strength: float) -> Tensor:
-    """The ridge solution of one strength."""
+    """The ridge solution ``[features + 1, channels]``, with no change of a bias that the projection does not have."""
     used = len(moments.cross) - (not biased)
     change = torch.zeros_like(moments.cross)
     change[:used] = ridge(moments.gram[:used, :used], moments.cross[:used], strength)

@@ -11,8 +11,6 @@ from ..errors import ArgumentError, nearest
 
 METHODS = ("lsq", "bias", "distill")
 TOKEN_WEIGHTS = ("readout", "uniform")
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Strengths of the ridge that are tried at every place where none is given."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,7 @@ class Calibration:
         method: ``"lsq"`` refits output projections in closed form, ``"bias"`` corrects their means only, ``"distill"``
             trains all weights towards the original's logits.
         n: how many images to use, over all processes.
-        ridge: pull towards the old weights, relative to the mean square of the features. None: at every site the one
-            of 1e-4, 1e-3, 1e-2 and 1e-1 that wins on the held-out images.
+        ridge: pull towards the old weights, relative to the mean square of the features.
         holdout: share of the images that judge and are not fitted to.
         token_weights: ``"readout"`` weighs every token by how much the logits move with it, so that a class token
             counts; ``"uniform"`` weighs all alike.
@@ -41,7 +38,7 @@ class Calibration:
     data: Any
     method: str = "lsq"
     n: int = 256
-    ridge: float | None = None
+    ridge: float = 1e-2
     holdout: float = 0.25
     token_weights: str = "readout"
     value_step: bool | None = None
@@ -60,8 +57,8 @@ class Calibration:
             raise ArgumentError(
                 f"holdout: a share between 0 and 1 is judged on and not fitted to, got {self.holdout!r}"
             )
-        if self.ridge is not None and not (self.ridge > 0 and math.isfinite(self.ridge)):
-            raise ArgumentError(f"ridge: must be positive, got {self.ridge!r}; None chooses it at every site")
+        if not (self.ridge > 0 and math.isfinite(self.ridge)):
+            raise ArgumentError(f"ridge: must be positive, got {self.ridge!r}; 1e-2 suits most models")
         if self.method != "lsq" and self.value_step:
             raise ArgumentError(f"value_step: only method='lsq' has one, and method is {self.method!r}")
         if self.method != "distill" and (self.steps is not None or self.lr is not None):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ridge import ridge
 from .images import Batch
-from .least_squares import Pair, Refit, best_solution, features, parameters_of, projection_parameters, solved, write
+from .least_squares import Pair, Refit, features, parameters_of, projection_parameters, solved, write
 from .moments import Moments
 from .parallel import agreed, summed
 from .places import Place, ValueHeads
@@ -19,12 +19,11 @@ VALUE_STEPS = (1.0, 0.5, 0.25, 0.125)
 """Lengths tried along the value step: heads are solved each for itself, and together may go too far."""
 
 
-def refit_value(pair: Pair, place: Place, strength: float, strengths: tuple[float, ...]) -> Refit | None:
+def refit_value(pair: Pair, place: Place, strength: float) -> Refit | None:
     """A step of the value projection with the output projection refitted on top; None where there is no such step.
 
     Per head: ``min |e - G dv^T p^T|`` with ``G`` the sources as this head mixes them and ``p`` the head's columns of
-    the output projection, by ridge regression of ``strength``. Of the step's lengths the one with the smallest error
-    after the refit is taken.
+    the output projection. Of the step's lengths the one with the smallest error after the refit is taken.
     """
     heads = place.value
     if heads is None:
@@ -36,14 +35,17 @@ def refit_value(pair: Pair, place: Place, strength: float, strengths: tuple[floa
     held, fit = (_step_moments(pair, place, heads, direction, half) for half in (pair.images.held, pair.images.fit))
     old = torch.zeros(width + 1, len(weight), dtype=torch.float64, device=scale.device)
     old[:-1] = weight.double().T * scale
-    found = []
+    lengths = []
     for length in VALUE_STEPS:
-        moved, judged = (_moved(moments, old, length, width) for moments in (fit, held))
-        found.append((*best_solution(moved, judged, bias is not None, strengths), length))
-    error, strength, change, length = min(found, key=lambda entry: entry[0])
+        moved = _moved(fit, old, length, width)
+        change = solved(moved, bias is not None, strength)
+        lengths.append((moved.error(change), length, change))
+    _, length, change = min(lengths, key=lambda entry: entry[0])
+    agreed(change)
+    judged = _moved(held, old, length, width)
     new = projection_parameters(pair, place, change)
     new |= _value_parameters(pair.model, heads, length * direction)
-    return Refit("value and projection", new, held.error(), error, strength)
+    return Refit("value and projection", new, held.error(), judged.error(change))
 
 
 def _value_direction(pair: Pair, place: Place, heads: ValueHeads, strength: float) -> Tensor:
