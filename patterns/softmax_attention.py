@@ -141,7 +141,7 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     samples = core.groups[:1] if len(sizes) > 1 and sizes[0] == batch else ""
     head_groups = core.groups.removeprefix(samples)
     first = torch.arange(heads)
-    values = None if core.bias is None else _at_groups(core.bias, core, first)
+    values = None if core.bias is None else _of_groups(core.bias, core, first)
     return AttentionSite(
         name=_path(flow, [*linears, *core.nodes]),
         owner=flow.capture.enclosing_call(list(core.nodes)),
@@ -151,7 +151,7 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
         nodes=_nodes(core, head_groups, source, None, None, 0, (*linears, *following)),
         scale=core.scale,
         bias=None if values is None else Bias("dense", core.addends, values, tuple(values.shape)),
-        mask=None if core.mask is None else _at_groups(core.mask, core, first),
+        mask=None if core.mask is None else _of_groups(core.mask, core, first),
         learned_scales=core.learned_scales,
         qk=f"live({', '.join(sorted(acting))})",
         dropout=_dropout(core),
@@ -328,21 +328,31 @@ def _head_groups(core: Core, *parts: Projected) -> str:
     return "".join(letters) or core.groups[-1:]
 
 
-def _at_groups(values: Tensor, core: Core, groups: Tensor) -> Tensor:
-    """``[len(groups), queries, keys]`` of a tensor given per group axis; one row if it is the same for all."""
-    if all(size == 1 for size in values.shape[:-2]):
-        return values.flatten(0, -3)
-    return values.expand(*group_sizes(core), -1, -1).flatten(0, -3)[groups]
+def _at_groups(values: Tensor, core: Core, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct ``[queries, keys]`` parts of a tensor given per group axis, and which of them each group has."""
+    distinct = values.shape[:-2]
+    part = torch.arange(math.prod(distinct)).view(distinct).expand(group_sizes(core)).flatten()
+    return values.flatten(0, -3), part[groups]
+
+
+def _of_groups(values: Tensor, core: Core, groups: Tensor) -> Tensor:
+    """``[len(groups), queries, keys]``; one row if it is the same for all."""
+    parts, part = _at_groups(values, core, groups)
+    return parts if len(parts) == 1 else parts[part]
+
+
+def _differ(parts: Tensor, one: Tensor, other: Tensor) -> bool:
+    return not torch.equal(one, other) and not torch.equal(parts[one], parts[other])
 
 
 def _bias(core: Core, grouped: Grouping, flow: Dataflow) -> Bias | None:
+    """The learned bias of every head; of one alone if it is the same for all."""
     if core.bias is None:
         return None
-    values = _at_groups(core.bias, core, grouped.group_of_head[:, 0])
-    if len(values) > 1:
-        for column in grouped.group_of_head.T[1:]:
-            if not torch.equal(_at_groups(core.bias, core, column), values):
-                raise NotSeparable("the learned bias differs from window to window")
+    parts, part = _at_groups(core.bias, core, grouped.group_of_head)
+    if any(_differ(parts, part[:, 0], other) for other in part.T[1:]):
+        raise NotSeparable("the learned bias differs from window to window")
+    values = parts if len(parts) == 1 else parts[part[:, 0]]
     sources = [flow.provenance_of_constant(node) for node in core.addends]
     kind = "dense" if all(source.op == "placeholder" for source in sources) else "mlp"
     return Bias(kind, core.addends, values, tuple(values.shape))
@@ -352,11 +362,10 @@ def _mask(core: Core, grouped: Grouping) -> Tensor | None:
     """The constant mask of every group, ``[groups, queries, keys]``."""
     if core.mask is None:
         return None
-    masks = _at_groups(core.mask, core, grouped.group_of_head[0])
-    for groups in grouped.group_of_head[1:]:
-        if len(masks) > 1 and not torch.equal(_at_groups(core.mask, core, groups), masks):
-            raise NotSeparable("the mask differs from head to head")
-    return masks.expand(grouped.queries.shape[0], -1, -1)
+    parts, part = _at_groups(core.mask, core, grouped.group_of_head)
+    if any(_differ(parts, part[0], other) for other in part[1:]):
+        raise NotSeparable("the mask differs from head to head")
+    return parts.expand(part.shape[1], -1, -1) if len(parts) == 1 else parts[part[0]]
 
 
 def _dropout(core: Core) -> float:

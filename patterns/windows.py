@@ -29,7 +29,8 @@ def recognise_window(
     if seen is None:
         return None
     slot, corner = int(torch.nonzero(queries == 0)[0, 1]), int(queries[0, 0])
-    for rows in (n for n in range(1, count + 1) if count % n == 0):
+    sides = [n for n in range(1, count + 1) if count % n == 0]
+    for rows in sorted(sides, key=lambda side: abs(side - count // side)):  # most windows are square
         columns = count // rows
         offset = (-(slot // columns) % rows, -(slot % columns) % columns)
         rolled = (corner // grid.width % rows, corner % grid.width % columns)

@@ -178,6 +178,6 @@ def _random_inputs(site: Site) -> Values:
     inputs = inputs_of(site)
     independent = inputs if not isinstance(site, AttentionSite) or site.query is None else inputs[:1]
     return {
-        node: torch.randn(shape_of(node), generator=generator, dtype=torch.float64).to(node.meta["val"].device)
+        node: torch.randn(shape_of(node), generator=generator).double().to(node.meta["val"].device)
         for node in independent
     }
