@@ -15,6 +15,8 @@ from ..cores.cross_scale import CrossScaleConv, CrossScalePatches
 from ..cores.tokens_to_token import TokensToTokenBranch, TokensToTokenStem
 from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
 from ..lift.values import shape_of
+from ..modules.conv_glu import ConvGLU
+from ..modules.cross_scale import CrossScaleMerge, CrossScaleStem
 from ..targets import Conversion
 from . import formulas
 from .core_formulas import Given, core_formula
@@ -38,6 +40,8 @@ def _attention(
     """The new core between the site's own projections, which act on the map itself where they acted on windows."""
     values = before.values
     windowed = isinstance(site.keys, Window)
+    if conversion.whole:
+        return _published(counted, site, conversion.core)
     if windowed and counted.sides is None:
         return None
     queries = counted.sides[0] * counted.sides[1] if windowed and counted.sides else values[N]
@@ -57,6 +61,14 @@ def _attention(
     return made
 
 
+def _published(counted: CountedSite, site: AttentionSite, module: nn.Module) -> SiteFormula | None:
+    """A paper's module in the place of the whole site."""
+    definition = definition_of(module)
+    if definition is None or counted.sides is None or (site.grid is not None and site.grid.prefix_tokens):
+        return None
+    return definition.formula(module, *counted.sides)
+
+
 def _projections(site: AttentionSite, *parts: Projection | None) -> Expr:
     """MACs a token of the linear maps that hold ``parts``, each map once."""
     held = {part.weight for part in parts if part is not None}
@@ -66,6 +78,9 @@ def _projections(site: AttentionSite, *parts: Projection | None) -> Expr:
 
 def _mlp(counted: CountedSite, site: MlpSite, before: SiteFormula, conversion: Conversion) -> SiteFormula | None:
     core, out = conversion.core, shape_of(site.second)[-1]
+    if type(core) is ConvGLU:
+        hidden = core.fc1.out_features // 2
+        return formulas.mlp(before.values[N], site.width, hidden, out, gated=True, depthwise=3)
     if type(core) is ConvGatedMlp:
         return formulas.mlp(
             before.values[N], site.width, core.fc1.out_features, out, gated=True, depthwise=_side_of(core.gate)
@@ -87,8 +102,10 @@ def _stem(counted: CountedSite, site: StemSite, before: SiteFormula, conversion:
     core = conversion.core
     if type(core) in (MapToTokens, GatherPatches):
         return before
-    if type(core) in (CrossScaleConv, CrossScalePatches):
-        return _cross_scale(counted, site, core)
+    if type(core) in (CrossScaleConv, CrossScalePatches, CrossScaleStem):
+        return _cross_scale(counted, site, core.projs)
+    if type(core) is CrossScaleMerge:
+        return _cross_scale(counted, site, core.reductions)
     if type(core) in (TokensToTokenStem, TokensToTokenBranch) and _is_image(site.source):
         definition = definition_of(core)
         assert definition is not None
@@ -97,11 +114,10 @@ def _stem(counted: CountedSite, site: StemSite, before: SiteFormula, conversion:
     return None
 
 
-def _cross_scale(counted: CountedSite, site: StemSite, core: Any) -> SiteFormula | None:
+def _cross_scale(counted: CountedSite, site: StemSite, convs: Any) -> SiteFormula | None:
     """Every scale makes the map that the convolution made, as long as that loses no row to its kernel."""
     if counted.sides is None or 2 * site.padding[0] + site.stride[0] < site.kernel[0]:
         return None
-    convs = list(core.projs)
     sides = counted.sides
     return formulas.cross_scale_embedding(
         lambda kernel: sides, convs[0].in_channels, site.out_channels, [conv.kernel_size[0] for conv in convs]

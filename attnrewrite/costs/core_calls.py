@@ -18,13 +18,16 @@ BY_DEFINITION = (AggregatedCore, ReducedAggregatedCore, WindowAttention)
 """Whose products are sums of shifted ones, stand for averages, or are made in larger blocks than there are."""
 
 
-def map_given(core: Any, query: tuple[int, ...]) -> Grid:
+def map_given(core: Any, query: tuple[int, ...], local_key: tuple[int, ...] | None) -> Grid:
     """The map that heads-last queries ``[batch, height, width, heads, dim]`` or ``[batch, tokens, heads, dim]`` have.
+
+    ``local_key`` is the shape of the map's own keys, for cores that are given them.
 
     Raises:
         ConversionError: a sequence of no map of the core's aspect ratio.
     """
-    return Grid(query[1], query[2]) if len(query) == 5 else grid_of(query[1], core.grid)
+    shape = query if local_key is None else local_key
+    return Grid(shape[1], shape[2]) if len(shape) == 5 else grid_of(shape[1], core.grid)
 
 
 def cost_of_core_call(core: nn.Module, arguments: dict[str, Any]) -> Cost | None:
@@ -34,7 +37,9 @@ def cost_of_core_call(core: nn.Module, arguments: dict[str, Any]) -> Cost | None
     query, key = (arguments[name] for name in ("query", "key"))
     if not isinstance(query, Tensor) or not isinstance(key, Tensor):
         return None
-    grid, heads, channels = map_given(core, tuple(query.shape)), query.shape[-2], query.shape[-2] * query.shape[-1]
+    local = arguments.get("local_key")
+    grid = map_given(core, tuple(query.shape), None if local is None else tuple(local.shape))
+    heads, channels = query.shape[-2], query.shape[-2] * query.shape[-1]
     keys = grid.tokens if query.ndim == 5 else key.shape[1]
     given = Given(grid.tokens, keys, (Integer(grid.height), Integer(grid.width)), Widths(channels, heads, channels))
     formula = core_formula(core, given)

@@ -58,7 +58,8 @@ def _read(call: ModuleCall, flow: Dataflow) -> CoreSite | None:
     source = first.args[0]
     assert isinstance(source, Node)
     shape = shape_of(query)
-    grid = map_given(call.module, shape)
+    local = _node(call.arguments.get("local_key"))
+    grid = map_given(call.module, shape, None if local is None else shape_of(local))
     return CoreSite(
         name=flow.capture.enclosing_call([*linears, result]).path,
         call=call, query=query, source=source, end=next_linear(result, flow) or result, linears=linears, grid=grid,

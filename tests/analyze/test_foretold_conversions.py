@@ -22,6 +22,11 @@ SWIN = {"window_size": 4, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16
 PVT = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 32), "num_heads": (1, 2, 2, 2), "num_classes": 5}
 DONORS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     "vit": ("timm:vit_tiny_patch16_224", {**VIT, "img_size": (64, 96)}, (64, 96)),
+    "vit, pooled": (
+        "timm:vit_tiny_patch16_224",
+        {**VIT, "img_size": (64, 96), "embed_dim": 32, "num_heads": 2, "class_token": False, "global_pool": "avg"},
+        (64, 96),
+    ),
     "swin": ("timm:swin_tiny_patch4_window7_224", {**SWIN, "img_size": (64, 64)}, (64, 64)),
     "swin, one window": ("timm:swin_tiny_patch4_window7_224", {**SWIN, "img_size": (32, 32)}, (32, 32)),
     "swin, padded": ("timm:swin_tiny_patch4_window7_224", {**SWIN, "img_size": (40, 56)}, (40, 56)),
@@ -44,14 +49,26 @@ QUICK = {
 """Of the windowed and pyramid donors; every run has all targets of the plain transformer."""
 
 
+PUBLISHED = {"official": True, "fidelity": "fresh"}
+AS_PUBLISHED: list[tuple[str, dict[str, Any]]] = [
+    ("aggregated", {"pool": 2}), ("aggregated", {"pool": 1}), ("conv_glu", {}), ("conv_glu", {"hidden": "keep"}),
+    ("cross_scale", {}), ("manhattan", {}), ("manhattan_decomposed", {}), ("neighborhood", {"kernel_size": 3}),
+    ("tokens_to_token", {}),
+]  # fmt: skip
+
+
 def cases() -> list[Any]:
     found = []
-    for name in DONORS:
+    for name in [name for name in DONORS if name != "vit, pooled"]:
         for target in sorted(known_targets()):
             for options in ({}, *OPTIONS.get(target, [])):
                 quick = name == "vit" or ((name, target) in QUICK and not options)
                 marks = () if quick else pytest.mark.slow
                 found.append(pytest.param(name, target, options, id=f"{name} {target} {options}", marks=marks))
+    found += [
+        pytest.param("vit, pooled", target, PUBLISHED | own, id=f"vit, pooled {target} as published")
+        for target, own in AS_PUBLISHED
+    ]
     return found
 
 

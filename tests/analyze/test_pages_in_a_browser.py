@@ -29,7 +29,7 @@ def shown(path, tmp_path):
 @pytest.fixture(scope="module")
 def vit():
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2).eval()
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3).eval()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -37,7 +37,7 @@ def test_the_cost_page(vit, tmp_path):
     report = attnrewrite.analyze(vit, torch.zeros(1, 3, 64, 64), to="neighborhood", hardware="h200")
     page = shown(report.to_html(tmp_path / "cost.html"), tmp_path)
     assert page.count("<svg") >= 2  # scaling and roofline
-    assert "blocks.{0…1}.attn" in page
+    assert "blocks.{0…2}.attn" in page
     assert 'to="neighborhood"' in page or "to=&quot;neighborhood&quot;" in page
 
 
@@ -49,3 +49,4 @@ def test_the_conversion_page(vit, tmp_path):
     page = shown(path, tmp_path)
     assert "blocks.{0...1}.attn" in page
     assert "PROJECTED" in page
+    assert "DEAD" in page

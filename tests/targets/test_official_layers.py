@@ -83,7 +83,7 @@ def test_it_computes_what_the_plain_target_does(name, target, options, plain, ch
         assert distance(logits(model, images(name)), before) > 1e-6
     expected = logits(converted((name, target, options | plain)), images(name))
     assert distance(logits(model, images(name)), expected) < 1e-10
-    assert distance(expected, logits(donor(name), images(name))) > 1e-3
+    assert distance(expected, logits(donor(name), images(name))) > 1e-4  # a refitted MLP comes as near as 4e-4
 
 
 FAULTS = {
