@@ -24,7 +24,7 @@ def _process(rank, folder, value_step):
 def test_two_processes_come_to_the_same_weights_as_one(tmp_path, value_step):
     mp.spawn(_process, (str(tmp_path), value_step), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    alone = calibrate(value_step=value_step, n=24).state_dict()
+    alone = calibrate(data=images(24), n=24, value_step=value_step).state_dict()
     for name, expected in alone.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=1e-5)  # float32 sums in another order
