@@ -51,6 +51,8 @@ class Aggregated(Target):
         official: take the layer as published for the whole site, with cosine similarity, a learned temperature and
             position bias and its own reducer; of spatial reduction the ratio stays. At ``pool=1`` it is the last
             stage's, without window.
+        pool_size: rows and columns of its pooled map, the same for every image, instead of ``pool``; for the layer as
+            published alone.
     """
 
     window_size: int = 3
@@ -58,6 +60,7 @@ class Aggregated(Target):
     local_bias: float | None = None
     windows: str = "pool"
     official: bool = False
+    pool_size: int | Pair | None = None
     name = "aggregated"
 
     def __post_init__(self) -> None:
@@ -76,6 +79,17 @@ class Aggregated(Target):
             windows = None if self.windows == "pool" else self.windows
             require_unset({"local_bias": self.local_bias}, "whose window has a learned one")
             require_unset({"windows": windows}, "which pools the whole map")
+        self._require_pool_size()
+
+    def _require_pool_size(self) -> None:
+        if self.pool_size is None:
+            return
+        require_positive("pool_size", self.pool_size)
+        if not self.official or self.pool is not None:
+            raise ArgumentError(
+                f"pool_size: {self.pool_size!r} is of the layer as published alone, and instead of pool; give it with "
+                "official=True and without pool"
+            )
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
@@ -179,6 +193,8 @@ class Aggregated(Target):
         """Ratio or size of the pooled map: of spatial reduction the site's own. Empty: there is none."""
         keys = site.keys
         grid = site.map_grid if isinstance(keys, Window) else grid_of_site(site)
+        if self.pool_size is not None:
+            return {"pool_size": as_pair(self.pool_size)}
         if not isinstance(keys, Reduced):
             pool = self._pool(grid)
             return {} if pool == (1, 1) else {"sr_ratio": pool}

@@ -139,6 +139,11 @@ def _require_plain_module(model: nn.Module) -> None:
         raise ArgumentError(
             f"model: the parameters of {type(model).__name__} are sharded; convert the model first, then wrap it"
         )
+    if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
+        raise ArgumentError(
+            f"model: {type(model).__name__} is on the meta device, without values to recognise or certify anything "
+            "by; build it on a real device (only attnrewrite.analyze(model, ...).total does without)"
+        )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     inner = model._orig_mod if hasattr(model, "_orig_mod") else None
     if isinstance(model, wrappers) or isinstance(inner, nn.Module):
@@ -149,6 +154,8 @@ def _require_plain_module(model: nn.Module) -> None:
 
 def _require_finite(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            raise ArgumentError("example_inputs: on the meta device, without values; pass a real tensor")
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(leaf.isfinite().all()):
             raise ArgumentError("example_inputs: contains NaN or infinite values; pass finite inputs")
         if isinstance(leaf, Tensor) and leaf.numel() == 0:

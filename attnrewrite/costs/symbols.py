@@ -215,7 +215,7 @@ def evaluator(expression: Expr) -> Callable[[int, int, int], int]:
 @cache
 def lattice_unit(expression: Expr) -> int:
     """The smallest multiple of pixels on which no rounding in ``expression`` rounds anything."""
-    units = [_unit(part) for part in _unclipped(expression).atoms(down, up, block_pairs)]
+    units = [_unit(part) for part in _unclipped(expression).atoms(down, up, block_pairs, offsets)]
     return int(reduce(sympy.ilcm, units, 1))
 
 
@@ -277,7 +277,7 @@ def _rounded(kind: Any, x: Expr, m: Expr, divide: Callable[[Any, Any], Any]) -> 
 
 
 def _unit(part: Expr) -> int:
-    inner = [_unit(deeper) for deeper in part.args[0].atoms(down, up, block_pairs)]
+    inner = [_unit(deeper) for deeper in part.args[0].atoms(down, up, block_pairs, offsets)]
     return int(part.args[1]) * int(reduce(sympy.ilcm, inner, 1))
 
 

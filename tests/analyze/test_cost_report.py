@@ -81,6 +81,32 @@ def test_a_conversion_that_raises_the_cost_of_a_small_image_says_from_where_it_p
     assert {row.after.kind for row in comparison.rows} == {"stem", "AA", "ConvGLU", "linear"}
 
 
+def test_a_model_without_values_is_counted_and_says_why_it_has_no_sites():
+    found = analyze(on_meta("timm:vit_tiny_patch16_224", depth=1), image(224))
+    assert found.sites == []
+    assert any("no sites, the model could not be captured: model: VisionTransformer is on the meta" in note
+               for note in found.assumptions)  # fmt: skip
+    assert found.at(224, 224).macs == found.total
+
+
+def test_pooled_aggregated_attention_raises_the_cost_of_vit_s_below_284_pixels():
+    """With 7x7 pooled keys at every size; the closed form leaves out the MLP of the position bias."""
+    model = load_model("timm:vit_small_patch16_224", class_token=False, global_pool="avg", depth=2)
+    published = {"official": True, "pool_size": 7, "fidelity": "fresh"}
+    found = analyze(model, torch.randn(1, 3, 224, 224), to="aggregated", **published).comparison
+    c, p, k = 384, 49, 9
+    closed = (c + 2 * p + 3 * k + (c * c + 20 * c * p + 6 * c * k + 4 * p * p + 12 * p * k + 9 * k * k) ** 0.5) / 4
+    assert 16 * closed**0.5 == pytest.approx(284, abs=0.5)
+
+    def dearer(side: float) -> float:
+        n, distances = (side / 16) ** 2, (2 - 1 / 7) ** 2 * (side / 16) ** 2
+        return n * c * c + 2 * p * c * c + (2 * p + 3 * k) * n * c - 2 * n * n * c + distances * 512 * (2 + 6)
+
+    assert "raises the cost at 224x224" in found.verdict
+    [crossing] = found.crossovers
+    assert dearer(crossing - 0.1) > 0 > dearer(crossing + 0.1)
+
+
 def test_crossovers_of_conversions_are_the_closed_forms(vit_small, compared):
     """With t = 1 class token and n = s²/256 cells: a neighborhood pays for n > k²; pooled attention where
     n² - n (t + P) > k² n with P = n/4 cells and two local products; the decomposed form where 2n² > n (4√n + 25)."""

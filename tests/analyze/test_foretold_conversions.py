@@ -51,7 +51,8 @@ QUICK = {
 
 PUBLISHED = {"official": True, "fidelity": "fresh"}
 AS_PUBLISHED: list[tuple[str, dict[str, Any]]] = [
-    ("aggregated", {"pool": 2}), ("aggregated", {"pool": 1}), ("conv_glu", {}), ("conv_glu", {"hidden": "keep"}),
+    ("aggregated", {"pool": 2}), ("aggregated", {"pool": 1}), ("aggregated", {"pool_size": 2}),
+    ("conv_glu", {}), ("conv_glu", {"hidden": "keep"}),
     ("cross_scale", {}), ("manhattan", {}), ("manhattan_decomposed", {}), ("neighborhood", {"kernel_size": 3}),
     ("tokens_to_token", {}),
 ]  # fmt: skip

@@ -41,6 +41,15 @@ def test_a_model_without_attention_but_with_a_strided_stem():
         attnrewrite.convert(model, "neighborhood", torch.randn(1, 3, 32, 32))
 
 
+def test_a_model_or_an_image_without_values():
+    with torch.device("meta"):
+        model, image = small_cnn(), torch.randn(1, 3, 32, 32)
+    with pytest.raises(ArgumentError, match=r"model: Sequential is on the meta device.* by; build it on a real device"):
+        attnrewrite.convert(model, "neighborhood", image)
+    with pytest.raises(ArgumentError, match=r"example_inputs: on the meta device.*pass a real tensor"):
+        attnrewrite.convert(small_cnn(), "neighborhood", image)
+
+
 def test_a_kernel_that_does_not_fit(vit, batch):
     reason = r"kernel 9 .*does not fit the 4x4\+1 map; use kernel_size=\(4, 4\) or oversize='clamp'"
     with pytest.raises(ConversionError, match=rf"(?s)blocks\.0\.attn.*{reason}"):
