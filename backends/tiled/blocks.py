@@ -17,7 +17,8 @@ from ..logit_terms import FIRST_BIAS
 from .tile_attention import Outcome, Tile, TileGradients, explicit, explicit_backward, fused, fused_backward
 from .tiles import Index, Tiling, accumulate, chunks, lead_shape, read, tile_view, write
 
-RUN_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+# With larger runs the C allocator returns their memory to the system after every use: thousands of page faults.
+RUN_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
 
 
 @dataclass(frozen=True)
