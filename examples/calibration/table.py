@@ -48,8 +48,14 @@ CASES = [
     Case("vit", "Manhattan, decay 0.8 after the softmax", "manhattan", {"decay": 0.8, "placement": "outside"}),
     Case("vit", "Manhattan, decay 0.8", "manhattan", {"decay": 0.8}),
     Case("vit", "long-short distance 5", "long_short_distance", {"group_size": 5}),
+    Case("vit", "conv_glu at its own width (exact)", "conv_glu"),
+    Case("vit", "conv_glu at two thirds of the width", "conv_glu", {"hidden": "match"}),
     Case("swin", "neighborhood, blocks kept (exact)", "neighborhood"),
     Case("swin", "neighborhood 7", "neighborhood", {"kernel_size": 7}),
+    Case("swin", "long-short distance (exact)", "long_short_distance"),
+    Case("swin", "long-short distance, shifted blocks long", "long_short_distance", {"shifted": "long"}),
+    Case("swin", "aggregated 3, pooled 2 x 2", "aggregated", {"window_size": 3, "pool": 2}),
+    Case("swin", "cross-scale stem and merges (exact)", "cross_scale"),
 ]  # fmt: skip
 
 
@@ -68,7 +74,7 @@ def row(case: Case) -> str:
     automatic = {"measure": unlabelled} if case.convert else {}
     try:
         converted = attnrewrite.convert(
-            original, case.target, images[:1], progress=False, **automatic, **case.convert, **case.options
+            original, case.target, unlabelled[:8], progress=False, **automatic, **case.convert, **case.options
         )
     except AttnRewriteError as refusal:
         return f"| {case.network} | {case.title} | refused: {str(refusal).splitlines()[0]} | | |"
