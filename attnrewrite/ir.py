@@ -6,6 +6,7 @@ Vocabulary: a *site* is one attention, MLP or stem; a *projection* says which we
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -238,6 +239,14 @@ class AttentionSite:
         """The grid of a site that is known to have one, as windows do."""
         assert self.grid is not None
         return self.grid
+
+    @property
+    def head_sizes(self) -> tuple[int, ...]:
+        """Extents of the axes that run over heads, in one sample."""
+        nodes = self.nodes
+        extents = dict(zip(nodes.output.axes, nodes.output.node.meta["val"].shape, strict=True))
+        inner = tuple(extents[axis] for axis in nodes.head_groups[1:])  # without batch axis the first holds samples too
+        return (self.heads // math.prod(inner), *inner)
 
     def weights(self) -> list[Node]:
         """Weights and biases of its projections."""

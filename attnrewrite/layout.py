@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,16 +11,18 @@ from .letters import position_and_dim
 from .lift.contraction import canonical
 
 
-def heads_last(value: Tensor, axes: str, batch_groups: str, head_groups: str, heads: int) -> Tensor:
+def heads_last(value: Tensor, axes: str, batch_groups: str, head_groups: str, head_sizes: tuple[int, ...]) -> Tensor:
     """``[batch, tokens, heads, dim]`` of an operand; without ``batch_groups`` its head axis holds batch and heads.
 
-    An operand without head axis is the same for all heads.
+    ``head_sizes`` are the extents of the ``head_groups`` in one sample. An operand is the same for all heads along an
+    axis that it lacks or has once.
     """
     position, dim = position_and_dim(axes)
-    flat = canonical(value, axes, batch_groups + head_groups + position + dim).flatten(0, -3)
-    if not set(head_groups) & set(axes):
-        return flat[:, :, None].expand(-1, -1, heads, -1)
-    return flat.unflatten(0, (-1, heads)).transpose(1, 2)
+    value = canonical(value, axes, batch_groups + head_groups + position + dim)
+    given = value.shape[len(batch_groups) : -2]
+    shared = [size if extent == 1 else extent for extent, size in zip(given, head_sizes, strict=True)]
+    value = value.expand(*value.shape[: len(batch_groups)], *shared, *value.shape[-2:])
+    return value.flatten(0, -3).unflatten(0, (-1, math.prod(head_sizes))).transpose(1, 2)
 
 
 def from_heads_last(

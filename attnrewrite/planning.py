@@ -225,7 +225,7 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         if structure not in verdicts:
             kept = all(p.conversion and p.conversion.keeps_function for p in owned)
             twin = owner if kept else _with_own_function(owner, flow)
-            verdicts[structure] = misbehaviour(twin, flow.constants | made.values, made.capture.batch) if twin else ""
+            verdicts[structure] = misbehaviour(twin, made.values, flow.constants, made.capture.batch) if twin else ""
         for each in owned if verdicts[structure] else ():
             each.refuse(verdicts[structure])
     if any(verdicts.values()):

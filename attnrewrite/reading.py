@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.fx import Node
 
+from .certify.forms import operand_heads_last
 from .ir import AttentionSite, Site, Window
-from .layout import heads_last
 from .lift.dataflow import Dataflow
 from .lift.liveness import read_elements
 from .lift.values import shape_of
@@ -42,6 +42,6 @@ def _tokens(site: Site, read: Tensor) -> str:
         return ALL
     nodes = site.nodes
     read = read.expand(shape_of(nodes.output.node))
-    rows = heads_last(read, nodes.output.axes, nodes.batch_groups, nodes.head_groups, site.heads).any((0, 2, 3))
+    rows = operand_heads_last(read, nodes.output, site).any((0, 2, 3))
     beyond = rows[site.grid.prefix_tokens :]
     return ALL if bool(beyond.any()) else PREFIX

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..certify.forms import operand_heads_last
 from ..cores import PixelKeys
 from ..ir import AttentionSite, Global, Operand, Projection, Reduced
-from ..layout import heads_last
 from ..lift.values import shape_of
 from ..ridge import ridge_of_rows
 from ..targets import RIDGE, Conversion, Exactness, NotConvertible, Weights
@@ -70,7 +70,7 @@ def _upsampled(site: AttentionSite, value: Tensor, operand: Operand) -> Tensor:
     """``[batch, tokens, heads, dim]`` of the reduced map, for every token that of the cell it lies in."""
     assert isinstance(site.keys, Reduced)
     grid, cells = grid_of_site(site), (site.keys.height, site.keys.width)
-    part = heads_last(value, operand.axes, site.nodes.batch_groups, site.nodes.head_groups, site.heads)
+    part = operand_heads_last(value, operand, site)
     rows, columns = (
         torch.arange(side, device=value.device) * count // side
         for side, count in zip((grid.height, grid.width), cells, strict=True)

@@ -110,7 +110,7 @@ def tokens(value: Tensor, batch_axis: int) -> Tensor:
 
 def operand_heads_last(value: Tensor, operand: Operand, site: AttentionSite) -> Tensor:
     """A captured operand as ``[batch, tokens, heads, dim]``."""
-    return heads_last(value, operand.axes, site.nodes.batch_groups, site.nodes.head_groups, site.heads)
+    return heads_last(value, operand.axes, site.nodes.batch_groups, site.nodes.head_groups, site.head_sizes)
 
 
 def per_head(scale: Tensor, heads: int) -> Tensor:

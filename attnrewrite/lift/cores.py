@@ -8,6 +8,7 @@ import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -15,13 +16,13 @@ from ..ir import Operand
 from .contraction import Contraction, canonical, contraction
 from .dataflow import Dataflow
 from .movement import moved_operands
-from .scores import Addend, NotAffine, as_addend, score_chain
-from .values import argument, input_of, operator_name, shape_of
+from .scores import Addend, NotAffine, as_addend, excluded, score_chain
+from .softmax import Softmax, softmax_at
+from .values import input_of, operator_name, shape_of
 
 _GROUPS = "abcghijk"
 _FUSED = "aten::scaled_dot_product_attention"
 _PASSING = tuple(f"aten::{name}" for name in ("contiguous", "clone", "to", "_to_copy", "alias", "slice"))
-_SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
 _ROW_MAJOR = {
     f"aten::{name}"
     for name in ["view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"]
@@ -58,11 +59,12 @@ class Core:
 def find_cores(flow: Dataflow) -> tuple[list[Core], list[tuple[Node, str]]]:
     """Every core in graph order, and the anchors that are none with the reason."""
     cores, refused = [], []
-    for anchor in flow.nodes(_FUSED, *_SOFTMAX):
-        if anchor in flow.constants:
+    for anchor in flow.capture.graph.nodes:
+        softmax = softmax_at(anchor)
+        if anchor in flow.constants or (softmax is None and operator_name(anchor) != _FUSED):
             continue
         try:
-            found = _fused(anchor, flow) if operator_name(anchor) == _FUSED else _explicit(anchor, flow)
+            found = _fused(anchor, flow) if softmax is None else _explicit(softmax, flow)
         except NotAffine as reason:
             refused.append((anchor, str(reason)))
         else:
@@ -90,18 +92,19 @@ def _fused(anchor: Node, flow: Dataflow) -> Core:
     return Core(anchor, q, k, v, output, anchor, groups, scale, (), addends, bias, mask, (anchor,))
 
 
-def _explicit(anchor: Node, flow: Dataflow) -> Core | None:
+def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
+    anchor = softmax.weights
     weighted = _product_with_values(anchor, flow)
     if weighted is None:
         return None
     path_after, final = weighted
-    chain = score_chain(input_of(anchor), flow.constants, flow.learned)
+    chain = score_chain(softmax.scores, flow.constants, flow.learned)
     product, scores = chain.product, shape_of(chain.product.node)
     weights = path_after[-1] if path_after else anchor
     moves = [step for step in (*chain.path, *path_after) if flow.is_movement(step) and not flow.is_copy(step)]
     if shape_of(weights) != scores or any(operator_name(step) not in _ROW_MAJOR for step in moves):
         raise NotAffine("the scores are rearranged between their product and the product with the values")
-    _require_last_axis(anchor, scores)
+    _require_last_axis(softmax, scores)
     query, key, names = _query_and_key(product)
     groups = "".join(names[axis] for axis in product.out_axes[:-1] if names[axis] != "x")
     _require_groups(groups)
@@ -109,7 +112,7 @@ def _explicit(anchor: Node, flow: Dataflow) -> Core | None:
     addends, bias, mask = _separated(chain.addends, scores, flow)
     letters = "".join(names[axis] for axis in product.out_axes)
     bias, mask = (None if part is None else canonical(part, letters, groups + "xy") for part in (bias, mask))
-    nodes = (product.node, *chain.path, anchor, *path_after, final.node)
+    nodes = (product.node, *chain.path, *softmax.nodes, *path_after, final.node)
     scales = tuple(chain.learned_scales)
     return Core(
         anchor, query, key, value, output, product.node, groups, chain.factor, scales, addends, bias, mask, nodes
@@ -164,10 +167,9 @@ def _product_with_values(anchor: Node, flow: Dataflow) -> tuple[list[Node], Cont
         node = onward
 
 
-def _require_last_axis(anchor: Node, scores: tuple[int, ...]) -> None:
-    shape = shape_of(anchor)
-    axis = argument(anchor, 1, "dim", -1)
-    if int(axis) % len(shape) != len(shape) - 1 or shape[-1] != scores[-1]:
+def _require_last_axis(softmax: Softmax, scores: tuple[int, ...]) -> None:
+    shape = shape_of(softmax.weights)
+    if softmax.axis != len(shape) - 1 or shape[-1] != scores[-1]:
         raise NotAffine("the softmax does not run over the last axis of the scores")
 
 
@@ -177,16 +179,24 @@ def _require_groups(groups: str) -> None:
 
 
 def _separated(addends: list[Addend], scores: tuple[int, ...], flow: Dataflow) -> Added:
-    """Split what is added to the scores into the learned bias and the constant mask."""
-    addends = [term for addend in addends for term in _terms(addend, flow)]
-    learned = [addend for addend in addends if addend.node in flow.learned]
-    if any(addend.factor != 1.0 for addend in learned):
+    """Split what is added to the scores into the learned bias and the constant mask.
+
+    A mask that is the same for all keys changes no softmax: then the bias is what is added as a whole. Else the two add
+    up to the whole as the graph rounded it.
+    """
+    terms = [term for addend in addends for term in _terms(addend, flow)]
+    mask = _total([term for term in terms if term.node not in flow.learned], scores)
+    if mask is not None and bool((mask == mask[..., :1]).all()) and not bool(excluded(mask).any()):
+        mask, terms = None, addends
+    learned = [term for term in terms if term.node in flow.learned]
+    if any(term.factor != 1.0 for term in learned):
         raise NotAffine("a learned bias is scaled after it was added to the scores")
-    constant = [addend for addend in addends if addend.node not in flow.learned]
-    bias, mask = _total(learned, scores), _total(constant, scores)
-    if mask is not None and not bool(mask.any()):
-        mask = None
-    return tuple(addend.node for addend in learned if addend.node is not None), bias, mask
+    bias = _total(learned, scores)
+    if bias is not None and mask is not None:
+        whole = _total(addends, scores)
+        assert whole is not None
+        bias = torch.where(excluded(mask), bias, whole - mask)
+    return tuple(term.node for term in learned if term.node is not None), bias, mask
 
 
 def _added(mask: Node | None, scores: tuple[int, ...], flow: Dataflow) -> Added:
@@ -209,7 +219,7 @@ def _terms(addend: Addend, flow: Dataflow) -> list[Addend]:
         step = input_of(step)
     if step is None or operator_name(step) != "aten::add" or step.kwargs or len(step.all_input_nodes) != 2:
         return [addend]
-    parts = [replace(addend, value=as_addend(flow.constants[used]), node=used) for used in step.all_input_nodes]
+    parts = [replace(addend, value=flow.constants[used].double(), node=used) for used in step.all_input_nodes]
     return [term for part in parts for term in _terms(part, flow)]
 
 

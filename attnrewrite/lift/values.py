@@ -128,6 +128,8 @@ def _placeholder(node: Node) -> Tensor:
 
 
 def _is_random(node: Node) -> bool:
+    if operator_name(node) == "aten::dropout" and not argument(node, 2, "train"):
+        return False
     return _RANDOM in getattr(node.target, "tags", ())
 
 

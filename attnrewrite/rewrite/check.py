@@ -23,7 +23,7 @@ TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Else 1e-3, relative to the largest value: float32 leaves 1e-6, a wrong axis or a swapped batch far more."""
 
 
-def misbehaviour(owner: OwnerProgram, captured: Values, batch: int) -> str:
+def misbehaviour(owner: OwnerProgram, captured: Values, constants: Values, batch: int) -> str:
     """Compare donor and twin on two different samples, in training where that tells more, else in eval mode.
 
     It does where a child hands its input on in eval mode (an inactive DropPath), because the graph does not show for
@@ -34,13 +34,11 @@ def misbehaviour(owner: OwnerProgram, captured: Values, batch: int) -> str:
     twin = twin_of(donor)
     rewrite_module(twin, owner.program, owner.modules, owner.buffers)
     with torch.no_grad():
-        doubled: Values = {}  # an argument given twice stays one tensor
-        arguments = tree_map(lambda leaf: _doubled(leaf, captured, batch, doubled), owner.call.arguments)
         for training in (True, False) if owner.handed_on and not _is_random(donor) else (False,):
-            try:
-                expected = _run(donor, donor, arguments, training)
-            except Exception:  # the donor itself takes no other batch: there is nothing to compare with
+            found = _donor_at_two_samples(owner, captured, constants, batch, training)
+            if found is None:  # the donor itself takes no other batch: there is nothing to compare with
                 continue
+            arguments, expected = found
             try:
                 actual = _run(twin, donor, arguments, training)
             except Exception as cause:
@@ -56,6 +54,20 @@ def misbehaviour(owner: OwnerProgram, captured: Values, batch: int) -> str:
                 return f"the rewritten module differs from the original {mode} (error {error:.0e})"
             break
     return ""
+
+
+def _donor_at_two_samples(
+    owner: OwnerProgram, captured: Values, constants: Values, batch: int, training: bool
+) -> tuple[dict[str, Any], list[Any]] | None:
+    """Arguments for twice the samples and the donor's results. A constant, such as a shared bias, stays as it is,
+    unless the donor then does not run: it was spread over the samples, as a class token is."""
+    for fixed in (constants, {}):
+        arguments = _at_two_samples(owner.call.arguments, constants | captured, fixed, batch)
+        try:
+            return arguments, _run(owner.call.module, owner.call.module, arguments, training)
+        except Exception:
+            continue
+    return None
 
 
 def twin_of(module: nn.Module) -> nn.Module:
@@ -78,6 +90,11 @@ def _run(module: nn.Module, donor: nn.Module, arguments: dict[str, Any], trainin
         module.train(training)
         torch.manual_seed(0)
         return tree_leaves(module.forward(*bound.args, **bound.kwargs))
+
+
+def _at_two_samples(arguments: dict[str, Any], values: Values, fixed: Values, batch: int) -> dict[str, Any]:
+    doubled: Values = dict(fixed)  # an argument given twice stays one tensor
+    return tree_map(lambda leaf: _doubled(leaf, values, batch, doubled), arguments)
 
 
 def _doubled(leaf: Any, captured: Values, batch: int, doubled: Values) -> Any:

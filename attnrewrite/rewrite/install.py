@@ -76,11 +76,9 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
     if "pixels" in conversion.extras:
         consumers = consumers[:1]  # type: ignore[assignment]
     with graph.inserting_before(old):
+        groups = (nodes.batch_groups, nodes.head_groups, site.head_sizes)
         parts = [
-            graph.call_function(
-                heads_last,
-                (outlined.argument(consumer, part.node), part.axes, nodes.batch_groups, nodes.head_groups, site.heads),
-            )
+            graph.call_function(heads_last, (outlined.argument(consumer, part.node), part.axes, *groups))
             for part, consumer in consumers
         ]
         for scale in site.learned_scales:
@@ -91,11 +89,7 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
         if "pixels" in conversion.extras:
             local = {"pixels": outlined.latest(nodes.source)}  # type: ignore[arg-type]
         new = graph.call_module(outlined.add_module("attention", conversion.core), (*parts, *bias), local)
-        sizes = dict(zip(nodes.output.axes, shape_of(nodes.output.node), strict=True))
-        head_sizes = tuple(sizes[axis] for axis in nodes.head_groups)
-        new = graph.call_function(
-            from_heads_last, (new, nodes.output.axes, nodes.batch_groups, nodes.head_groups, head_sizes)
-        )
+        new = graph.call_function(from_heads_last, (new, nodes.output.axes, *groups))
     _replace(old, new)
     if not isinstance(conversion.core, DenseAttention):
         withhold(outlined, site)

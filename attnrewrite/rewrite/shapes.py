@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from ..layout import from_heads_last, heads_last
 from ..lift.values import argument, input_of, is_call, operator_name
 
 _VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
@@ -143,6 +145,10 @@ class _Freeing:
         name, operands = operator_name(node), [used for used in node.all_input_nodes if used in self.axes]
         if name in ("aten::transpose", "aten::permute"):
             return self._permuted(node, name)
+        if name in ("aten::bmm", "aten::matmul") and len(_shape(input_of(node))) == len(_shape(node)):
+            return (*self.axes[input_of(node)][:-1], self._own_axes(node)[-1])
+        if node.target is from_heads_last:
+            return self._of_core(node)
         for used in operands:
             if self.axes[used] and _shape(used) == _shape(node) and (is_call(node) or node.op == "call_module"):
                 return self.axes[used]
@@ -155,6 +161,15 @@ class _Freeing:
         one, other = argument(node, 1), argument(node, 2)
         axes[one], axes[other] = axes[other], axes[one]
         return tuple(axes)
+
+    def _of_core(self, node: Node) -> tuple[Axis, ...]:
+        """What an attention core hands back has the groups and positions of its queries."""
+        step = node
+        while step.target is not heads_last:
+            step = input_of(step)
+        known = dict(zip(step.args[1], self.axes[input_of(step)], strict=True))  # type: ignore[arg-type]  # its letters
+        own = zip(node.args[1], self._own_axes(node), strict=True)  # type: ignore[arg-type]  # its letters
+        return tuple(known.get(letter, axis) for letter, axis in own)
 
     def _own_axes(self, node: Node) -> tuple[Axis, ...]:
         return tuple((Factor(size, node, axis),) for axis, size in enumerate(_shape(node)))
@@ -233,7 +248,7 @@ class _Freeing:
             given: list[Any] = [*node.args[1:4], *(0, 0, None)[len(node.args) - 1 :]]
             axis, start, stop = given
             if start in (0, None) and stop is not None and stop >= _shape(source)[axis]:
-                node.args = (source, axis, 0)
+                node.args = (source, axis, 0, sys.maxsize, *node.args[4:])
                 return False
             return isinstance(stop, int) and 0 < stop < 2**31 and not self._is_prefix(start, stop)
         if name == "aten::unflatten":  # channels split into heads are the model's numbers, not the image's
