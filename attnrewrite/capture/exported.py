@@ -92,7 +92,8 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
         )
     position = positions(iter(graph.nodes))
     tensors, names, inputs = _placeholders(program, args, kwargs)
-    root = recorder.calls({index: node for node, index in position.items()})
+    # An assertion that export adds about a value says the value's position again: the first node is the value.
+    root = recorder.calls({index: node for node, index in reversed(position.items())})
     return Capture(model, graph, inputs, tensors, names, position, root, (args, kwargs), uncast)
 
 

@@ -80,7 +80,7 @@ class _Freeing:
             if node.op == "placeholder" or any(used in live for used in node.all_input_nodes):
                 live.add(node)
             if node not in live and name in _EXPANDS | {"aten::repeat"}:
-                self._per_sample(node, name)
+                self._per_sample(node)
             if node.op == "output" and any(type(leaf) is int for leaf in tree_leaves(node.args)):
                 self._share_sizes(node)
                 if any(type(leaf) is int for leaf in tree_leaves(node.args)):
@@ -126,11 +126,11 @@ class _Freeing:
                     sizes.append(after)
         node.args = (source, sizes)
 
-    def _per_sample(self, node: Node, name: str) -> None:
+    def _per_sample(self, node: Node) -> None:
         """A parameter spread over the samples, as a class token is: its first axis follows the batch."""
         counts = list(argument(node, 1))
-        grown = [axis for axis, count in enumerate(counts) if count != (1 if name == "aten::repeat" else -1)]
-        if self.first is None or not set(grown) <= {0} or _shape(node)[0] != _shape(self.first)[0]:
+        grown = {axis for axis, count in enumerate(counts) if count not in (-1, 1)}
+        if self.first is None or not grown <= {0} or _shape(node)[0] != _shape(self.first)[0]:
             return
         with self.graph.inserting_before(node):
             node.args = (node.args[0], [self._samples(), *counts[1:]])
