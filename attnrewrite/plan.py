@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .calibration.places import find_places
 from .capture import Capture, NodeRef
+from .capture.snapshot import same_draws
 from .certify import Certificate
 from .certify.certificate import relative_error
 from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, first_line
@@ -239,7 +240,7 @@ def _versions(model: nn.Module) -> list[tuple[int, int]]:
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), same_draws(model):
             output = model.eval()(*args, **kwargs)
     finally:
         for module, mode in modes.items():

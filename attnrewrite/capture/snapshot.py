@@ -24,8 +24,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     containers = _containers(attributes)
     buffers = {module: dict(module._buffers) for module in model.modules()}
     values = {buffer: (buffer._version, buffer.detach().clone()) for buffer in _versioned(model)}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=_random_devices(model)):
         try:
             yield
         finally:
@@ -41,6 +40,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 for buffer, (version, value) in values.items():
                     if buffer._version != version:
                         buffer.copy_(value)
+
+
+@contextmanager
+def same_draws(model: nn.Module) -> Iterator[None]:
+    """Whatever is random inside comes out the same every time; the random state is as before on exit."""
+    with torch.random.fork_rng(devices=_random_devices(model)):
+        torch.manual_seed(0)
+        yield
+
+
+def _random_devices(model: nn.Module) -> list[int]:
+    """GPUs whose random state a run of the model may move."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:

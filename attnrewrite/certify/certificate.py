@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..capture.snapshot import same_draws
 from ..errors import UNFORESEEN, first_line
 from ..ir import AttentionSite, MlpSite, Site, StemSite
 from ..lift.dataflow import Dataflow
@@ -91,14 +92,14 @@ def wanted_nodes(sites: Iterable[Site]) -> set[Node]:
 
 
 def collect_values(flow: Dataflow, wanted: set[Node]) -> Values:
-    """Run the captured graph once on the example inputs and keep the ``wanted`` values."""
+    """Run the captured graph once on the example inputs, with the ``same_draws``, and keep the ``wanted`` values."""
     capture = flow.capture
     values: Values = dict(flow.constants) | {node: capture.tensors[node] for node in capture.inputs}
     uses = {node: len(node.users) for node in capture.graph.nodes}
     in_place = any(operator_name(n).endswith("_") and n not in flow.constants for n in capture.graph.nodes)
     kept: Values = {}
     last = max(wanted, default=None)
-    with torch.no_grad():
+    with torch.no_grad(), same_draws(capture.model):
         for node in capture.graph.nodes:
             if is_call(node) and node not in flow.constants:
                 values[node] = run_node(node, values)
