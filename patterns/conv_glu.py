@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..cores.conv_gate import ConvGate, ConvGatedMlp, identity_convolution
 from ..ir import Grid, MlpSite, Site, Stage
-from ..lift.values import input_of, operator_name, shape_of
+from ..lift.values import argument, input_of, operator_name, shape_of
 from ..modules.conv_glu import ConvGLU, gated_width
 from ..ridge import ridge_of_rows
 from ..targets import RIDGE, Conversion, Exactness, NotConvertible, NothingToDo, Target, Weights, register_target
@@ -272,7 +272,8 @@ def _is_moved(site: MlpSite) -> bool:
 
 
 def _dropout(site: MlpSite) -> float:
-    return max((float(node.args[1]) for node in _between(site) if operator_name(node) == "aten::dropout"), default=0.0)  # type: ignore[arg-type]
+    rates = (float(argument(node, 1)) for node in _between(site) if operator_name(node) == "aten::dropout")
+    return max(rates, default=0.0)
 
 
 def _taps(stage: Stage, weights: Weights) -> Tensor:

@@ -167,8 +167,8 @@ def _fill(convs: nn.ModuleList, shares: list[_Share], site: StemSite, weights: W
     bias = None if site.bias is None else weights(site.bias)
     with torch.no_grad():
         for conv, share in zip(convs, shares, strict=True):
-            conv.weight.copy_(share.filters)  # type: ignore[operator]
-            conv.bias.copy_(torch.zeros_like(conv.bias) if bias is None else bias[share.channels])  # type: ignore
+            conv.weight.copy_(share.filters)  # type: ignore[operator]  # a ModuleList forgets its kind
+            conv.bias.copy_(torch.zeros_like(conv.bias) if bias is None else bias[share.channels])  # type: ignore[operator, arg-type]
 
 
 def _norm(node: Node | None, weights: Weights, like: Tensor) -> nn.LayerNorm | None:
@@ -211,7 +211,7 @@ def _published_stem(site: StemSite, kernels: tuple[int, ...], weights: Weights) 
     assert own is not None
     made.carry("norm.weight", own.weight)
     made.carry("norm.bias", own.bias)
-    made.module.norm.eps = own.eps  # type: ignore[union-attr]
+    made.module.norm.eps = own.eps  # type: ignore[union-attr]  # a module, as its weight shows
     run = patches_to_map if len(shape_of(norm)) == 4 else patches_to_tokens
     return _published_conversion(made, kept, kernels, {"run": run, "sizes": shape, "until": norm})
 
@@ -231,7 +231,7 @@ def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights)
             bias, weight = bias + weight @ norm.bias.detach(), weight * norm.weight.detach()
             made.settle("norm.weight", 1.0)
             made.settle("norm.bias", 0.0)
-            made.module.norm.eps = norm.eps  # type: ignore[union-attr]
+            made.module.norm.eps = norm.eps  # type: ignore[union-attr]  # a module, as its weight shows
         weight, shape = _filters_of_places(weight, order), (site.kernel[0], stride, 0)
         form = layout(site.source, site.result, Grid(*sides))
     kept = _carry_filters(made, "reductions", weight, kernels, shape, bias)

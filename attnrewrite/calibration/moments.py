@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,10 @@ class Moments:
     """
 
     def __init__(self, features: int, outputs: int, device: torch.device) -> None:
-        options = {"dtype": torch.float64, "device": device}
-        self.gram = torch.zeros(features, features, **options)  # type: ignore[call-overload]
-        self.cross = torch.zeros(features, outputs, **options)  # type: ignore[call-overload]
-        self.square = torch.zeros((), **options)  # type: ignore[call-overload]
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.gram = torch.zeros(features, features, **options)
+        self.cross = torch.zeros(features, outputs, **options)
+        self.square = torch.zeros((), **options)
 
     def add(self, x: Tensor, e: Tensor, weights: Tensor) -> None:
         """Take in rows of float64, weighted by ``weights`` ``[rows]``."""

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..capture import ModuleCall, NodeRef
 from ..ir import AttentionSite, MlpSite, Site
 from ..lift.dataflow import Dataflow
-from ..lift.values import operator_name
+from ..lift.values import argument, input_of, operator_name, shape_of
 from .streams import Tap, tokens
 
 if TYPE_CHECKING:
@@ -219,8 +219,8 @@ class _Residuals:
         if self.flow.is_copy(node):
             return True
         if operator_name(node) == "aten::permute":
-            shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-            long = [axis % len(shape) for axis in node.args[1] if shape[axis] > 1]  # type: ignore[union-attr, operator]
+            shape = shape_of(input_of(node))
+            long = [axis % len(shape) for axis in argument(node, 1) if shape[axis] > 1]
             return long == sorted(long) and _width(node) == _width(node.args[0])
         return operator_name(node) in _RESHAPES and _width(node) == _width(node.args[0])
 

@@ -37,7 +37,8 @@ def token_weights(original: nn.Module, places: list[Place], images: Images, seed
             for i, gradient in enumerate(found):
                 if gradient is not None:
                     square = tokens(gradient).double().square().sum((0, 2))
-                    squares[i] = square if squares[i] is None else squares[i] + square  # type: ignore[operator]
+                    before = squares[i]
+                    squares[i] = square if before is None else before + square
     weights = {}
     for place, total in zip(seen, squares, strict=True):
         if total is not None:

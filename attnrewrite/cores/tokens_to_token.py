@@ -21,6 +21,6 @@ class TokensToTokenStem(TokensToToken):
 class TokensToTokenBranch(TokensToTokenStem):
     """The same, added to what a convolution made of the image."""
 
-    def forward(self, projected: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, projected: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is free
         """``projected`` ``[B, embed_dim, H // 16, W // 16]`` of the image ``source`` in, the same shape out."""
         return projected + super().forward(source)

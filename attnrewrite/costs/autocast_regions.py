@@ -24,4 +24,4 @@ def off_on_meta() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.is_autocast_enabled, torch.autocast = asked, region  # type: ignore[misc]
+        torch.is_autocast_enabled, torch.autocast = asked, region  # type: ignore[misc]  # torch says: a type

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..capture import Capture
 from ..ir import StemSite
-from ..lift.values import operator_name, shape_of
+from ..lift.values import input_of, operator_name, shape_of
 from .symbols import H, W, down, strided, up
 
 Sides = tuple[Expr, Expr]
@@ -165,7 +165,7 @@ class Maps:
 def _padding_before(node: Node) -> Node | None:
     """The padding that a value is a rearrangement of, if it is one."""
     while operator_name(node) in _REARRANGING:
-        node = node.args[0]  # type: ignore[assignment]
+        node = input_of(node)
     return node if operator_name(node) == "aten::pad" else None
 
 
@@ -181,7 +181,7 @@ Axes = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 def _convolution(node: Node) -> Axes | None:
     """Kernel (with its dilation), stride and padding of each axis."""
-    kernel = shape_of(node.args[1])[-2:]  # type: ignore[arg-type]
+    kernel = shape_of(input_of(node, 1))[-2:]
     return _axes(kernel, *(_argument(node, position, name, default) for position, name, default in (
         (3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))))  # fmt: skip
 

@@ -127,7 +127,7 @@ def _unstrict(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
 def _set_input_size(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     """timm's plain transformers resample their position embedding; windowed ones would become other models."""
     windows = {module: vars(module)["window_size"] for module in model.modules() if "window_size" in vars(module)}
-    model.set_input_size(img_size=size)  # type: ignore[operator]
+    model.set_input_size(img_size=size)  # type: ignore[operator]  # nn.Module says: a tensor or module
     if any(vars(module)["window_size"] != before for module, before in windows.items()):
         raise ArgumentError("size: the windows of this model would change with it")
     return {}
@@ -151,7 +151,7 @@ def _longer_embedding(model: Any, size: tuple[int, int]) -> dict[str, Any]:
 class _AnySide:
     """Equal to every side."""
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # what is equal to everything has no hash
 
     def __eq__(self, other: object) -> bool:
         return True

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..capture import NodeRef
 from .contraction import Contraction, canonical, contraction
 from .dataflow import Dataflow
-from .values import Values, input_of, is_call, needed_nodes, operator_name, shape_of
+from .values import Values, argument, input_of, is_call, needed_nodes, operator_name, shape_of
 
 _NORMS = {"aten::layer_norm", "aten::rms_norm"}
 _SOFTMAX = {"aten::softmax", "aten::_softmax", "aten::log_softmax"}
@@ -77,10 +77,10 @@ def _handed_on(node: Node, mask: Tensor, flow: Dataflow) -> list[tuple[Node, Ten
     if flow.is_linear(node):
         return [(input_of(node), mask.any(-1, keepdim=True))]
     if name in _NORMS:
-        mixed = tuple(range(-len(node.args[1]), 0))  # type: ignore[arg-type]
+        mixed = tuple(range(-len(argument(node, 1)), 0))
         return [(used, mask.any(mixed, keepdim=True)) for used in node.all_input_nodes[:1]]
     if name in _SOFTMAX:
-        return [(input_of(node), mask.any(node.args[1], keepdim=True))]  # type: ignore[arg-type]
+        return [(input_of(node), mask.any(argument(node, 1), keepdim=True))]
     if name in _ATTENTION:
         rows = mask.any(-1, keepdim=True)
         return [(input_of(node), rows), *((used, torch.tensor(True)) for used in node.all_input_nodes[1:])]

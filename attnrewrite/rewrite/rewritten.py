@@ -82,7 +82,7 @@ def restore_module(module: RewrittenModule) -> None:
         module.__dict__["attnrewrite_rewriting"] = done.previous
         return
     del module.__dict__["attnrewrite_rewriting"]
-    module.__class__ = done.donor_class  # type: ignore[assignment]
+    module.__class__ = done.donor_class  # type: ignore[assignment]  # mypy knows no change of class
 
 
 def _take_out(module: nn.Module, path: str) -> tuple[str, str, dict[str, Any]]:
@@ -123,7 +123,7 @@ def _forward_like(donor_class: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: RewrittenModule, *args: Any, **kwargs: Any) -> Any:
         return self.attnrewrite_rewriting.program.forward(self, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(donor_class.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(donor_class.forward)  # type: ignore[attr-defined]  # what inspect looks for
     return forward
 
 
