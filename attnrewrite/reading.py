@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.fx import Node
 
-from .ir import AttentionSite, Site, Window
+from .ir import AttentionSite, MapGroups, Site
 from .layout import heads_last
 from .lift.dataflow import Dataflow
 from .lift.liveness import read_elements
@@ -38,7 +38,7 @@ def _result(site: Site) -> Node:
 def _tokens(site: Site, read: Tensor) -> str:
     if not bool(read.any()):
         return NONE
-    if bool(read.all()) or not isinstance(site, AttentionSite) or isinstance(site.keys, Window) or site.grid is None:
+    if bool(read.all()) or not isinstance(site, AttentionSite) or isinstance(site.keys, MapGroups) or site.grid is None:
         return ALL
     nodes = site.nodes
     read = read.expand(shape_of(nodes.output.node))

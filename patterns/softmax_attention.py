@@ -21,6 +21,7 @@ from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, groupin
 from ..lift.scores import excluded
 from ..lift.values import argument, input_of, needed_nodes, operator_name, shape_of
 from ..targets import register_recogniser
+from .interleaved import recognise_interleaved
 from .spatial_reduction import reduced_keys
 from .windows import recognise_window, relative_table
 
@@ -93,9 +94,10 @@ def _windowed(
     if core.learned_scales:
         raise NotSeparable("windows with a learned scale are not rewritten")
     outside = None if mask is None else excluded(mask)
-    window = recognise_window(grouped.queries, grouped.keys, outside, grid, _likely_border(query, flow))
+    groups = (grouped.queries, grouped.keys, outside, grid)
+    window = recognise_window(*groups, _likely_border(query, flow)) or recognise_interleaved(*groups)
     if window is None:
-        raise NotSeparable("the groups of tokens are not the windows of the map")
+        raise NotSeparable("the groups of tokens are neither windows of the map nor tokens at one interval")
     if mask is not None and bool(mask[~excluded(mask)].any()):
         raise NotSeparable("a constant bias that is not a mask acts inside the windows")
     if bias is not None and (table := relative_table(bias.values, window.size)) is not None:

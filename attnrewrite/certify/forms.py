@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir import AttentionSite, MlpSite, Operand, Projection, Stage, StemSite, Window
+from ..ir import AttentionSite, MapGroups, MlpSite, Operand, Projection, Stage, StemSite, Window
 from ..layout import heads_last
 from ..lift.activations import ACTIVATIONS
 from ..lift.values import argument
@@ -57,8 +57,8 @@ def attend(
     added = [] if site.bias is None else [site.bias.values]
     if site.mask is not None:
         added.append(site.mask)
-    if isinstance(site.keys, Window):
-        return _attend_in_windows(site, site.keys, query, key, value, phantom)
+    if isinstance(site.keys, MapGroups):
+        return _attend_in_groups(site, site.keys, query, key, value, phantom)
     scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * scale
     for term in added:
         scores = scores + term.to(scores.dtype)
@@ -118,19 +118,19 @@ def per_head(scale: Tensor, heads: int) -> Tensor:
     return scale.reshape(heads, 1, 1) if scale.numel() == heads else scale.reshape(())
 
 
-def _attend_in_windows(
-    site: AttentionSite, window: Window, query: Tensor, key: Tensor, value: Tensor, phantom: tuple[Tensor, ...]
+def _attend_in_groups(
+    site: AttentionSite, groups: MapGroups, query: Tensor, key: Tensor, value: Tensor, phantom: tuple[Tensor, ...]
 ) -> Tensor:
     assert site.grid is not None
-    slots = window.slots(site.grid)
+    slots = groups.slots(site.grid)
     token = slots.clamp(min=0)
     query, key, value = (part[:, token] for part in (query, key, value))
     for part, filler in zip((key, value), phantom, strict=True):
-        part[:, slots == window.PHANTOM] = filler
+        part[:, slots == Window.PHANTOM] = filler
     scores = torch.einsum("bgnhd,bgmhd->bghnm", query, key) * site.scale
     if site.bias is not None:
         scores = scores + site.bias.values.to(scores.dtype)
-    scores = scores.masked_fill((slots == window.ABSENT)[:, None, None, :], -math.inf)
+    scores = scores.masked_fill((slots == Window.ABSENT)[:, None, None, :], -math.inf)
     mixed = torch.einsum("bghnm,bgmhd->bgnhd", scores.softmax(-1), value)
     result = torch.empty(mixed.shape[0], site.grid.tokens, *mixed.shape[3:], dtype=mixed.dtype)
     result[:, slots[slots >= 0]] = mixed[:, slots >= 0]

@@ -3,6 +3,7 @@
 from .aggregated import AggregatedCore, LocalBranch, MaskedAggregatedCore, ReducedAggregatedCore
 from .dense import DenseAttention
 from .grouped import GroupedCore
+from .interleaved import InterleavedAttention
 from .manhattan import DecomposedManhattanCore, ManhattanCore, ReducedManhattanCore
 from .mlp import Activation
 from .neighborhood import NeighborhoodAttention, ReducedNeighborhoodAttention, SlidingAttention
@@ -13,7 +14,7 @@ from .window import WindowAttention
 
 __all__ = [
     "Activation", "AggregatedCore", "DecomposedManhattanCore", "DenseAttention", "GatherPatches", "GroupedCore",
-    "LocalBranch", "ManhattanCore", "MapToTokens", "MaskedAggregatedCore", "NeighborhoodAttention", "OfMap",
-    "PixelKeys", "ReducedAggregatedCore", "ReducedManhattanCore", "ReducedNeighborhoodAttention",
-    "SlidingAttention", "WindowAttention",
+    "InterleavedAttention", "LocalBranch", "ManhattanCore", "MapToTokens", "MaskedAggregatedCore",
+    "NeighborhoodAttention", "OfMap", "PixelKeys", "ReducedAggregatedCore", "ReducedManhattanCore",
+    "ReducedNeighborhoodAttention", "SlidingAttention", "WindowAttention",
 ]  # fmt: skip

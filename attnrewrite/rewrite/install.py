@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from ..cores import DenseAttention, GatherPatches, WindowAttention
-from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
+from ..cores import DenseAttention, GatherPatches, InterleavedAttention, WindowAttention
+from ..ir import AttentionSite, MapGroups, MlpSite, Projection, Site, StemSite
 from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..lift.values import shape_of
 from ..targets import Conversion
@@ -28,7 +28,7 @@ def install(outlined: Outlined, site: Site, conversion: Conversion) -> None:
     if conversion.whole:
         _whole(outlined, site, conversion)
     elif isinstance(site, AttentionSite):
-        if isinstance(site.keys, Window):
+        if isinstance(site.keys, MapGroups):
             _windowed(outlined, site, conversion.core)
         else:
             _operands(outlined, site, conversion)
@@ -48,7 +48,7 @@ def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node
     if isinstance(site, StemSite):
         return [site.tokens or site.result], [site.source if site.patches is not None else site.result]
     nodes = site.nodes
-    if isinstance(site.keys, Window):
+    if isinstance(site.keys, MapGroups):
         return [], [n for n in (*nodes.linears, nodes.merged, nodes.source, nodes.result) if n is not None]
     return [nodes.product, nodes.output.node], []
 
@@ -156,7 +156,7 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
             mixed = graph.call_method("flatten", (mixed, 1, 2))
         new = _after_projection(outlined, site, mixed)
     _replace(old, new)
-    if not isinstance(core, WindowAttention):
+    if not isinstance(core, WindowAttention | InterleavedAttention):
         withhold(outlined, site)
 
 
