@@ -94,7 +94,8 @@ class AttentionSite:
 
     ``scale`` multiplies the product of projected query and key; ``learned_scales`` are graph values that multiply it
     too; ``scale_of_operands`` is what is left of ``scale`` after what acts on the operands before their product.
-    ``qk`` names what else acts on queries and keys between projection and product.
+    ``qk`` names what else acts on queries and keys between projection and product. ``queries`` are the tokens of a
+    sample of ``source`` that query, None for all of them: a class token alone reads the others out and mixes none.
     """
 
     name: str
@@ -115,6 +116,7 @@ class AttentionSite:
     qk: str = "none"
     dropout: float = 0.0
     scale_of_operands: float = 1.0
+    queries: Tensor | None = field(default=None, repr=False)
     kind = "attention"
 
     @property
@@ -122,6 +124,13 @@ class AttentionSite:
         """The grid of a site that is known to have one, as windows do."""
         assert self.grid is not None
         return self.grid
+
+    @property
+    def source_tokens(self) -> int:
+        """Tokens of a sample of ``source``."""
+        assert self.nodes.source is not None
+        shape = self.nodes.source.meta["val"].shape
+        return int(shape[:-1].numel()) // int(shape[self.nodes.batch_axis])
 
     def weights(self) -> list[Node]:
         """Weights and biases of its projections."""
@@ -133,7 +142,8 @@ class AttentionSite:
         bias = f" bias {self.bias}" if self.bias else ""
         mask = " mask" if self.mask is not None else ""
         qk = "" if self.qk == "none" else f" qk {self.qk}"
-        return f"attention{grid} heads {self.heads}x{self.head_dim} keys {self.keys}{bias}{mask}{qk}"
+        queries = "" if self.queries is None else f" queries {len(self.queries)} of {self.source_tokens}"
+        return f"attention{grid} heads {self.heads}x{self.head_dim}{queries} keys {self.keys}{bias}{mask}{qk}"
 
 
 @dataclass(frozen=True)

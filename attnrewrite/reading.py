@@ -40,6 +40,8 @@ def _tokens(site: Site, read: Tensor) -> str:
         return NONE
     if bool(read.all()) or not isinstance(site, AttentionSite) or isinstance(site.keys, MapGroups) or site.grid is None:
         return ALL
+    if site.queries is not None:  # then its result has no map beyond the prefix
+        return ALL
     nodes = site.nodes
     read = read.expand(shape_of(nodes.output.node))
     rows = heads_last(read, nodes.output.axes, nodes.batch_groups, nodes.head_groups, site.heads).any((0, 2, 3))

@@ -30,6 +30,7 @@ def attention(site: AttentionSite, source: Tensor, key_source: Tensor, weights: 
     assert site.key is not None
     assert site.value is not None
     x, y = tokens(source, site.nodes.batch_axis), tokens(key_source, site.nodes.batch_axis)
+    x = x if site.queries is None else x[:, site.queries]
     query, key = project(x, site.query, weights), project(y, site.key, weights)
     value = project(y, site.value, weights)
     phantom = tuple(_at_zero(part, weights) for part in (site.key, site.value))

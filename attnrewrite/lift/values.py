@@ -128,6 +128,8 @@ def _placeholder(node: Node) -> Tensor:
 
 
 def _is_random(node: Node) -> bool:
+    if operator_name(node) == "aten::dropout" and node.args[2] is False:
+        return False
     return _RANDOM in getattr(node.target, "tags", ())
 
 
