@@ -96,6 +96,8 @@ class AttentionSite:
     too; ``scale_of_operands`` is what is left of ``scale`` after what acts on the operands before their product.
     ``qk`` names what else acts on queries and keys between projection and product. ``queries`` are the tokens of a
     sample of ``source`` that query, None for all of them: a class token alone reads the others out and mixes none.
+    ``place`` is the cell of the map that every token of a sample lies at, where a site on a map is given its tokens in
+    another order than the map's, such as group by group.
     """
 
     name: str
@@ -117,6 +119,7 @@ class AttentionSite:
     dropout: float = 0.0
     scale_of_operands: float = 1.0
     queries: Tensor | None = field(default=None, repr=False)
+    place: Tensor | None = field(default=None, repr=False)
     kind = "attention"
 
     @property

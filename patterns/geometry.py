@@ -25,8 +25,8 @@ def grid_of_site(site: AttentionSite) -> Grid:
     """
     if site.queries is not None:
         raise NotConvertible(
-            f"only {len(site.queries)} of its {site.source_tokens} tokens query: it reads them out, which is no mixing of "
-            "tokens; leave it with `keep`"
+            f"only {len(site.queries)} of its {site.source_tokens} tokens query: it reads them out, which is no mixing "
+            "of tokens; leave it with `keep`"
         )
     if isinstance(site.keys, Interleaved):
         raise NotConvertible(

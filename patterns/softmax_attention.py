@@ -23,6 +23,7 @@ from ..lift.values import argument, input_of, needed_nodes, operator_name, shape
 from ..targets import register_recogniser
 from .interleaved import recognise_interleaved
 from .querying_tokens import querying_tokens, require_queries_of_tokens, token_ranks
+from .regrouped import cells_of, true_map
 from .spatial_reduction import reduced_keys
 from .windows import recognise_window, relative_table
 
@@ -97,7 +98,8 @@ def _windowed(
     if core.learned_scales:
         raise NotSeparable("windows with a learned scale are not rewritten")
     outside = None if mask is None else excluded(mask)
-    groups = (grouped.queries, grouped.keys, outside, grid)
+    grid, place = true_map(source, grid, grouped.queries, flow)
+    groups = (*(cells_of(tokens, place) for tokens in (grouped.queries, grouped.keys)), outside, grid)
     window = recognise_window(*groups, _likely_border(query, flow)) or recognise_interleaved(*groups)
     if window is None:
         raise NotSeparable("the groups of tokens are neither windows of the map nor tokens at one interval")
@@ -124,6 +126,7 @@ def _windowed(
         bias=bias,
         dropout=_dropout(core),
         scale_of_operands=core.scale,
+        place=place,
     )
 
 

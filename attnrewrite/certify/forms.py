@@ -123,7 +123,7 @@ def _attend_in_groups(
     site: AttentionSite, groups: MapGroups, query: Tensor, key: Tensor, value: Tensor, phantom: tuple[Tensor, ...]
 ) -> Tensor:
     assert site.grid is not None
-    slots = groups.slots(site.grid)
+    slots = groups.slots(site.grid) if site.place is None else _slots_of_tokens(groups.slots(site.grid), site.place)
     token = slots.clamp(min=0)
     query, key, value = (part[:, token] for part in (query, key, value))
     for part, filler in zip((key, value), phantom, strict=True):
@@ -136,6 +136,11 @@ def _attend_in_groups(
     result = torch.empty(mixed.shape[0], site.grid.tokens, *mixed.shape[3:], dtype=mixed.dtype)
     result[:, slots[slots >= 0]] = mixed[:, slots >= 0]
     return result
+
+
+def _slots_of_tokens(slots: Tensor, place: Tensor) -> Tensor:
+    """The token in every slot, from the cell there."""
+    return torch.where(slots < 0, slots, torch.argsort(place)[slots.clamp(min=0)])
 
 
 def _channels(source: Tensor, linear: Node, rows: Tensor, weights: Weights) -> Tensor:

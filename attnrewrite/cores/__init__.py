@@ -8,13 +8,13 @@ from .manhattan import DecomposedManhattanCore, ManhattanCore, ReducedManhattanC
 from .mlp import Activation
 from .neighborhood import NeighborhoodAttention, ReducedNeighborhoodAttention, SlidingAttention
 from .pixel_keys import PixelKeys
-from .sequence import OfMap
+from .sequence import InTokenOrder, OfMap
 from .stem import GatherPatches, MapToTokens
 from .window import WindowAttention
 
 __all__ = [
     "Activation", "AggregatedCore", "DecomposedManhattanCore", "DenseAttention", "GatherPatches", "GroupedCore",
-    "InterleavedAttention", "LocalBranch", "ManhattanCore", "MapToTokens", "MaskedAggregatedCore",
+    "InTokenOrder", "InterleavedAttention", "LocalBranch", "ManhattanCore", "MapToTokens", "MaskedAggregatedCore",
     "NeighborhoodAttention", "OfMap", "PixelKeys", "ReducedAggregatedCore", "ReducedManhattanCore",
     "ReducedNeighborhoodAttention", "SlidingAttention", "WindowAttention",
 ]  # fmt: skip
