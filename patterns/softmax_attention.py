@@ -21,11 +21,10 @@ from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, groupin
 from ..lift.scores import excluded
 from ..lift.values import argument, input_of, needed_nodes, operator_name, shape_of
 from ..targets import register_recogniser
-from .interleaved import recognise_interleaved
+from .map_groups import groups_of_map
 from .querying_tokens import querying_tokens, require_queries_of_tokens, token_ranks
-from .regrouped import cells_of, true_map
 from .spatial_reduction import reduced_keys
-from .windows import recognise_window, relative_table
+from .windows import relative_table
 
 
 @register_recogniser(order=0)
@@ -98,11 +97,7 @@ def _windowed(
     if core.learned_scales:
         raise NotSeparable("windows with a learned scale are not rewritten")
     outside = None if mask is None else excluded(mask)
-    grid, place = true_map(source, grid, grouped.queries, flow)
-    groups = (*(cells_of(tokens, place) for tokens in (grouped.queries, grouped.keys)), outside, grid)
-    window = recognise_window(*groups, _likely_border(query, flow)) or recognise_interleaved(*groups)
-    if window is None:
-        raise NotSeparable("the groups of tokens are neither windows of the map nor tokens at one interval")
+    grid, place, window = groups_of_map(source, grid, grouped, outside, _likely_border(query, flow), flow)
     if mask is not None and bool(mask[~excluded(mask)].any()):
         raise NotSeparable("a constant bias that is not a mask acts inside the windows")
     if bias is not None and (table := relative_table(bias.values, window.size)) is not None:
