@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sympy import Expr
+from sympy import Expr, Integer
 from torch import Tensor
 from torch.fx import Node
 
@@ -213,7 +213,8 @@ class SiteReader:
         product = site.nodes.product
         if isinstance(site.keys, MapGroups) and (sides := self._sides(site)):
             yield _of_groups(site.keys, site.map_grid, sides, widths)
-        queries = self._tokens(_axis(site, "query", "x"), product)
+        own = site.queries  # class tokens, whose number does not grow with the image
+        queries = self._tokens(_axis(site, "query", "x"), product) if own is None else Integer(len(own))
         if queries is None:
             return
         if isinstance(site.keys, Global):

@@ -61,7 +61,7 @@ class GroupAttention(nn.Module):
         if self.table is not None:
             scores = scores + self.table[self.offset].permute(2, 0, 1)
         if any(self.short):
-            mask = torch.zeros(self.members.shape, dtype=x.dtype).masked_fill(self.members < 0, -100.0)
+            mask = x.new_zeros(self.members.shape).masked_fill(self.members < 0, -100.0)
             scores = scores + mask.repeat(batch, 1)[:, None, None]
         mixed = self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         if not self.indexed:
