@@ -8,30 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from .capture import ModuleCall
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Tokens on a map: ``height * width`` in raster order after ``prefix_tokens`` (class, distillation, register)."""
-
-    height: int
-    width: int
-    prefix_tokens: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.height * self.width + self.prefix_tokens
-
-    def __str__(self) -> str:
-        prefix = f"+{self.prefix_tokens}" if self.prefix_tokens else ""
-        return f"{self.height}x{self.width}{prefix}"
+from .key_sets import Global, Grid, Interleaved, KeySet, MapGroups, Reduced, Tokens, Window, pair_text
 
 
 @dataclass(frozen=True)
@@ -49,105 +32,6 @@ class Projection:
     @property
     def head_dim(self) -> int:
         return self.rows.shape[1]
-
-
-@dataclass(frozen=True)
-class Global:
-    """Every query sees every token."""
-
-    def __str__(self) -> str:
-        return "global"
-
-
-@dataclass(frozen=True)
-class Window:
-    """Token ``c`` of an axis is in block ``floor((c - shift) / size)``; border blocks are truncated, nothing wraps.
-
-    ``phantom``: the map is padded at its end to a multiple of ``size`` and the padded slots count as keys. ``cyclic``:
-    the map is rolled before it is padded, so that on a padded map the rolled-over tokens join the last real ones; on a
-    map that ``size`` divides it makes no difference. An axis that fits into one block is not shifted.
-    """
-
-    size: tuple[int, int]
-    shift: tuple[int, int] = (0, 0)
-    phantom: bool = False
-    cyclic: bool = False
-
-    ABSENT: ClassVar[int] = -1
-    PHANTOM: ClassVar[int] = -2
-
-    def slots(self, grid: Grid) -> Tensor:
-        """``[blocks, slots]``: the token in every slot of every block, or ``ABSENT`` or ``PHANTOM``."""
-        rows = self._axis_slots(grid.height, 0)[:, None, :, None]
-        columns = self._axis_slots(grid.width, 1)[None, :, None, :]
-        inside = (rows >= 0) & (columns >= 0)
-        token = torch.where(inside, rows * grid.width + columns, self.PHANTOM)
-        token = torch.where((rows == self.ABSENT) | (columns == self.ABSENT), self.ABSENT, token)
-        return token.flatten(2).flatten(0, 1)
-
-    def blocks(self, grid: Grid) -> tuple[int, int]:
-        """How many blocks cover each axis, if nothing is shifted."""
-        return -(-grid.height // self.size[0]), -(-grid.width // self.size[1])
-
-    def divides(self, grid: Grid) -> bool:
-        return grid.height % self.size[0] == 0 and grid.width % self.size[1] == 0
-
-    def axis_pairs(self, length: int, axis: int = 0) -> int:
-        """Pairs of a token and an attended slot of its block along an axis; on a map those of both axes multiply."""
-        slots = self._axis_slots(length, axis)
-        return int(((slots >= 0).sum(1) * (slots != self.ABSENT).sum(1)).sum())
-
-    def _axis_slots(self, length: int, axis: int) -> Tensor:
-        size = self.size[axis]
-        padded = -(-length // size) * size
-        shift = self.shift[axis] if padded > size else 0
-        beyond = self.PHANTOM if self.phantom else self.ABSENT
-        if self.cyclic and shift:
-            return self._rolled_slots(length, padded, size, shift, beyond)
-        start = shift - size if shift else 0
-        blocks = -(-(padded - start) // size)
-        place = start + torch.arange(blocks * size).view(blocks, size)
-        return torch.where(
-            place < length, place.clamp(min=self.ABSENT), torch.where(place < padded, beyond, self.ABSENT)
-        )
-
-    def _rolled_slots(self, length: int, padded: int, size: int, shift: int, beyond: int) -> Tensor:
-        """The blocks of the rolled map; the last one is two, cut ``shift`` slots before the end of the padded map."""
-        place = torch.arange(padded).view(-1, size)
-        token = torch.where(place < length, (place + shift) % length, beyond)
-        last = place[-1] < padded - shift
-        parts = (torch.where(last, token[-1], self.ABSENT), torch.where(last, self.ABSENT, token[-1]))
-        return torch.cat([token[:-1], torch.stack(parts)])
-
-    def __str__(self) -> str:
-        shift = "" if self.shift == (0, 0) else f", shift {_pair(self.shift)}"
-        flags = "".join(f", {name}" for name in ("phantom", "cyclic") if getattr(self, name))
-        return f"window({_pair(self.size)}{shift}{flags})"
-
-
-@dataclass(frozen=True)
-class Reduced:
-    """Every query sees a smaller map made from the tokens: by a strided convolution, or by pooling."""
-
-    height: int
-    width: int
-    reducer: str
-
-    def __str__(self) -> str:
-        return f"reduced({self.height}x{self.width}, {self.reducer})"
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Every query sees ``count`` keys that are not simply the queries' own tokens."""
-
-    count: int
-
-    def __str__(self) -> str:
-        return f"tokens({self.count})"
-
-
-KeySet = Global | Window | Reduced | Tokens
 
 
 @dataclass(frozen=True)
@@ -211,7 +95,10 @@ class AttentionSite:
 
     ``scale`` multiplies the product of projected query and key; ``learned_scales`` are graph values that multiply it
     too; ``scale_of_operands`` is what is left of ``scale`` after what acts on the operands before their product.
-    ``qk`` names what else acts on queries and keys between projection and product.
+    ``qk`` names what else acts on queries and keys between projection and product. ``queries`` are the tokens of a
+    sample of ``source`` that query, None for all of them: a class token alone reads the others out and mixes none.
+    ``place`` is the cell of the map that every token of a sample lies at, where a site on a map is given its tokens in
+    another order than the map's, such as group by group.
     """
 
     name: str
@@ -232,6 +119,8 @@ class AttentionSite:
     qk: str = "none"
     dropout: float = 0.0
     scale_of_operands: float = 1.0
+    queries: Tensor | None = field(default=None, repr=False)
+    place: Tensor | None = field(default=None, repr=False)
     kind = "attention"
 
     @property
@@ -248,6 +137,13 @@ class AttentionSite:
         inner = tuple(extents[axis] for axis in nodes.head_groups[1:])  # without batch axis the first holds samples too
         return (self.heads // math.prod(inner), *inner)
 
+    @property
+    def source_tokens(self) -> int:
+        """Tokens of a sample of ``source``."""
+        assert self.nodes.source is not None
+        shape = self.nodes.source.meta["val"].shape
+        return int(shape[:-1].numel()) // int(shape[self.nodes.batch_axis])
+
     def weights(self) -> list[Node]:
         """Weights and biases of its projections."""
         parts = [part for part in (self.query, self.key, self.value, self.output) if part is not None]
@@ -258,7 +154,8 @@ class AttentionSite:
         bias = f" bias {self.bias}" if self.bias else ""
         mask = " mask" if self.mask is not None else ""
         qk = "" if self.qk == "none" else f" qk {self.qk}"
-        return f"attention{grid} heads {self.heads}x{self.head_dim} keys {self.keys}{bias}{mask}{qk}"
+        queries = "" if self.queries is None else f" queries {len(self.queries)} of {self.source_tokens}"
+        return f"attention{grid} heads {self.heads}x{self.head_dim}{queries} keys {self.keys}{bias}{mask}{qk}"
 
 
 @dataclass(frozen=True)
@@ -356,9 +253,9 @@ class StemSite:
 
     def describe(self) -> str:
         form = "stem" if self.patches is None else "merge"
-        padding = f" pad {_pair(self.padding)}" if any(self.padding) else ""
+        padding = f" pad {pair_text(self.padding)}" if any(self.padding) else ""
         norm = " norm" if self.norm_node is not None else ""
-        sizes = f"kernel {_pair(self.kernel)} stride {_pair(self.stride)}"
+        sizes = f"kernel {pair_text(self.kernel)} stride {pair_text(self.stride)}"
         return f"{form} {self.in_channels}->{self.out_channels} {sizes}{padding}{norm}"
 
 
@@ -380,11 +277,7 @@ def line(index: int, site: Site, certificate: Any = None) -> str:
     return f"%{index} = {site.describe()} @ {site.name or '(root)'}{proof}"
 
 
-def _pair(values: tuple[int, ...]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
-
-
 __all__ = [
-    "AttentionNodes", "AttentionSite", "Bias", "Global", "Grid", "KeySet", "MlpSite", "Operand", "Projection",
-    "Reduced", "Refused", "Site", "Stage", "StemSite", "Tokens", "Window", "line",
+    "AttentionNodes", "AttentionSite", "Bias", "Global", "Grid", "Interleaved", "KeySet", "MapGroups", "MlpSite",
+    "Operand", "Projection", "Reduced", "Refused", "Site", "Stage", "StemSite", "Tokens", "Window", "line",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from .capture.snapshot import same_draws
 from .certify import Certificate
 from .certify.certificate import relative_error
 from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, first_line
-from .ir import AttentionSite, Grid, Refused, Site, StemSite, Window, line
+from .ir import AttentionSite, Grid, MapGroups, Refused, Site, StemSite, line
 from .lift.dataflow import Dataflow
 from .lift.values import Values, shape_of
 from .reading import NONE, PREFIX, TOLD, read_tokens
@@ -225,7 +225,7 @@ def _maps_a_sequence(planned: PlannedSite) -> bool:
         return False
     if conversion.run is not None:
         return len(shape_of(whole_ends(site, conversion)[0])) == 3
-    if isinstance(site, AttentionSite) and isinstance(site.keys, Window):
+    if isinstance(site, AttentionSite) and isinstance(site.keys, MapGroups):
         return False
     core = conversion.core
     cores = core if isinstance(core, list) else [core]

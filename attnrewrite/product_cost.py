@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UNFORESEEN
-from .ir import AttentionSite, Window
+from .ir import AttentionSite, MapGroups
 from .lift.values import shape_of
 from .targets import Conversion
 
@@ -45,7 +45,7 @@ def _operands(site: AttentionSite, pixels: bool) -> list[Tensor | None]:
     dims = [dict(zip(part.axes, shape_of(part.node), strict=True)) for part in (nodes.query, nodes.key, nodes.value)]
     widths = [sizes.get("d", sizes.get("e", 1)) for sizes in dims]
     bias: Tensor | None = None
-    if isinstance(site.keys, Window):
+    if isinstance(site.keys, MapGroups):
         grid = site.map_grid
         parts = [torch.empty(batch, grid.height, grid.width, site.heads, width) for width in widths]
         bias = None if site.bias is None else torch.empty(site.heads, *site.bias.values.shape[1:])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .certify.forms import operand_heads_last
-from .ir import AttentionSite, Site, Window
+from .ir import AttentionSite, MapGroups, Site
 from .lift.dataflow import Dataflow
 from .lift.liveness import read_elements
 from .lift.values import shape_of
@@ -38,7 +38,9 @@ def _result(site: Site) -> Node:
 def _tokens(site: Site, read: Tensor) -> str:
     if not bool(read.any()):
         return NONE
-    if bool(read.all()) or not isinstance(site, AttentionSite) or isinstance(site.keys, Window) or site.grid is None:
+    if bool(read.all()) or not isinstance(site, AttentionSite) or isinstance(site.keys, MapGroups) or site.grid is None:
+        return ALL
+    if site.queries is not None:  # then its result has no map beyond the prefix
         return ALL
     nodes = site.nodes
     read = read.expand(shape_of(nodes.output.node))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..cores.neighborhood import reached_table
 from ..errors import ArgumentError
-from ..ir import AttentionSite, Global, Grid, Reduced, Window
+from ..ir import AttentionSite, Global, Grid, Interleaved, MapGroups, Reduced, Window
 from ..layout import as_pair
 from ..targets import NotConvertible
 from .windows import relative_table
@@ -23,6 +23,16 @@ def grid_of_site(site: AttentionSite) -> Grid:
     Raises:
         NotConvertible: it is not known, or something ties the scores to more than the map.
     """
+    if site.queries is not None:
+        raise NotConvertible(
+            f"only {len(site.queries)} of its {site.source_tokens} tokens query: it reads them out, which is no mixing "
+            "of tokens; leave it with `keep`"
+        )
+    if isinstance(site.keys, Interleaved):
+        raise NotConvertible(
+            f"it attends inside {site.keys} groups, which spread over the map; to='neighborhood' and "
+            "to='long_short_distance' keep them"
+        )
     if not isinstance(site.keys, Global | Reduced):
         raise NotConvertible(f"its queries see {site.keys}, which lie on no map of their own; leave it with `keep`")
     if site.grid is None:
@@ -42,13 +52,14 @@ def bias_entries(site: AttentionSite, grid: Grid) -> Tensor | None:
     return table[1]
 
 
-def window_bias_entries(site: AttentionSite, window: Window) -> Tensor | None:
-    """Where a window's bias holds its relative table."""
+def window_bias_entries(site: AttentionSite, groups: MapGroups) -> Tensor | None:
+    """Where the bias of windows, or of other groups, holds its relative table."""
     if site.bias is None:
         return None
-    table = relative_table(site.bias.values, window.size)
+    table = relative_table(site.bias.values, groups.size)
     if table is None:
-        raise NotConvertible("its bias is no table of relative positions in the window; leave it with `keep`")
+        where = "window" if isinstance(groups, Window) else "group"
+        raise NotConvertible(f"its bias is no table of relative positions in the {where}; leave it with `keep`")
     return table[1]
 
 

@@ -7,8 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from ..cores import Activation, DenseAttention, GatherPatches, MapToTokens, WindowAttention
-from ..ir import MlpSite, Site, StemSite, Window
+from ..cores import (
+    Activation,
+    DenseAttention,
+    GatherPatches,
+    InterleavedAttention,
+    MapToTokens,
+    WindowAttention,
+)
+from ..ir import Interleaved, MlpSite, Site, StemSite, Window
 from ..targets import Conversion, Exactness, NothingToDo, Target, Weights, register_target
 from .patch_stem import map_width, patch_geometry
 
@@ -33,6 +40,8 @@ def identity_core(site: Site) -> Any:
         return _stem_core(site)
     if isinstance(site.keys, Window):
         return WindowAttention(site.keys, site.map_grid, site.scale, site.dropout)
+    if isinstance(site.keys, Interleaved):
+        return InterleavedAttention(site.keys, site.map_grid, site.scale, site.dropout)
     return DenseAttention(site.scale_of_operands, site.dropout)
 
 

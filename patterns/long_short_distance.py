@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cores import GroupedCore, OfMap, WindowAttention
+from ..cores import GroupedCore, InterleavedAttention, OfMap, WindowAttention
 from ..cores.grouped import fitted, into_groups
-from ..ir import AttentionSite, Grid, Reduced, Site, Window
+from ..ir import AttentionSite, Grid, Interleaved, Reduced, Site, Window
 from ..layout import as_pair
 from ..modules.long_short_distance import LongShortDistanceAttention
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
@@ -75,6 +75,8 @@ class LongShortDistance(Target):
             return self._published(site, index, weights)
         if isinstance(site.keys, Window):
             return self._windowed(site, site.keys)
+        if isinstance(site.keys, Interleaved):
+            return self._interleaved(site, site.keys)
         if isinstance(site.keys, Reduced) and self.reduced_keys == "refit":
             return on_pixels(site, lambda pixels: self.convert(pixels, index, weights), weights)
         if isinstance(site.keys, Reduced):
@@ -119,6 +121,16 @@ class LongShortDistance(Target):
         grouped = OfMap(GroupedCore(group, interval, grid, site.scale, site.dropout))
         settings = {"group_size": group, "interval": interval, "bias": "table"}
         return Conversion(Exactness.PROJECTED, _why(group, interval), grouped, settings, "as many keys")
+
+    def _interleaved(self, site: AttentionSite, groups: Interleaved) -> Conversion:
+        for argument, wanted, own in (
+            ("group_size", self.group_size, groups.group), ("interval", self.interval, groups.interval)
+        ):  # fmt: skip
+            if wanted is not None and as_pair(wanted) != own:
+                raise NotConvertible(f"it attends inside {groups} groups already; leave {argument} out, or the site")
+        core = InterleavedAttention(groups, site.map_grid, site.scale, site.dropout)
+        settings = {"group_size": groups.group, "interval": groups.interval, "bias": "table"}
+        return Conversion(Exactness.EXACT, f"{groups} is long distance attention", core, settings, "the same keys")
 
     def _published(self, site: AttentionSite, index: int, weights: Weights) -> Conversion:
         """CrossFormer's layer: short distance for windows and every other site, long distance for the rest."""

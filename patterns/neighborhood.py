@@ -10,7 +10,7 @@ from torch import Tensor
 from ..cores import NeighborhoodAttention, ReducedNeighborhoodAttention, SlidingAttention, WindowAttention
 from ..cores.neighborhood import clamped_kernel, covers, neighborhood_mask, reduced_mask
 from ..errors import ArgumentError
-from ..ir import AttentionSite, Global, Grid, Reduced, Site, Window
+from ..ir import AttentionSite, Global, Grid, Interleaved, Reduced, Site, Window
 from ..layout import as_pair
 from ..modules.neighborhood_block import NeighborhoodAttention2d
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
@@ -47,7 +47,7 @@ class Neighborhood(Target):
 
     Args:
         kernel_size: per axis or for both. None keeps a window's partition, exactly (a stride equal to the kernel size),
-            and takes 7 elsewhere.
+            and interleaved groups, as the kernel whose dilation is their interval; it takes 7 elsewhere.
         dilation: spacing of the keys, per axis or for both.
         oversize: ``"clamp"`` cuts a kernel that does not fit a map to the largest that does (at ``dilation``), which
             the report says; ``"error"`` refuses the site.
@@ -86,6 +86,10 @@ class Neighborhood(Target):
             if self.kernel_size is None and as_pair(self.dilation) == (1, 1):
                 return _blocks(site, site.keys)
             return self._sliding_windows(site, site.keys, as_pair(self.dilation))
+        if isinstance(site.keys, Interleaved):
+            steps = as_pair(self.dilation)
+            kept = self.kernel_size is None and steps == (1, 1)
+            return self._interleaved(site, site.keys, site.keys.interval if kept else steps)
         if isinstance(site.keys, Reduced):
             if self.reduced_keys == "refit":
                 return on_pixels(site, lambda pixels: self._sliding(pixels, as_pair(self.dilation)), weights)
@@ -133,6 +137,32 @@ class Neighborhood(Target):
             core, settings, f"{kernel[0] * kernel[1]} keys a query",
         )  # fmt: skip
 
+    def _interleaved(self, site: AttentionSite, groups: Interleaved, dilation: Pair) -> Conversion:
+        """A dilated kernel sees tokens of its own residues alone, all of them where it is as long as their group."""
+        if site.dropout:
+            raise NotConvertible("it drops attention weights in training, which this core cannot; leave it with `keep`")
+        if site.bias is not None and dilation != groups.interval:
+            raise NotConvertible(
+                f"its bias is learned for tokens {text_of(groups.interval)} apart; use "
+                f"dilation={groups.interval}, or to='dilated_neighborhood', which takes it from there"
+            )
+        grid, group = site.map_grid, groups.group
+        kernel, clamped = self._kernel(site, grid, dilation, group)
+        entries = window_bias_entries(site, groups)
+        core = SlidingAttention(kernel, dilation, group, site.scale, entries, table_step=(1, 1))
+        settings = {"kernel_size": kernel, "dilation": dilation}
+        form = f"kernel {text_of(kernel)} with dilation {text_of(dilation)}"
+        if kernel == group and dilation == groups.interval and groups.is_one_region(grid):
+            return Conversion(
+                Exactness.EXACT, f"{groups} on the {grid} map is {form}", core, settings, "the same keys"
+            )  # fmt: skip
+        untrained = site.bias is not None and any(k > g for k, g in zip(kernel, group, strict=True))
+        return Conversion(
+            Exactness.PROJECTED, f"{groups} becomes {form} around every query{clamped}"
+            + ("; offsets beyond the group take the bias of its edge" if untrained else ""),
+            core, settings, f"{kernel[0] * kernel[1]} keys a query",
+        )  # fmt: skip
+
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         if as_pair(self.dilation) != (1, 1):
             raise NotConvertible(
@@ -172,8 +202,8 @@ class Neighborhood(Target):
             **layout(site.nodes.source, site.nodes.result, grid),
         )  # fmt: skip
 
-    def _kernel(self, site: AttentionSite, grid: Grid, dilation: Pair) -> tuple[Pair, str]:
-        wanted = as_pair(7 if self.kernel_size is None else self.kernel_size)
+    def _kernel(self, site: AttentionSite, grid: Grid, dilation: Pair, default: Pair = (7, 7)) -> tuple[Pair, str]:
+        wanted = default if self.kernel_size is None else as_pair(self.kernel_size)
         kernel = clamped_kernel(wanted, dilation, grid)
         if kernel == wanted:
             return kernel, ""
@@ -198,7 +228,8 @@ class Neighborhood(Target):
 class DilatedNeighborhood(Neighborhood):
     """Dilated neighborhood attention (Hassani and Shi 2022): every other block spreads its kernel over the whole map.
 
-    ``dilation`` None alternates 1 and the largest that fits, as DiNAT does; a number is used everywhere.
+    ``dilation`` None alternates 1 and the largest that fits, as DiNAT does, and is the interval of interleaved groups;
+    a number is used everywhere.
     """
 
     dilation: int | Pair | None = None  # type: ignore[assignment]
@@ -214,7 +245,10 @@ class DilatedNeighborhood(Neighborhood):
         assert isinstance(site, AttentionSite)
         if isinstance(site.keys, Reduced) and self.reduced_keys == "refit":
             return on_pixels(site, lambda pixels: self.convert(pixels, index, weights), weights)
-        if not isinstance(site.keys, Global):
+        if isinstance(site.keys, Interleaved) and not self.official:
+            steps = site.keys.interval if self.dilation is None else as_pair(self.dilation)
+            return self._interleaved(site, site.keys, steps)
+        if not isinstance(site.keys, Global | Interleaved):
             raise NotConvertible(
                 f"dilation over {site.keys} keys is not defined here; use to='neighborhood' for this site"
             )

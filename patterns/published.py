@@ -89,6 +89,8 @@ def attention_map(site: AttentionSite, takes_prefix: bool = False) -> Grid:
         NotConvertible: it has something that the papers' modules have no place for.
     """
     grid = site.map_grid if isinstance(site.keys, Window) else grid_of_site(site)
+    if site.place is not None:
+        raise NotConvertible("its tokens come group by group and not as a map; leave official out")
     nodes, parts = site.nodes, (site.query, site.key, site.value, site.output)
     if nodes.source is None or nodes.result is None or any(part is None for part in parts) or site.learned_scales:
         acting = (

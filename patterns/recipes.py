@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ir import AttentionSite, Global, Site, Window
+from ..ir import AttentionSite, Global, Interleaved, MapGroups, Site
 from ..targets import Conversion, NothingToDo, Target, Weights, register_target, target_of
 from .geometry import require_one_of
 from .published import require_unset
@@ -108,7 +108,7 @@ class CrossFormer(Recipe):
             raise _alone("such MLPs")
         if site.kind == "stem":
             return target_of("cross_scale", {"official": self.official})
-        windowed = isinstance(site, AttentionSite) and isinstance(site.keys, Window)
+        windowed = isinstance(site, AttentionSite) and isinstance(site.keys, MapGroups)
         options = {} if windowed else {"group_size": self.group_size}
         return target_of("long_short_distance", {"official": self.official, **options})
 
@@ -138,7 +138,7 @@ class Dinat(Recipe):
     def choose(self, site: Site) -> Target:
         if not isinstance(site, AttentionSite):
             raise _alone("such MLPs, and the stem is not converted")
-        name = "dilated_neighborhood" if isinstance(site.keys, Global) else "neighborhood"
+        name = "dilated_neighborhood" if isinstance(site.keys, Global | Interleaved) else "neighborhood"
         return target_of(name, {"kernel_size": self.kernel_size, "official": self.official})
 
 

@@ -21,8 +21,10 @@ from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, groupin
 from ..lift.scores import excluded
 from ..lift.values import argument, input_of, needed_nodes, operator_name, shape_of
 from ..targets import register_recogniser
+from .map_groups import groups_of_map
+from .querying_tokens import querying_tokens, require_queries_of_tokens, token_ranks
 from .spatial_reduction import reduced_keys
-from .windows import recognise_window, relative_table
+from .windows import relative_table
 
 
 @register_recogniser(order=0)
@@ -50,7 +52,8 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     padded = bool((grouped.queries < 0).any() or (grouped.keys < 0).any())
     if grouped.queries.shape[0] > 1 or padded or _is_one_block(query, key, grouped, bias, flow):
         return _windowed(core, flow, (query, key, value), grouped, bias, mask)
-    merged = _merge(core, query, shape_of(query.source)[:-1], grouped, flow)
+    queries = querying_tokens(query, grouped)
+    merged = _merge(core, query, *token_ranks(query, grouped, queries), grouped, flow)
     keys = _whole_map_keys(query, key, grouped, flow)
     linears = (query.linear, key.linear, value.linear)
     nodes = _nodes(
@@ -73,6 +76,7 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
         learned_scales=core.learned_scales,
         dropout=_dropout(core),
         scale_of_operands=core.scale,
+        queries=queries,
     )
 
 
@@ -87,15 +91,13 @@ def _windowed(
     """Several groups of tokens: they must be the windows of a map, and come back to it after the projection."""
     query, key, value = parts
     source, grid = _map_of(query, flow)
-    merged = _merge(core, query, shape_of(source)[:-1], grouped, flow)
+    merged = _merge(core, query, shape_of(source)[:-1], None, grouped, flow)
     if merged is None or key.source is not query.source:
         raise NotSeparable("grouped attention whose result does not come back to its map through a linear map")
     if core.learned_scales:
         raise NotSeparable("windows with a learned scale are not rewritten")
     outside = None if mask is None else excluded(mask)
-    window = recognise_window(grouped.queries, grouped.keys, outside, grid, _likely_border(query, flow))
-    if window is None:
-        raise NotSeparable("the groups of tokens are not the windows of the map")
+    grid, place, window = groups_of_map(source, grid, grouped, outside, _likely_border(query, flow), flow)
     if mask is not None and bool(mask[~excluded(mask)].any()):
         raise NotSeparable("a constant bias that is not a mask acts inside the windows")
     if bias is not None and (table := relative_table(bias.values, window.size)) is not None:
@@ -119,11 +121,13 @@ def _windowed(
         bias=bias,
         dropout=_dropout(core),
         scale_of_operands=core.scale,
+        place=place,
     )
 
 
 def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     """Something acts on queries or keys after the projection: it stays in the graph, and the core alone is the site."""
+    require_queries_of_tokens(core, flow)
     operands = (core.query, core.key, core.value)
     above = [node for operand in operands for node in flow.ancestors(operand.node, stop=flow.is_linear)]
     linears = [node for node in above if flow.is_linear(node)]
@@ -169,9 +173,15 @@ class _Merged:
 
 
 def _merge(
-    core: Core, query: Projected, source_shape: tuple[int, ...], grouped: Grouping, flow: Dataflow
+    core: Core,
+    query: Projected,
+    source_shape: tuple[int, ...],
+    ranks: Tensor | None,
+    grouped: Grouping,
+    flow: Dataflow,
 ) -> _Merged | None:
-    """Follow the product with the values through data movement to a linear map and on to the source's token order."""
+    """Follow the product with the values through data movement to a linear map and on to the source's token order;
+    of querying tokens alone, to the order of their ``ranks``."""
     linear = _follow(core.output.node, flow, flow.is_linear)
     if linear is None:
         return None
@@ -192,7 +202,8 @@ def _merge(
     if bool((column != column[:1]).any()) or bool((token != token[:, :1]).any()) or column.shape[1] != heads * dims:
         return None
     columns = torch.argsort(column[0]).view(heads, dims)
-    result = _in_source_order(linear, token[:, 0], source_shape, flow)
+    places = token[:, 0] if ranks is None else ranks[token[:, 0]]
+    result = _in_source_order(linear, places, source_shape, flow)
     output = Projection(argument(linear, 1), argument(linear, 2), columns)
     return None if result is None else _Merged(linear, result, output)
 
@@ -251,7 +262,7 @@ def _whole_map_keys(query: Projected, key: Projected, grouped: Grouping, flow: D
     if key.source is not query.source:
         return reduced_keys(key.source, query.source, flow) or Tokens(grouped.keys.shape[1])
     tokens = torch.arange(math.prod(shape_of(query.source)[:-1]) // shape_of(query.source)[grouped.batch_axis])
-    if torch.equal(grouped.queries[0], tokens) and torch.equal(grouped.keys[0], tokens):
+    if torch.equal(grouped.keys[0], tokens):
         return Global()
     if len(tokens) > 1 and grouped.keys.shape[1] == 1:
         raise NotSeparable("every query sees a single key: attention runs over an axis of length one")

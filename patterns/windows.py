@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ir import Grid, Window
+from ..ir import Grid, MapGroups, Window
 
 
 def recognise_window(
@@ -25,7 +25,7 @@ def recognise_window(
     if not torch.equal(queries, keys):
         return None
     tokens, count = grid.height * grid.width, queries.shape[1]
-    seen = _seen(queries, keys, excluded, tokens)
+    seen = seen_by_tokens(queries, keys, excluded, tokens)
     if seen is None:
         return None
     slot, corner = int(torch.nonzero(queries == 0)[0, 1]), int(queries[0, 0])
@@ -36,7 +36,7 @@ def recognise_window(
         rolled = (corner // grid.width % rows, corner % grid.width % columns)
         for phantom, cyclic in (likely, (True, False), (True, True), (False, False), (False, True)):
             window = Window((rows, columns), rolled if cyclic else offset, phantom, cyclic)
-            if torch.equal(seen, _seen_in(window, grid)):
+            if torch.equal(seen, seen_in(window, grid)):
                 return window
     return None
 
@@ -70,7 +70,7 @@ def relative_offset(size: tuple[int, int]) -> Tensor:
     return index.reshape(size[0] * size[1], -1)
 
 
-def _seen(queries: Tensor, keys: Tensor, excluded: Tensor | None, tokens: int) -> Tensor | None:
+def seen_by_tokens(queries: Tensor, keys: Tensor, excluded: Tensor | None, tokens: int) -> Tensor | None:
     """``[tokens, slots]``: what every token sees in every slot; None unless each token queries exactly once."""
     visible = torch.where(keys < 0, Window.PHANTOM, keys)[:, None, :].expand(-1, queries.shape[1], -1)
     if excluded is not None:
@@ -83,8 +83,9 @@ def _seen(queries: Tensor, keys: Tensor, excluded: Tensor | None, tokens: int) -
     return seen
 
 
-def _seen_in(window: Window, grid: Grid) -> Tensor:
-    slots = window.slots(grid)
+def seen_in(groups: MapGroups, grid: Grid) -> Tensor:
+    """``[tokens, slots]``: what every token sees in every slot of its group."""
+    slots = groups.slots(grid)
     seen = torch.empty(grid.height * grid.width, slots.shape[1], dtype=torch.long)
     block, slot = torch.nonzero(slots >= 0, as_tuple=True)
     seen[slots[block, slot]] = slots[block]

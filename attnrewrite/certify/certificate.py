@@ -170,6 +170,8 @@ def _arranged(site: Site, value: Tensor) -> Tensor:
         return value
     if site.nodes.merged is None:
         return forms.operand_heads_last(value, site.nodes.output, site)
+    if site.queries is not None:
+        return value.reshape(-1, len(site.queries), shape_of(site.nodes.merged)[-1])
     return forms.tokens(value.reshape(*shape_of(site.nodes.source)[:-1], -1), site.nodes.batch_axis)  # type: ignore[arg-type]
 
 

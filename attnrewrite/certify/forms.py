@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir import AttentionSite, MlpSite, Operand, Projection, Stage, StemSite, Window
+from ..ir import AttentionSite, MapGroups, MlpSite, Operand, Projection, Stage, StemSite, Window
 from ..layout import heads_last
 from ..lift.activations import ACTIVATIONS
 from ..lift.values import argument
@@ -30,6 +30,7 @@ def attention(site: AttentionSite, source: Tensor, key_source: Tensor, weights: 
     assert site.key is not None
     assert site.value is not None
     x, y = tokens(source, site.nodes.batch_axis), tokens(key_source, site.nodes.batch_axis)
+    x = x if site.queries is None else x[:, site.queries]
     query, key = project(x, site.query, weights), project(y, site.key, weights)
     value = project(y, site.value, weights)
     phantom = tuple(_at_zero(part, weights) for part in (site.key, site.value))
@@ -57,8 +58,8 @@ def attend(
     added = [] if site.bias is None else [site.bias.values]
     if site.mask is not None:
         added.append(site.mask)
-    if isinstance(site.keys, Window):
-        return _attend_in_windows(site, site.keys, query, key, value, phantom)
+    if isinstance(site.keys, MapGroups):
+        return _attend_in_groups(site, site.keys, query, key, value, phantom)
     scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * scale
     for term in added:
         scores = scores + term.to(scores.dtype)
@@ -118,23 +119,28 @@ def per_head(scale: Tensor, heads: int) -> Tensor:
     return scale.reshape(heads, 1, 1) if scale.numel() == heads else scale.reshape(())
 
 
-def _attend_in_windows(
-    site: AttentionSite, window: Window, query: Tensor, key: Tensor, value: Tensor, phantom: tuple[Tensor, ...]
+def _attend_in_groups(
+    site: AttentionSite, groups: MapGroups, query: Tensor, key: Tensor, value: Tensor, phantom: tuple[Tensor, ...]
 ) -> Tensor:
     assert site.grid is not None
-    slots = window.slots(site.grid)
+    slots = groups.slots(site.grid) if site.place is None else _slots_of_tokens(groups.slots(site.grid), site.place)
     token = slots.clamp(min=0)
     query, key, value = (part[:, token] for part in (query, key, value))
     for part, filler in zip((key, value), phantom, strict=True):
-        part[:, slots == window.PHANTOM] = filler
+        part[:, slots == Window.PHANTOM] = filler
     scores = torch.einsum("bgnhd,bgmhd->bghnm", query, key) * site.scale
     if site.bias is not None:
         scores = scores + site.bias.values.to(scores.dtype)
-    scores = scores.masked_fill((slots == window.ABSENT)[:, None, None, :], -math.inf)
+    scores = scores.masked_fill((slots == Window.ABSENT)[:, None, None, :], -math.inf)
     mixed = torch.einsum("bghnm,bgmhd->bgnhd", scores.softmax(-1), value)
     result = torch.empty(mixed.shape[0], site.grid.tokens, *mixed.shape[3:], dtype=mixed.dtype)
     result[:, slots[slots >= 0]] = mixed[:, slots >= 0]
     return result
+
+
+def _slots_of_tokens(slots: Tensor, place: Tensor) -> Tensor:
+    """The token in every slot, from the cell there."""
+    return torch.where(slots < 0, slots, torch.argsort(place)[slots.clamp(min=0)])
 
 
 def _channels(source: Tensor, linear: Node, rows: Tensor, weights: Weights) -> Tensor:

@@ -103,13 +103,22 @@ class SlidingAttention(nn.Module):
         scale: multiplies the scores.
         entries: positions in a flattened window's bias that hold its relative table. Offsets that a window has not
             take the value of the nearest that it has; they were never trained.
+        table_step: entries of the table that a step of the kernel is. None is the dilation: the table holds distances
+            on the map.
     """
 
     def __init__(
-        self, kernel_size: Pair, dilation: Pair, window: Pair, scale: float, entries: Tensor | None = None
+        self,
+        kernel_size: Pair,
+        dilation: Pair,
+        window: Pair,
+        scale: float,
+        entries: Tensor | None = None,
+        table_step: Pair | None = None,
     ) -> None:
         super().__init__()
         self.kernel_size, self.dilation, self.window, self.scale = kernel_size, dilation, window, scale
+        self.table_step = table_step or dilation
         self.register_buffer("entries", entries, persistent=False)
 
     def forward(
@@ -129,7 +138,7 @@ class SlidingAttention(nn.Module):
         table = None
         if bias is not None:
             assert isinstance(self.entries, Tensor)
-            table = reached_table(bias, self.entries, self.window, kernel, self.dilation).to(query.dtype)
+            table = reached_table(bias, self.entries, self.window, kernel, self.table_step).to(query.dtype)
         mixed = neighborhood_attention(
             query, key, value, kernel, needed_dilation(kernel, self.dilation), scale=self.scale, bias=table
         )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConversionError
 from ..ir import Grid
 from .neighborhood import grid_of
 
@@ -59,4 +60,41 @@ class OfMap(nn.Module):
         return mixed.unflatten(1, query.shape[1:3])
 
 
-__all__ = ["OfMap", "attend", "grid_of", "join_map", "split_map", "with_prefix"]
+class InTokenOrder(nn.Module):
+    """A core of maps, on tokens that are given in another order, such as group by group.
+
+    Args:
+        core: of ``[batch, height, width, heads, dim]`` maps.
+        place: ``[tokens]`` the cell of every token.
+        grid: the map.
+    """
+
+    place: Tensor
+    cells: Tensor
+
+    def __init__(self, core: nn.Module, place: Tensor, grid: Grid) -> None:
+        super().__init__()
+        self.core, self.grid = core, grid
+        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("cells", torch.argsort(place), persistent=False)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> Tensor:
+        """``[batch, ..., heads, dim]`` with the tokens on the axes between; ``others`` are the core's.
+
+        Raises:
+            ConversionError: there are more or fewer tokens than at conversion.
+        """
+        axes = query.shape[1:-2]
+        if axes.numel() != len(self.place):
+            raise ConversionError(
+                f"{axes.numel()} tokens, group by group, and where they lie was seen for {len(self.place)} alone; "
+                "convert the model with example inputs of this size"
+            )
+        maps = [part.flatten(1, -3)[:, self.cells].unflatten(1, self._sides()) for part in (query, key, value)]
+        return self.core(*maps, *others).flatten(1, 2)[:, self.place].unflatten(1, axes)
+
+    def _sides(self) -> tuple[int, int]:
+        return self.grid.height, self.grid.width
+
+
+__all__ = ["InTokenOrder", "OfMap", "attend", "grid_of", "join_map", "split_map", "with_prefix"]

@@ -13,7 +13,7 @@ from ..cores import Activation, GatherPatches, MapToTokens
 from ..cores.conv_gate import ConvGate, ConvGatedMlp
 from ..cores.cross_scale import CrossScaleConv, CrossScalePatches
 from ..cores.tokens_to_token import TokensToTokenBranch, TokensToTokenStem
-from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
+from ..ir import AttentionSite, MapGroups, MlpSite, Projection, Site, StemSite
 from ..lift.values import shape_of
 from ..modules.conv_glu import ConvGLU
 from ..modules.cross_scale import CrossScaleMerge, CrossScaleStem
@@ -39,7 +39,7 @@ def _attention(
 ) -> SiteFormula | None:
     """The new core between the site's own projections, which act on the map itself where they acted on windows."""
     values = before.values
-    windowed = isinstance(site.keys, Window)
+    windowed = isinstance(site.keys, MapGroups)
     if conversion.whole:
         return _published(counted, site, conversion.core)
     if windowed and counted.sides is None:

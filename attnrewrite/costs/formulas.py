@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 from sympy import Expr, Integer, Max, Min, Symbol, sympify
 
-from ..ir import Window
-from .symbols import H, W, block_pairs, down, grouped_cells, order, strided, symbol, up
+from ..ir import Interleaved, Window
+from .symbols import H, W, block_pairs, down, grouped_cells, grouped_side, order, strided, symbol, up
 
 Extent: TypeAlias = Any
 """An expression or a number."""
@@ -146,6 +146,21 @@ def window_attention(height: Extent, width: Extent, window: tuple[int, int], wid
         saved=C * PADDED + 4 * a * PADDED + h * K * PADDED, moved=4 * a * PADDED,
         streams=2 * C * PADDED + 4 * a * PADDED, weights=4 * C * a,
     )  # fmt: skip
+
+
+def interleaved_attention(
+    height: Extent, width: Extent, groups: Interleaved, widths: Widths, *, one_region: bool
+) -> SiteFormula:
+    """The same count for groups of tokens that lie apart (LDA), on a map padded to whole regions of them. A group that
+    reaches over the map (``one_region``) is taken to keep its size on another: a table of its bias has one size."""
+    made = replace(window_attention(height, width, groups.size, widths), kind="LDA")
+    if one_region:
+        return made
+    rows, columns = (
+        grouped_side(sympify(side), Integer(group), Integer(interval))
+        for side, group, interval in zip((height, width), groups.group, groups.interval, strict=True)
+    )
+    return replace(made, values=made.values | {PADDED: rows * columns})
 
 
 def window_pairs(height: Extent, width: Extent, window: Window) -> Expr:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sympy import Expr
+from sympy import Expr, Integer
 from torch import Tensor
 from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
-from ..ir import AttentionSite, Global, MlpSite, Reduced, Site, StemSite, Window
+from ..ir import AttentionSite, Global, Grid, MapGroups, MlpSite, Reduced, Site, StemSite, Window
 from ..lift.dataflow import Dataflow
 from ..lift.values import operator_name, shape_of
 from . import formulas
@@ -211,9 +211,10 @@ class SiteReader:
         assert site.nodes.source is not None
         widths = Widths(shape_of(site.nodes.source)[-1], site.heads, site.heads * site.head_dim)
         product = site.nodes.product
-        if isinstance(site.keys, Window) and (sides := self._sides(site)):
-            yield formulas.window_attention(*sides, site.keys.size, widths)
-        queries = self._tokens(_axis(site, "query", "x"), product)
+        if isinstance(site.keys, MapGroups) and (sides := self._sides(site)):
+            yield _of_groups(site.keys, site.map_grid, sides, widths)
+        own = site.queries  # class tokens, whose number does not grow with the image
+        queries = self._tokens(_axis(site, "query", "x"), product) if own is None else Integer(len(own))
         if queries is None:
             return
         if isinstance(site.keys, Global):
@@ -272,6 +273,12 @@ def mlp_form(site: MlpSite) -> tuple[bool, int]:
     """Whether it has a gate, and the side of its convolution (0 for none)."""
     kernels = [shape_of(s.call.args[1])[-1] for s in site.stages if s.kind == "convolution"]  # type: ignore[arg-type]
     return any(stage.kind == "gate" for stage in site.stages), kernels[0] if len(kernels) == 1 else 0
+
+
+def _of_groups(groups: MapGroups, grid: Grid, sides: Sides, widths: Widths) -> SiteFormula:
+    if isinstance(groups, Window):
+        return formulas.window_attention(*sides, groups.size, widths)
+    return formulas.interleaved_attention(*sides, groups, widths, one_region=groups.is_one_region(grid))
 
 
 def _bounds(site: Site) -> tuple[list[Node], Node, list[Node]]:

@@ -46,18 +46,28 @@ class _Cells:
 def token_grids(flow: Dataflow, wanted: Iterable[Node]) -> dict[Node, Grid]:
     """The grid of each wanted ``[batch, tokens, channels]`` value whose tokens lie in raster order after a prefix."""
     wanted = set(wanted)
-    if not wanted:
-        return {}
-    last = max(wanted)
+    cells = _numbered(flow, wanted)
+    return {node: grid for node in wanted if node in cells and (grid := _raster(cells[node])) is not None}
+
+
+def token_cells(flow: Dataflow, node: Node) -> tuple[Grid, Tensor] | None:
+    """The map that a value's tokens lie on and the cell of every token of one sample (-1: none); None if not known."""
+    cells = _numbered(flow, {node}).get(node)
+    return None if cells is None else (Grid(*cells.size), _of_sample(cells))
+
+
+def _numbered(flow: Dataflow, wanted: set[Node]) -> dict[Node, _Cells]:
+    """Cell numbers of everything that has them, up to the last wanted value."""
+    last = max(wanted, default=None)
     cells: dict[Node, _Cells] = {}
-    for node in flow.capture.graph.nodes:
+    for node in flow.capture.graph.nodes if wanted else ():
         if node.op == "call_function" and node not in flow.constants:
             found = _cells(node, cells, flow)
             if found is not None:
                 cells[node] = found
         if node is last:
             break
-    return {node: grid for node in wanted if node in cells and (grid := _raster(cells[node])) is not None}
+    return cells
 
 
 def _cells(node: Node, cells: dict[Node, _Cells], flow: Dataflow) -> _Cells | None:
@@ -106,9 +116,14 @@ def _projected(node: Node, inputs: _Cells) -> _Cells | None:
 def _raster(cells: _Cells) -> Grid | None:
     if cells.number.ndim < 3:
         return None
-    number = cells.number[0, ..., 0].flatten().long() - 1
+    number = _of_sample(cells)
     prefix = int((number >= 0).int().argmax())
     height, width = cells.size
     if not torch.equal(number[prefix:], torch.arange(height * width)):
         return None
     return Grid(height, width, prefix)
+
+
+def _of_sample(cells: _Cells) -> Tensor:
+    number: Tensor = cells.number[0, ..., 0].flatten().long() - 1
+    return number

@@ -20,6 +20,8 @@ from .values import Values, argument, input_of, operator_name, shape_of
 MASKED = -50.0
 """A constant score at or below this is no key at all: Swin masks with -100, others with -inf or the least float."""
 
+LEARNED_QUERIES = "its queries are learned, not made of tokens: it pools the tokens, which is no mixing of them"
+
 _ADDING = ("aten::add", "aten::sub", "aten::add_", "aten::sub_", "aten::rsub")
 _MASKING = ("aten::masked_fill", "aten::masked_fill_", "aten::where")
 
@@ -86,6 +88,9 @@ def score_chain(node: Node, constants: Values, learned: frozenset[Node]) -> Scor
             raise NotAffine(f"{name} acts between the product of query and key and the softmax")
         node = following
     if product.left in constants or product.right in constants:
+        live = product.right if product.left in constants else product.left
+        if not _are_scores(live, constants):
+            raise NotAffine(LEARNED_QUERIES)
         raise NotAffine(f"{operator_name(node)} mixes the scores with a constant before the softmax")
     return ScoreChain(product, factor, scales, addends, path[::-1])
 
@@ -100,6 +105,19 @@ def as_addend(value: Tensor) -> Tensor:
     if value.dtype == torch.bool:
         return torch.zeros(value.shape, dtype=torch.float64).masked_fill(~value, -math.inf)
     return value.double()
+
+
+def _are_scores(node: Node, constants: Values) -> bool:
+    """Whether it is a product of two values already, moved, scaled or biased since."""
+    while contraction(node) is None:
+        affine = operator_name(node) in (*_ADDING, *_MASKING, "aten::mul", "aten::div")
+        if not affine and not is_movement(node, constants):
+            return False
+        live = [used for used in node.all_input_nodes if used not in constants]
+        if len(live) != 1:
+            return False
+        node = live[0]
+    return True
 
 
 def _operand(node: Node, constants: Values) -> Node:

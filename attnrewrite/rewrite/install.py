@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from ..cores import DenseAttention, GatherPatches, WindowAttention
-from ..ir import AttentionSite, MlpSite, Projection, Site, StemSite, Window
+from ..cores import DenseAttention, GatherPatches, InterleavedAttention, InTokenOrder, WindowAttention
+from ..ir import AttentionSite, MapGroups, MlpSite, Projection, Site, StemSite
 from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..lift.values import shape_of
 from ..targets import Conversion
@@ -28,7 +28,7 @@ def install(outlined: Outlined, site: Site, conversion: Conversion) -> None:
     if conversion.whole:
         _whole(outlined, site, conversion)
     elif isinstance(site, AttentionSite):
-        if isinstance(site.keys, Window):
+        if isinstance(site.keys, MapGroups):
             _windowed(outlined, site, conversion.core)
         else:
             _operands(outlined, site, conversion)
@@ -48,7 +48,7 @@ def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node
     if isinstance(site, StemSite):
         return [site.tokens or site.result], [site.source if site.patches is not None else site.result]
     nodes = site.nodes
-    if isinstance(site.keys, Window):
+    if isinstance(site.keys, MapGroups):
         return [], [n for n in (*nodes.linears, nodes.merged, nodes.source, nodes.result) if n is not None]
     return [nodes.product, nodes.output.node], []
 
@@ -141,16 +141,19 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
             zero = graph.call_function(zero_token, (source,))
             padded = [graph.call_function(operator.getitem, (project(p, zero), 0)) for p in (site.key, site.value)]
             arguments += [*([None] if site.bias is None else []), *padded]
-        mixed = graph.call_module(outlined.add_module("attention", core), tuple(arguments))
+        placed = core if site.place is None else InTokenOrder(core, site.place, site.map_grid)
+        if site.place is not None:
+            outlined.tied.append("the order of its tokens")
+        mixed = graph.call_module(outlined.add_module("attention", placed), tuple(arguments))
         head_step, start, dim_step = _steps(site.output.rows)
         if start or (head_step, dim_step) not in ((site.output.head_dim, 1), (1, site.heads)):
             raise NotOutlinable("the heads are merged in an irregular order")
         mixed = graph.call_function(merge_heads, (mixed, head_step, dim_step))
-        if len(shape_of(nodes.result)) == 3:
+        if len(shape_of(nodes.result)) == 3 and site.place is None:
             mixed = graph.call_method("flatten", (mixed, 1, 2))
         new = _after_projection(outlined, site, mixed)
     _replace(old, new)
-    if not isinstance(core, WindowAttention):
+    if not isinstance(core, WindowAttention | InterleavedAttention):
         withhold(outlined, site)
 
 
@@ -168,7 +171,7 @@ def _projector(outlined: Outlined, site: AttentionSite, source: Node) -> Callabl
         taken = graph.call_function(
             take_heads, (calls[linear, value], start, part.heads, part.head_dim, head_step, dim_step)
         )
-        if value is source and len(shape_of(site.nodes.source)) == 3:  # type: ignore[arg-type]
+        if value is source and len(shape_of(site.nodes.source)) == 3 and site.place is None:  # type: ignore[arg-type]
             return graph.call_method("unflatten", (taken, 1, outlined.sides(site.map_grid.height, site.map_grid.width)))
         return taken
 

@@ -79,8 +79,9 @@ class _Freeing:
             name = operator_name(node)
             if node.op == "placeholder" or any(used in live for used in node.all_input_nodes):
                 live.add(node)
-            if node not in live and name in _EXPANDS | {"aten::repeat"}:
-                self._per_sample(node)
+            if node not in live and name in _EXPANDS | {"aten::repeat"} and self._per_sample(node):
+                live.add(node)  # what is made of it has the samples' extent too
+                continue
             if node.op == "output" and any(type(leaf) is int for leaf in tree_leaves(node.args)):
                 self._share_sizes(node)
                 if any(type(leaf) is int for leaf in tree_leaves(node.args)):
@@ -126,14 +127,17 @@ class _Freeing:
                     sizes.append(after)
         node.args = (source, sizes)
 
-    def _per_sample(self, node: Node) -> None:
-        """A parameter spread over the samples, as a class token is: its first axis follows the batch."""
+    def _per_sample(self, node: Node) -> bool:
+        """A parameter spread over the samples, as a class token is: its first axis follows the batch. Whether it is."""
         counts = list(argument(node, 1))
         grown = {axis for axis, count in enumerate(counts) if count not in (-1, 1)}
         if self.first is None or not grown <= {0} or _shape(node)[0] != _shape(self.first)[0]:
-            return
+            return False
         with self.graph.inserting_before(node):
             node.args = (node.args[0], [self._samples(), *counts[1:]])
+        samples = Factor(_shape(node)[0], self.first, 0)
+        self.axes[node] = ((samples,), *((Factor(size),) for size in _shape(node)[1:]))
+        return True
 
     def _samples(self) -> Any:
         assert self.first is not None
