@@ -167,6 +167,25 @@ class Bias:
 
 
 @dataclass(frozen=True)
+class HeadNorm:
+    """What divides every head vector of queries or keys by its length, between projection and product.
+
+    ``kind``, ``place`` and ``eps`` are those of ``cores.head_norm.normalise_heads``; ``weight`` and ``bias`` are graph
+    values of ``head_dim`` elements (they stay live and trainable). It takes ``source`` to ``node``, of one shape;
+    ``vectors`` ``[n, head_dim]`` are flat positions of some head vectors in both.
+    """
+
+    kind: str
+    place: str
+    eps: float
+    source: Node
+    node: Node
+    vectors: Tensor = field(repr=False)
+    weight: Node | None = None
+    bias: Node | None = None
+
+
+@dataclass(frozen=True)
 class Operand:
     """A tensor of the attention product and its axes: group letters, then ``x`` query, ``y`` key, ``d``/``e`` dim."""
 
@@ -209,8 +228,9 @@ class AttentionSite:
     """One softmax attention.
 
     ``scale`` multiplies the product of projected query and key; ``learned_scales`` are graph values that multiply it
-    too; ``scale_of_operands`` is what is left of ``scale`` after what acts on the operands before their product.
-    ``qk`` names what else acts on queries and keys between projection and product.
+    too, one number a head; ``scale_of_operands`` is what is left of ``scale`` after what acts on the operands before
+    their product. ``qk`` names what else acts on queries and keys between projection and product; ``query_norm`` and
+    ``key_norm`` say it where it is known.
     """
 
     name: str
@@ -229,6 +249,8 @@ class AttentionSite:
     mask: Tensor | None = field(default=None, repr=False)
     learned_scales: tuple[Node, ...] = ()
     qk: str = "none"
+    query_norm: HeadNorm | None = None
+    key_norm: HeadNorm | None = None
     dropout: float = 0.0
     scale_of_operands: float = 1.0
     kind = "attention"
@@ -249,7 +271,8 @@ class AttentionSite:
         bias = f" bias {self.bias}" if self.bias else ""
         mask = " mask" if self.mask is not None else ""
         qk = "" if self.qk == "none" else f" qk {self.qk}"
-        return f"attention{grid} heads {self.heads}x{self.head_dim} keys {self.keys}{bias}{mask}{qk}"
+        scale = " scale learned" if self.learned_scales else ""
+        return f"attention{grid} heads {self.heads}x{self.head_dim} keys {self.keys}{bias}{mask}{qk}{scale}"
 
 
 @dataclass(frozen=True)
@@ -376,6 +399,6 @@ def _pair(values: tuple[int, ...]) -> str:
 
 
 __all__ = [
-    "AttentionNodes", "AttentionSite", "Bias", "Global", "Grid", "KeySet", "MlpSite", "Operand", "Projection",
-    "Reduced", "Refused", "Site", "Stage", "StemSite", "Tokens", "Window", "line",
+    "AttentionNodes", "AttentionSite", "Bias", "Global", "Grid", "HeadNorm", "KeySet", "MlpSite", "Operand",
+    "Projection", "Reduced", "Refused", "Site", "Stage", "StemSite", "Tokens", "Window", "line",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from ..lift.contraction import canonical
 from ..lift.cores import Core, find_cores
 from ..lift.dataflow import Dataflow
 from ..lift.grid import token_grids
+from ..lift.query_key_norm import kind_of, normalised_parts, require_scales_of_heads
 from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, grouping, projected, projection, source_tokens
 from ..lift.scores import excluded
 from ..lift.values import argument, input_of, needed_nodes, operator_name, shape_of
@@ -44,7 +45,7 @@ def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refuse
 def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     query, key, value = (projected(operand, core, flow) for operand in (core.query, core.key, core.value))
     if query is None or key is None or value is None:
-        return _lift_live(core, flow)
+        return _lift_normalised(core, flow) or _lift_live(core, flow)
     grouped = grouping(query, key, value)
     bias, mask = _bias(core, grouped, flow), _mask(core, grouped)
     padded = bool((grouped.queries < 0).any() or (grouped.keys < 0).any())
@@ -90,8 +91,7 @@ def _windowed(
     merged = _merge(core, query, shape_of(source)[:-1], grouped, flow)
     if merged is None or key.source is not query.source:
         raise NotSeparable("grouped attention whose result does not come back to its map through a linear map")
-    if core.learned_scales:
-        raise NotSeparable("windows with a learned scale are not rewritten")
+    require_scales_of_heads(core, grouped)
     outside = None if mask is None else excluded(mask)
     window = recognise_window(grouped.queries, grouped.keys, outside, grid, _likely_border(query, flow))
     if window is None:
@@ -117,9 +117,33 @@ def _windowed(
         value=projection(value, grouped),
         output=merged.projection,
         bias=bias,
+        learned_scales=core.learned_scales,
         dropout=_dropout(core),
         scale_of_operands=core.scale,
     )
+
+
+def _lift_normalised(core: Core, flow: Dataflow) -> AttentionSite | None:
+    """Windows of queries and keys whose head vectors are normalised after the projection; None if it is not that."""
+    found = normalised_parts(core, flow)
+    if found is None:
+        return None
+    parts, norms = found
+    try:
+        grouped = grouping(*parts)
+    except NotSeparable:
+        return None
+    bias, mask = _bias(core, grouped, flow), _mask(core, grouped)
+    whole = len(grouped.queries) == 1 and not bool((grouped.queries < 0).any())
+    if whole and not _is_one_block(parts[0], parts[1], grouped, bias, flow):
+        return None
+    try:
+        site = _windowed(core, flow, parts, grouped, bias, mask)
+    except NotSeparable:
+        if whole:  # one that need not be cut stays as it is
+            return None
+        raise
+    return replace(site, qk=kind_of(norms), query_norm=norms[0], key_norm=norms[1])
 
 
 def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:

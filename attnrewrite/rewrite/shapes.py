@@ -143,6 +143,8 @@ class _Freeing:
         name, operands = operator_name(node), [used for used in node.all_input_nodes if used in self.axes]
         if name in ("aten::transpose", "aten::permute"):
             return self._permuted(node, name)
+        if name == "getitem":  # one of several results of a child
+            operands += [used for child in operands if child.op == "call_module" for used in child.all_input_nodes]
         for used in operands:
             if self.axes[used] and _shape(used) == _shape(node) and (is_call(node) or node.op == "call_module"):
                 return self.axes[used]
