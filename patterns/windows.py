@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..ir import Grid, Window
 
-
 ROUNDING = 1e-6
 """Relative error of a bias that is one number: a vectorised sigmoid gives it other last digits at other places."""
 

@@ -105,7 +105,7 @@ def project(x: Tensor, projection: Projection, weights: Weights) -> Tensor:
 
 
 def normalised(value: Tensor, norm: HeadNorm | None, weights: Weights) -> Tensor:
-    """Head vectors ``[..., head_dim]`` over their length; of a layer norm, over the length of what is off their mean."""
+    """Head vectors ``[..., head_dim]`` over their length; of a layer norm, what is off their mean over its own."""
     if norm is None:
         return value
     value = value - value.mean(-1, keepdim=True) if norm.kind == "layer" else value

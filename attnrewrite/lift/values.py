@@ -128,7 +128,8 @@ def _placeholder(node: Node) -> Tensor:
 
 
 def _is_random(node: Node) -> bool:
-    return _RANDOM in getattr(node.target, "tags", ())
+    inactive = operator_name(node) == "aten::dropout" and node.args[2] is False
+    return _RANDOM in getattr(node.target, "tags", ()) and not inactive
 
 
 def _retarget(arguments: Any, dtype: torch.dtype) -> Any:
