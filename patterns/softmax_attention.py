@@ -20,12 +20,11 @@ from ..lift.grid import token_grids
 from ..lift.query_key_norm import kind_of, normalised_parts, require_scales_of_heads
 from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, grouping, projected, projection, source_tokens
 from ..lift.scores import excluded
+from ..lift.source_map import map_on_the_way
 from ..lift.values import argument, input_of, needed_nodes, operator_name, shape_of
 from ..targets import register_recogniser
 from .spatial_reduction import reduced_keys
 from .windows import recognise_window, relative_table
-
-_VIEWS = {f"aten::{name}" for name in ("view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten")}
 
 
 @register_recogniser(order=0)
@@ -288,7 +287,7 @@ def _is_one_block(query: Projected, key: Projected, grouped: Grouping, bias: Bia
     """A map that is one window, which on a larger map would be one of several: its bias is a table on that map."""
     if bias is None or key.source is not query.source or grouped.batch_axis:
         return False
-    found = _map_on_the_way(query, flow)
+    found = map_on_the_way(query, flow)
     if found is None or len(grouped.keys[0]) != found[1].tokens:
         return False
     return relative_table(bias.values, (found[1].height, found[1].width)) is not None
@@ -306,40 +305,13 @@ def _likely_border(query: Projected, flow: Dataflow) -> tuple[bool, bool]:
 
 def _map_of(query: Projected, flow: Dataflow) -> tuple[Node, Grid]:
     """The value that holds the map the windows are cut from, and its grid."""
-    found = _map_on_the_way(query, flow)
+    found = map_on_the_way(query, flow)
     if found is not None:
         return found
     grid = token_grids(flow, [query.source]).get(query.source)
     if grid is None or grid.prefix_tokens:
         raise NotSeparable("the map that the windows are cut from is not known")
     return query.source, grid
-
-
-def _map_on_the_way(query: Projected, flow: Dataflow) -> tuple[Node, Grid] | None:
-    """The first value from source to projection that holds all tokens as ``[batch, height, width, channels]``.
-
-    A later one, with views alone between, is taken where it shares a smaller module with the projection.
-    """
-    path = flow.provenance(input_of(query.linear), stop=lambda node: node is query.source).path
-    count = math.prod(shape_of(query.source))
-    found: Node | None = None
-    for node in (query.source, *path):
-        shape = shape_of(node)
-        if found is not None and (len(shape) > 4 or operator_name(node) not in _VIEWS):
-            break
-        if len(shape) == 4 and math.prod(shape) == count and shape[-1] == shape_of(query.source)[-1]:
-            address = flow.provenance(node, stop=lambda n: n is query.source).address
-            if not torch.equal(address.flatten(), torch.arange(count)):
-                continue
-            if found is None or _span(node, query.linear, flow) < _span(found, query.linear, flow):
-                found = node
-    return None if found is None else (found, Grid(*shape_of(found)[1:3]))
-
-
-def _span(node: Node, linear: Node, flow: Dataflow) -> int:
-    """Length of the smallest module call that has both."""
-    call = flow.capture.enclosing_call([node, linear])
-    return call.exit - call.enter
 
 
 def _nodes(

@@ -188,10 +188,8 @@ class _Probe:
         given = probe_vectors(vectors, shape_of(region.source), (least, most)).to(device, dtype)
         generator = torch.Generator().manual_seed(1)
         self.weights = {n: torch.randn(shape_of(n), generator=generator).to(device, dtype) for n in parameters}
-        made = evaluate(
-            [region.result], {region.source: given, **self.weights}, flow.capture, flow.constants, dtype
-        )[region.result]
-        self.given, self.made = (value.flatten()[vectors] for value in (given, made))
+        values = evaluate([region.result], {region.source: given, **self.weights}, flow.capture, flow.constants, dtype)
+        self.given, self.made = (values[node].flatten()[vectors] for node in (region.source, region.result))
 
     def fits(self, norm: HeadNorm, step: int = 1) -> bool:
         weight, bias = (None if n is None else self.weights[n].flatten() for n in (norm.weight, norm.bias))
