@@ -52,6 +52,25 @@ class Bias:
 
 
 @dataclass(frozen=True)
+class HeadNorm:
+    """What divides every head vector of queries or keys by its length, between projection and product.
+
+    ``kind``, ``place`` and ``eps`` are those of ``cores.head_norm.normalise_heads``; ``weight`` and ``bias`` are graph
+    values of ``head_dim`` elements (they stay live and trainable). It takes ``source`` to ``node``, of one shape;
+    ``vectors`` ``[n, head_dim]`` are flat positions of some head vectors in both.
+    """
+
+    kind: str
+    place: str
+    eps: float
+    source: Node
+    node: Node
+    vectors: Tensor = field(repr=False)
+    weight: Node | None = None
+    bias: Node | None = None
+
+
+@dataclass(frozen=True)
 class Operand:
     """A tensor of the attention product and its axes: group letters, then ``x`` query, ``y`` key, ``d``/``e`` dim."""
 
@@ -94,11 +113,12 @@ class AttentionSite:
     """One softmax attention.
 
     ``scale`` multiplies the product of projected query and key; ``learned_scales`` are graph values that multiply it
-    too; ``scale_of_operands`` is what is left of ``scale`` after what acts on the operands before their product.
-    ``qk`` names what else acts on queries and keys between projection and product. ``queries`` are the tokens of a
-    sample of ``source`` that query, None for all of them: a class token alone reads the others out and mixes none.
-    ``place`` is the cell of the map that every token of a sample lies at, where a site on a map is given its tokens in
-    another order than the map's, such as group by group.
+    too, one number a head; ``scale_of_operands`` is what is left of ``scale`` after what acts on the operands before
+    their product. ``qk`` names what else acts on queries and keys between projection and product; ``query_norm`` and
+    ``key_norm`` say it where it is known. ``queries`` are the tokens of a sample of ``source`` that query, None for all
+    of them: a class token alone reads the others out and mixes none. ``place`` is the cell of the map that every token
+    of a sample lies at, where a site on a map is given its tokens in another order than the map's, such as group by
+    group.
     """
 
     name: str
@@ -117,6 +137,8 @@ class AttentionSite:
     mask: Tensor | None = field(default=None, repr=False)
     learned_scales: tuple[Node, ...] = ()
     qk: str = "none"
+    query_norm: HeadNorm | None = None
+    key_norm: HeadNorm | None = None
     dropout: float = 0.0
     scale_of_operands: float = 1.0
     queries: Tensor | None = field(default=None, repr=False)
@@ -155,7 +177,8 @@ class AttentionSite:
         mask = " mask" if self.mask is not None else ""
         qk = "" if self.qk == "none" else f" qk {self.qk}"
         queries = "" if self.queries is None else f" queries {len(self.queries)} of {self.source_tokens}"
-        return f"attention{grid} heads {self.heads}x{self.head_dim}{queries} keys {self.keys}{bias}{mask}{qk}"
+        scale = " scale learned" if self.learned_scales else ""
+        return f"attention{grid} heads {self.heads}x{self.head_dim}{queries} keys {self.keys}{bias}{mask}{qk}{scale}"
 
 
 @dataclass(frozen=True)
@@ -278,6 +301,6 @@ def line(index: int, site: Site, certificate: Any = None) -> str:
 
 
 __all__ = [
-    "AttentionNodes", "AttentionSite", "Bias", "Global", "Grid", "Interleaved", "KeySet", "MapGroups", "MlpSite",
-    "Operand", "Projection", "Reduced", "Refused", "Site", "Stage", "StemSite", "Tokens", "Window", "line",
+    "AttentionNodes", "AttentionSite", "Bias", "Global", "Grid", "HeadNorm", "Interleaved", "KeySet", "MapGroups",
+    "MlpSite", "Operand", "Projection", "Reduced", "Refused", "Site", "Stage", "StemSite", "Tokens", "Window", "line",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from .capture import ModuleCall, NodeRef, capture
 from .certify import certify, collect_values
 from .certify.certificate import TOLERANCE, relative_error, wanted_nodes
 from .certify.forms import operand_heads_last
+from .cores.head_norm import scale_heads
 from .errors import ArgumentError, ConversionError
 from .ir import AttentionSite, Global, Reduced, Refused, Site
 from .lift.dataflow import Dataflow
@@ -261,7 +262,7 @@ def _measure(made: Plan) -> None:
             if conversion.exactness is Exactness.EXACT:
                 continue
             if isinstance(site, AttentionSite):
-                _measure_attention(planned, site, conversion, made.values)
+                _measure_attention(planned, site, conversion, made.flow.constants | made.values)
             elif conversion.whole and conversion.until is None:
                 core, source = conversion.core.eval(), made.values[site.source]
                 actual = core(source) if conversion.run is None else conversion.run(core, source, *conversion.sizes)
@@ -273,6 +274,8 @@ def _measure_attention(planned: PlannedSite, site: AttentionSite, conversion: Co
         return
     nodes = site.nodes
     parts = [operand_heads_last(values[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
+    for scale in site.learned_scales:
+        parts[0] = scale_heads(parts[0], values[scale])
     expected = operand_heads_last(values[nodes.output.node], nodes.output, site)
     if "pixels" in conversion.extras:
         assert nodes.source is not None

@@ -92,10 +92,9 @@ def attention_map(site: AttentionSite, takes_prefix: bool = False) -> Grid:
     if site.place is not None:
         raise NotConvertible("its tokens come group by group and not as a map; leave official out")
     nodes, parts = site.nodes, (site.query, site.key, site.value, site.output)
-    if nodes.source is None or nodes.result is None or any(part is None for part in parts) or site.learned_scales:
-        acting = (
-            "a learned scale" if site.learned_scales else site.qk if site.qk != "none" else "more than a linear map"
-        )
+    acting = _acting(site)
+    if acting or nodes.source is None or nodes.result is None or any(part is None for part in parts):
+        acting = acting or "more than a linear map"
         raise NotConvertible(
             f"{acting} stands between its projections and its scores, which the published layer has no place for; "
             "leave official out, which keeps it"
@@ -114,6 +113,16 @@ def attention_map(site: AttentionSite, takes_prefix: bool = False) -> Grid:
             "which carries them, or take a model that pools its map instead"
         )
     return grid
+
+
+def _acting(site: AttentionSite) -> str:
+    """What acts between the projections and the scores of a site besides a constant scale."""
+    if site.query_norm or site.key_norm:
+        scale = ", with a learned scale," if site.learned_scales else ""
+        return f"an {site.qk} norm of queries and keys{scale}"
+    if site.learned_scales:
+        return "a learned scale"
+    return "" if site.qk == "none" else site.qk
 
 
 def require_no_dropout(rate: float) -> None:

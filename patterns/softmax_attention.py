@@ -17,8 +17,10 @@ from ..lift.contraction import canonical
 from ..lift.cores import Core, find_cores
 from ..lift.dataflow import Dataflow
 from ..lift.grid import token_grids
+from ..lift.query_key_norm import kind_of, normalised_parts, require_scales_of_heads
 from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, grouping, projected, projection, source_tokens
 from ..lift.scores import excluded
+from ..lift.source_map import map_on_the_way
 from ..lift.values import argument, input_of, needed_nodes, operator_name, shape_of
 from ..targets import register_recogniser
 from .map_groups import groups_of_map
@@ -46,7 +48,7 @@ def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refuse
 def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     query, key, value = (projected(operand, core, flow) for operand in (core.query, core.key, core.value))
     if query is None or key is None or value is None:
-        return _lift_live(core, flow)
+        return _lift_normalised(core, flow) or _lift_live(core, flow)
     grouped = grouping(query, key, value)
     bias, mask = _bias(core, grouped, flow), _mask(core, grouped)
     padded = bool((grouped.queries < 0).any() or (grouped.keys < 0).any())
@@ -94,8 +96,7 @@ def _windowed(
     merged = _merge(core, query, shape_of(source)[:-1], None, grouped, flow)
     if merged is None or key.source is not query.source:
         raise NotSeparable("grouped attention whose result does not come back to its map through a linear map")
-    if core.learned_scales:
-        raise NotSeparable("windows with a learned scale are not rewritten")
+    require_scales_of_heads(core, grouped)
     outside = None if mask is None else excluded(mask)
     grid, place, window = groups_of_map(source, grid, grouped, outside, _likely_border(query, flow), flow)
     if mask is not None and bool(mask[~excluded(mask)].any()):
@@ -119,10 +120,34 @@ def _windowed(
         value=projection(value, grouped),
         output=merged.projection,
         bias=bias,
+        learned_scales=core.learned_scales,
         dropout=_dropout(core),
         scale_of_operands=core.scale,
         place=place,
     )
+
+
+def _lift_normalised(core: Core, flow: Dataflow) -> AttentionSite | None:
+    """Windows of queries and keys whose head vectors are normalised after the projection; None if it is not that."""
+    found = normalised_parts(core, flow)
+    if found is None:
+        return None
+    parts, norms = found
+    try:
+        grouped = grouping(*parts)
+    except NotSeparable:
+        return None
+    bias, mask = _bias(core, grouped, flow), _mask(core, grouped)
+    whole = len(grouped.queries) == 1 and not bool((grouped.queries < 0).any())
+    if whole and not _is_one_block(parts[0], parts[1], grouped, bias, flow):
+        return None
+    try:
+        site = _windowed(core, flow, parts, grouped, bias, mask)
+    except NotSeparable:
+        if whole:  # one that need not be cut stays as it is
+            return None
+        raise
+    return replace(site, qk=kind_of(norms), query_norm=norms[0], key_norm=norms[1])
 
 
 def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
@@ -273,7 +298,7 @@ def _is_one_block(query: Projected, key: Projected, grouped: Grouping, bias: Bia
     """A map that is one window, which on a larger map would be one of several: its bias is a table on that map."""
     if bias is None or key.source is not query.source or grouped.batch_axis:
         return False
-    found = _map_on_the_way(query, flow)
+    found = map_on_the_way(query, flow)
     if found is None or len(grouped.keys[0]) != found[1].tokens:
         return False
     return relative_table(bias.values, (found[1].height, found[1].width)) is not None
@@ -291,26 +316,13 @@ def _likely_border(query: Projected, flow: Dataflow) -> tuple[bool, bool]:
 
 def _map_of(query: Projected, flow: Dataflow) -> tuple[Node, Grid]:
     """The value that holds the map the windows are cut from, and its grid."""
-    found = _map_on_the_way(query, flow)
+    found = map_on_the_way(query, flow)
     if found is not None:
         return found
     grid = token_grids(flow, [query.source]).get(query.source)
     if grid is None or grid.prefix_tokens:
         raise NotSeparable("the map that the windows are cut from is not known")
     return query.source, grid
-
-
-def _map_on_the_way(query: Projected, flow: Dataflow) -> tuple[Node, Grid] | None:
-    """The first value from source to projection that holds all tokens as ``[batch, height, width, channels]``."""
-    path = flow.provenance(input_of(query.linear), stop=lambda node: node is query.source).path
-    count = math.prod(shape_of(query.source))
-    for node in (query.source, *path):
-        shape = shape_of(node)
-        if len(shape) == 4 and math.prod(shape) == count and shape[-1] == shape_of(query.source)[-1]:
-            address = flow.provenance(node, stop=lambda n: n is query.source).address
-            if torch.equal(address.flatten(), torch.arange(count)):
-                return node, Grid(shape[1], shape[2])
-    return None
 
 
 def _nodes(

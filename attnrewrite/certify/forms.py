@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir import AttentionSite, MapGroups, MlpSite, Operand, Projection, Stage, StemSite, Window
+from ..ir import AttentionSite, HeadNorm, MapGroups, MlpSite, Operand, Projection, Stage, StemSite, Window
 from ..layout import heads_last
 from ..lift.activations import ACTIVATIONS
 from ..lift.values import argument
@@ -31,9 +31,10 @@ def attention(site: AttentionSite, source: Tensor, key_source: Tensor, weights: 
     assert site.value is not None
     x, y = tokens(source, site.nodes.batch_axis), tokens(key_source, site.nodes.batch_axis)
     x = x if site.queries is None else x[:, site.queries]
-    query, key = project(x, site.query, weights), project(y, site.key, weights)
+    query = normalised(project(x, site.query, weights), site.query_norm, weights)
+    key = normalised(project(y, site.key, weights), site.key_norm, weights)
     value = project(y, site.value, weights)
-    phantom = tuple(_at_zero(part, weights) for part in (site.key, site.value))
+    phantom = (normalised(_at_zero(site.key, weights), site.key_norm, weights), _at_zero(site.value, weights))
     mixed = attend(site, query, key, value, weights, phantom)
     if site.output is None:
         return mixed
@@ -59,7 +60,7 @@ def attend(
     if site.mask is not None:
         added.append(site.mask)
     if isinstance(site.keys, MapGroups):
-        return _attend_in_groups(site, site.keys, query, key, value, phantom)
+        return _attend_in_groups(site, site.keys, query, key, value, phantom, scale)
     scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * scale
     for term in added:
         scores = scores + term.to(scores.dtype)
@@ -104,6 +105,22 @@ def project(x: Tensor, projection: Projection, weights: Weights) -> Tensor:
     return F.linear(x, weights(projection.weight)[rows], bias).unflatten(-1, projection.rows.shape)
 
 
+def normalised(value: Tensor, norm: HeadNorm | None, weights: Weights) -> Tensor:
+    """Head vectors ``[..., head_dim]`` over their length; of a layer norm, what is off their mean over its own."""
+    if norm is None:
+        return value
+    value = value - value.mean(-1, keepdim=True) if norm.kind == "layer" else value
+    squares = value.square().sum(-1, keepdim=True)
+    squares = squares if norm.kind == "l2" else squares / value.shape[-1]
+    if norm.place == "root":
+        length = (squares + norm.eps).sqrt()
+    else:
+        length = squares.sqrt().clamp(min=norm.eps) if norm.place == "clamp" else squares.sqrt() + norm.eps
+    made = value / length
+    made = made if norm.weight is None else made * weights(norm.weight).flatten()
+    return made if norm.bias is None else made + weights(norm.bias).flatten()
+
+
 def tokens(value: Tensor, batch_axis: int) -> Tensor:
     """``[batch, tokens, channels]`` of a channels-last value."""
     return value.movedim(batch_axis, 0).flatten(1, -2)
@@ -120,7 +137,13 @@ def per_head(scale: Tensor, heads: int) -> Tensor:
 
 
 def _attend_in_groups(
-    site: AttentionSite, groups: MapGroups, query: Tensor, key: Tensor, value: Tensor, phantom: tuple[Tensor, ...]
+    site: AttentionSite,
+    groups: MapGroups,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phantom: tuple[Tensor, ...],
+    scale: Tensor | float,
 ) -> Tensor:
     assert site.grid is not None
     slots = groups.slots(site.grid) if site.place is None else _slots_of_tokens(groups.slots(site.grid), site.place)
@@ -128,7 +151,7 @@ def _attend_in_groups(
     query, key, value = (part[:, token] for part in (query, key, value))
     for part, filler in zip((key, value), phantom, strict=True):
         part[:, slots == Window.PHANTOM] = filler
-    scores = torch.einsum("bgnhd,bgmhd->bghnm", query, key) * site.scale
+    scores = torch.einsum("bgnhd,bgmhd->bghnm", query, key) * scale
     if site.bias is not None:
         scores = scores + site.bias.values.to(scores.dtype)
     scores = scores.masked_fill((slots == Window.ABSENT)[:, None, None, :], -math.inf)

@@ -61,14 +61,25 @@ def projected(operand: Operand, core: Core, flow: Dataflow) -> Projected | None:
     linear = found.source
     if linear is None or not flow.is_linear(linear):
         return None
+    return read_projected(linear, found.address, found.factor, operand, core, flow)
+
+
+def read_projected(
+    linear: Node, address: Tensor, factor: float, operand: Operand, core: Core, flow: Dataflow
+) -> Projected:
+    """``operand`` made of ``linear``'s result: ``address``, shaped as the operand, is where each element came from.
+
+    Raises:
+        NotSeparable: tokens and channels are entangled.
+    """
     order = core.groups + "".join(position_and_dim(operand.axes))
-    address = canonical(found.address, operand.axes, order).expand(*group_sizes(core), -1, -1).flatten(0, -3)
+    address = canonical(address, operand.axes, order).expand(*group_sizes(core), -1, -1).flatten(0, -3)
     width = shape_of(linear)[-1]
     token, channel = address[..., 0] // width, address[:, 0] % width
     if bool((token < 0).any()) or not torch.equal(address, (token * width)[..., None] + channel[:, None]):
         raise NotSeparable("an operand mixes tokens and channels")
     source, slots = flow.remembered(source_tokens, input_of(linear))
-    return Projected(linear, source, slots[token], channel, found.factor)
+    return Projected(linear, source, slots[token], channel, factor)
 
 
 def source_tokens(node: Node, flow: Dataflow) -> tuple[Node, Tensor]:

@@ -16,6 +16,7 @@ from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_
 from ..lift.values import shape_of
 from ..targets import Conversion
 from .attention_weights import withhold
+from .head_norms import again, normalised, scaled
 from .outline import NotOutlinable, Outlined
 
 
@@ -49,7 +50,8 @@ def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node
         return [site.tokens or site.result], [site.source if site.patches is not None else site.result]
     nodes = site.nodes
     if isinstance(site.keys, MapGroups):
-        return [], [n for n in (*nodes.linears, nodes.merged, nodes.source, nodes.result) if n is not None]
+        norms = [norm.node for norm in (site.query_norm, site.key_norm) if norm is not None]
+        return [], [n for n in (*nodes.linears, nodes.merged, nodes.source, nodes.result) if n is not None] + norms
     return [nodes.product, nodes.output.node], []
 
 
@@ -64,8 +66,41 @@ def whole_ends(site: Site, conversion: Conversion) -> tuple[Node, Node]:
 def remove_dead_code(graph: fx.Graph) -> None:
     """Drop what nothing uses any more. Calls of children that nothing uses go too: the new core does their work."""
     for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
+        if not node.users and node.op not in ("placeholder", "output") and not _writes_to_what_is_read(node):
             graph.erase_node(node)
+
+
+def _writes_to_what_is_read(node: Node) -> bool:
+    """``bias[a:b].zero_()``: nothing uses the result, and what it was written to is used."""
+    if not _is_in_place(node):
+        return False
+    written: Node = node.args[0]  # type: ignore[assignment]
+    while _is_view(written):
+        written = written.args[0]  # type: ignore[assignment]
+    pending, seen = [written], {written}
+    while pending:
+        for user in pending.pop().users:
+            if _is_view(user) or _is_in_place(user):
+                pending += [user] if user not in seen else []
+                seen.add(user)
+            else:
+                return True
+    return False
+
+
+def _is_in_place(node: Node) -> bool:
+    return _schema(node) is not None and _schema(node).is_mutable  # type: ignore[union-attr]
+
+
+def _is_view(node: Node) -> bool:
+    """Whether its result may be a part of its first operand."""
+    schema = _schema(node)
+    info = None if schema is None or not schema.arguments else schema.arguments[0].alias_info
+    return info is not None and not info.is_write
+
+
+def _schema(node: Node) -> torch.FunctionSchema | None:
+    return getattr(node.target, "_schema", None)
 
 
 def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -> None:
@@ -81,9 +116,7 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
             graph.call_function(heads_last, (outlined.argument(consumer, part.node), part.axes, *groups))
             for part, consumer in consumers
         ]
-        for scale in site.learned_scales:
-            per_head = graph.call_method("reshape", (outlined.latest(scale), [-1, 1]))
-            parts[0] = graph.call_function(operator.mul, (parts[0], per_head))
+        parts[0] = scaled(outlined, site, parts[0])
         bias = _dense_bias(outlined, site)
         local = _local_operands(outlined, site) if "local" in conversion.extras else {}
         if "pixels" in conversion.extras:
@@ -135,12 +168,14 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
     with graph.inserting_before(old):
         source = outlined.latest(nodes.source)
         project = _projector(outlined, site, source)
-        arguments: list[Node | None] = [project(part, source) for part in (site.query, site.key, site.value)]
+        query, key, value = (project(part, source) for part in (site.query, site.key, site.value))
+        query = scaled(outlined, site, normalised(outlined, site.query_norm, query))
+        arguments: list[Node | None] = [query, normalised(outlined, site.key_norm, key), value]
         arguments += _block_bias(outlined, site)
         if site.keys.phantom:  # type: ignore[union-attr]
             zero = graph.call_function(zero_token, (source,))
-            padded = [graph.call_function(operator.getitem, (project(p, zero), 0)) for p in (site.key, site.value)]
-            arguments += [*([None] if site.bias is None else []), *padded]
+            key, value = (graph.call_function(operator.getitem, (project(p, zero), 0)) for p in (site.key, site.value))
+            arguments += [*([None] if site.bias is None else []), normalised(outlined, site.key_norm, key), value]
         placed = core if site.place is None else InTokenOrder(core, site.place, site.map_grid)
         if site.place is not None:
             outlined.tied.append("the order of its tokens")
@@ -166,7 +201,7 @@ def _projector(outlined: Outlined, site: AttentionSite, source: Node) -> Callabl
     def project(part: Projection, value: Node) -> Node:
         linear = linears[part.weight]
         if (linear, value) not in calls:
-            calls[linear, value] = _again(outlined, outlined.first(linear), value)
+            calls[linear, value] = again(outlined, outlined.first(linear), value)
         head_step, start, dim_step = _steps(part.rows)
         taken = graph.call_function(
             take_heads, (calls[linear, value], start, part.heads, part.head_dim, head_step, dim_step)
@@ -200,7 +235,7 @@ def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
 def _after_projection(outlined: Outlined, site: AttentionSite, mixed: Node) -> Node:
     """The output projection and what follows it up to the result, without the rearrangement of tokens."""
     assert site.nodes.merged is not None
-    return _after_merge(outlined, site, _again(outlined, outlined.first(site.nodes.merged), mixed))
+    return _after_merge(outlined, site, again(outlined, outlined.first(site.nodes.merged), mixed))
 
 
 def _after_merge(outlined: Outlined, site: AttentionSite, new: Node) -> Node:
@@ -217,18 +252,8 @@ def _after_merge(outlined: Outlined, site: AttentionSite, new: Node) -> Node:
             raise NotOutlinable("the result does not come from the output projection")
         step = step.all_input_nodes[0]
     for step in reversed(follow):
-        new = _again(outlined, step, new)
+        new = again(outlined, step, new)
     return new
-
-
-def _again(outlined: Outlined, made: Node, value: Node) -> Node:
-    """The same call on another value: the first operand is exchanged."""
-    if made.op == "call_module":
-        if len(made.all_input_nodes) != 1:
-            raise NotOutlinable("a projection is given more than its input")
-        swapped = fx.node.map_arg((made.args, made.kwargs), lambda _: value)
-        return outlined.graph.call_module(made.target, *swapped)  # type: ignore[arg-type]
-    return outlined.graph.call_function(made.target, (value, *made.args[1:]), dict(made.kwargs))  # type: ignore[arg-type]
 
 
 def _mlp(outlined: Outlined, site: MlpSite, conversion: Conversion) -> None:

@@ -158,7 +158,8 @@ class _ForwardCode(CodeGen):
             elif self.fixed_to or not self._is_side(number):
                 lines.append(f"    expect_same({spelled!r}, {spelled}, {self._constant(leaf)})")
         lines += [
-            f"    expect_table({name!r}, self.{name}.shape, {shape})" for name, shape in self.outlined.tables.items()
+            f"    expect_table({name!r}, {_attribute(name)}.shape, {shape})"
+            for name, shape in self.outlined.tables.items()
         ]
         lines += [f"    expect_no_more({name!r}, {name}, {sorted(call.arguments[name])})" for name in _keywords(call)]
         return "\n".join(lines)
@@ -205,6 +206,14 @@ def _keywords(call: ModuleCall) -> list[str]:
     """The name of a ``**kwargs`` parameter, if there is one."""
     parameters = inspect.signature(call.module.forward).parameters.values()
     return [p.name for p in parameters if p.kind == p.VAR_KEYWORD]
+
+
+def _attribute(name: str) -> str:
+    """``blocks.0.table`` of the module as the expression ``getattr(self.blocks, '0').table``."""
+    text = "self"
+    for part in name.split("."):
+        text = f"{text}.{part}" if part.isidentifier() else f"getattr({text}, {part!r})"
+    return text
 
 
 def _spelled(path: tuple[Any, ...]) -> str:

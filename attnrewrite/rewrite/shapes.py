@@ -153,6 +153,8 @@ class _Freeing:
             return (*self.axes[input_of(node)][:-1], self._own_axes(node)[-1])
         if node.target is from_heads_last:
             return self._of_core(node)
+        if name == "getitem":  # one of several results of a child
+            operands += [used for child in operands if child.op == "call_module" for used in child.all_input_nodes]
         for used in operands:
             if self.axes[used] and _shape(used) == _shape(node) and (is_call(node) or node.op == "call_module"):
                 return self.axes[used]
