@@ -178,6 +178,18 @@ def index_operands(node: Node) -> list[Node]:
     return [used for used in node.all_input_nodes if used not in moved_operands(node)]
 
 
+def permutation(node: Node) -> list[int] | None:
+    """Which axis of the operand is which of the result's, if all that ``node`` does is to reorder axes."""
+    name, axes = operator_name(node), list(range(len(shape_of(node))))
+    if name == "aten::permute":
+        return [axis % len(axes) for axis in argument(node, 1)]
+    if name not in ("aten::transpose", "aten::mT"):
+        return None
+    one, other = (-2, -1) if name == "aten::mT" else (argument(node, 1), argument(node, 2))
+    axes[one], axes[other] = axes[other], axes[one]
+    return axes
+
+
 def scale_of(node: Node) -> float | None:
     """The number that ``node`` multiplies its first operand with, if that is all it does."""
     if operator_name(node) not in _SCALING or len(node.args) < 2 or node.kwargs:

@@ -50,7 +50,7 @@ def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node
     nodes = site.nodes
     if isinstance(site.keys, Window):
         return [], [n for n in (*nodes.linears, nodes.merged, nodes.source, nodes.result) if n is not None]
-    return [nodes.product, nodes.output.node], []
+    return [nodes.product, nodes.output.node], list(nodes.linears) if "local" in conversion.extras else []
 
 
 def whole_ends(site: Site, conversion: Conversion) -> tuple[Node, Node]:
@@ -89,7 +89,7 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
         bias = _dense_bias(outlined, site)
         local = _local_operands(outlined, site) if "local" in conversion.extras else {}
         if "pixels" in conversion.extras:
-            local = {"pixels": outlined.latest(nodes.source)}  # type: ignore[arg-type]
+            local = {"pixels": outlined.value(nodes.source)}  # type: ignore[arg-type]
         new = graph.call_module(outlined.add_module("attention", conversion.core), (*parts, *bias), local)
         sizes = dict(zip(nodes.output.axes, shape_of(nodes.output.node), strict=True))
         head_sizes = tuple(sizes[axis] for axis in nodes.head_groups)
@@ -105,7 +105,7 @@ def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Any]:
     """The projections that made keys and values of the reduced map, of the query map itself."""
     assert site.key is not None
     assert site.value is not None
-    source = outlined.latest(site.nodes.source)  # type: ignore[arg-type]
+    source = outlined.value(site.nodes.source)  # type: ignore[arg-type]
     project = _projector(outlined, site, source)
     return {"local_key": project(site.key, source), "local_value": project(site.value, source)}
 
@@ -139,7 +139,7 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
     assert nodes.result is not None
     old = outlined.latest(nodes.result)
     with graph.inserting_before(old):
-        source = outlined.latest(nodes.source)
+        source = outlined.value(nodes.source)
         project = _projector(outlined, site, source)
         arguments: list[Node | None] = [project(part, source) for part in (site.query, site.key, site.value)]
         arguments += _block_bias(outlined, site)
@@ -273,7 +273,7 @@ def _whole(outlined: Outlined, site: Site, conversion: Conversion) -> None:
     graph, (source, result) = outlined.graph, whole_ends(site, conversion)
     old = outlined.latest(result)
     with graph.inserting_before(old):
-        name, value = outlined.add_module(site.kind, conversion.core), outlined.latest(source)
+        name, value = outlined.add_module(site.kind, conversion.core), outlined.value(source)
         if conversion.run is None:
             new = graph.call_module(name, (value,))
         else:
