@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -12,11 +14,12 @@ from .lift.contraction import canonical
 def heads_last(value: Tensor, axes: str, batch_groups: str, head_groups: str, heads: int) -> Tensor:
     """``[batch, tokens, heads, dim]`` of an operand; without ``batch_groups`` its head axis holds batch and heads.
 
-    An operand without head axis is the same for all heads.
+    An operand without head axis, or with one of extent 1, is the same for all heads.
     """
     position, dim = position_and_dim(axes)
     flat = canonical(value, axes, batch_groups + head_groups + position + dim).flatten(0, -3)
-    if not set(head_groups) & set(axes):
+    own = math.prod(value.shape[axes.index(axis)] for axis in head_groups if axis in axes)
+    if not set(head_groups) & set(axes) or (batch_groups and own == 1 < heads):
         return flat[:, :, None].expand(-1, -1, heads, -1)
     return flat.unflatten(0, (-1, heads)).transpose(1, 2)
 

@@ -33,6 +33,10 @@ class ChannelMaps:
     linear: dict[Node, Node] = field(default_factory=dict)
     moved: dict[Node, Node] = field(default_factory=dict)
 
+    def hold(self, node: Node) -> bool:
+        """Whether ``node`` is the linear map of a convolution."""
+        return node in self.linear.values()
+
 
 def restate_convolutions(capture: Capture) -> ChannelMaps:
     """Restate, in ``capture``'s graph, the convolutions of kernel 1 nearest to attention, before it and behind it.

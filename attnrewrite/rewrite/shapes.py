@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import itertools
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from ..layout import from_heads_last, heads_last
+from ..letters import position_and_dim
 from ..lift.values import argument, input_of, is_call, operator_name
 
 _VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
 _EXPANDS = {"aten::expand"}
+_PARTING = {"aten::unbind": (1, "dim"), "aten::chunk": (2, "dim"), "aten::split": (2, "dim")}
+"""Where operators with several results are told the axis."""
 _SIZED = {
     f"aten::{name}"
     for name in [
@@ -47,12 +51,16 @@ _SIZED = {
 
 @dataclass(frozen=True)
 class Factor:
-    """A part of an axis: a fixed ``size``, or an extent of ``node`` (``axis`` None: its value) over ``divisor``."""
+    """A part of an axis: a fixed ``size``, or an extent of ``node`` (``axis`` None: its value) over ``divisor``.
+
+    ``tokens``: it counts the tokens of a map of unknown sides, so that parts of it hold for the captured map only.
+    """
 
     size: int
     node: Node | None = None
     axis: int | None = None
     divisor: int = 1
+    tokens: bool = False
 
 
 Axis = tuple[Factor, ...]
@@ -92,6 +100,9 @@ class _Freeing:
             elif name in _VIEWS:
                 self._view(node)
                 continue
+            elif name == "aten::unflatten":
+                self._unflatten(node)
+                continue
             elif name in _EXPANDS:
                 self._expand(node)
             elif is_call(node) and self._is_tied(node, name):
@@ -107,8 +118,24 @@ class _Freeing:
             self.axes[node] = self._own_axes(node)
             return
         self.axes[node] = wanted
+        if any(factor.tokens and factor.divisor > 1 for factor in _flat(wanted)):
+            self.tied.append(operator_name(node))
         with self.graph.inserting_before(node):
             node.args = (source, [self._extent(axis) for axis in wanted])
+
+    def _unflatten(self, node: Node) -> None:
+        """As a view of one axis."""
+        source, along, sizes = (argument(node, position) for position in range(3))
+        axes, along = self.axes[source], along % len(self.axes[source])
+        parts = _split(_flat((axes[along],)), _shape(node)[along : along + len(sizes)], self.sizes)
+        if parts is None or any(factor.tokens for factor in axes[along]):
+            self.tied.append(operator_name(node))
+            self.axes[node] = self._own_axes(node)
+            return
+        self.axes[node] = (*axes[:along], *parts, *axes[along + 1 :])
+        if along < len(axes) - 1:  # channels split into heads are the model's numbers, not the image's
+            with self.graph.inserting_before(node):
+                node.args = (source, along, [self._extent(axis) for axis in parts])
 
     def _expand(self, node: Node) -> None:
         source: Node = input_of(node)
@@ -138,11 +165,19 @@ class _Freeing:
         return self._extent((Factor(_shape(self.first)[0], self.first, 0),))
 
     def _axes(self, node: Node) -> tuple[Axis, ...]:
+        name, operands = operator_name(node), [used for used in node.all_input_nodes if used in self.axes]
+        if name in _PARTING:
+            return self.axes[input_of(node)]
         if not isinstance(node.meta.get("val"), Tensor):
             return ()
-        name, operands = operator_name(node), [used for used in node.all_input_nodes if used in self.axes]
         if name in ("aten::transpose", "aten::permute"):
             return self._permuted(node, name)
+        if name == "getitem" and operator_name(operands[0]) in _PARTING:
+            return self._part(node, operands[0])
+        if name == "aten::flatten":
+            return self._flattened(node)
+        if node.target is from_heads_last:
+            return self._mixed(node)
         for used in operands:
             if self.axes[used] and _shape(used) == _shape(node) and (is_call(node) or node.op == "call_module"):
                 return self.axes[used]
@@ -154,6 +189,32 @@ class _Freeing:
             return tuple(axes[axis] for axis in argument(node, 1))
         one, other = argument(node, 1), argument(node, 2)
         axes[one], axes[other] = axes[other], axes[one]
+        return tuple(axes)
+
+    def _part(self, node: Node, parted: Node) -> tuple[Axis, ...]:
+        """One of several results: all axes but the one that was parted are as before."""
+        axes, along = list(self.axes[parted]), argument(parted, *_PARTING[operator_name(parted)], 0)
+        if operator_name(parted) == "aten::unbind":
+            del axes[along]
+            return tuple(axes)
+        axes[along] = self._own_axes(node)[along]
+        return tuple(axes)
+
+    def _flattened(self, node: Node) -> tuple[Axis, ...]:
+        axes = self.axes[input_of(node)]
+        start, end = (argument(node, i, default=whole) % len(axes) for i, whole in ((1, 0), (2, -1)))
+        merged = tuple(factor for axis in axes[start : end + 1] for factor in axis)
+        return (*axes[:start], merged, *axes[end + 1 :])
+
+    def _mixed(self, node: Node) -> tuple[Axis, ...]:
+        """What attention gives has its queries' tokens; a single factor says nothing of the sides of their map."""
+        axes, query = list(self._own_axes(node)), node
+        while query.target is not heads_last:
+            query = input_of(query)
+        operands = (argument(query, 1), argument(node, 1))
+        before, after = (letters.index(position_and_dim(letters)[0]) for letters in operands)
+        tokens = self.axes[input_of(query)][before]
+        axes[after] = tokens if len(tokens) > 1 else tuple(replace(factor, tokens=True) for factor in tokens)
         return tuple(axes)
 
     def _own_axes(self, node: Node) -> tuple[Axis, ...]:
@@ -236,9 +297,6 @@ class _Freeing:
                 node.args = (source, axis, 0)
                 return False
             return isinstance(stop, int) and 0 < stop < 2**31 and not self._is_prefix(start, stop)
-        if name == "aten::unflatten":  # channels split into heads are the model's numbers, not the image's
-            axes = len(_shape(input_of(node)))
-            return argument(node, 1) % axes != axes - 1
         return name in _SIZED
 
     @staticmethod
@@ -299,7 +357,7 @@ def _cut(factor: Factor, need: int, ahead: tuple[int, ...], given: list[Node]) -
     if factor.size % need or _counts_tokens(factor):
         return None
     inner = factor.size // need
-    return Factor(need, factor.node, factor.axis, factor.divisor * inner), Factor(inner)
+    return replace(factor, size=need, divisor=factor.divisor * inner), Factor(inner)
 
 
 def _counts_tokens(factor: Factor) -> bool:
