@@ -18,6 +18,7 @@ from ..layout import map_channels
 from ..lift.dataflow import Dataflow
 from ..lift.values import argument, input_of, is_call, operator_name
 from .aspect import SameAspect
+from .shapes import CHANNELS_FIRST
 
 
 class NotOutlinable(Exception):
@@ -199,6 +200,7 @@ class _Outliner:
         called = self.graph.call_module(self._relative(child.path), bound.args, bound.kwargs)
         if isinstance(child.output, NodeRef):
             if child.output.node is not None:
+                called.meta[CHANNELS_FIRST] = self._is_convolution(child)
                 self.result.handed_on |= child.output.node in self.result.made and type(child.module) is not nn.Identity
                 self._made(child.output.node, called)
             return

@@ -20,6 +20,9 @@ from ..layout import from_heads_last, heads_last
 from ..letters import position_and_dim
 from ..lift.values import argument, input_of, is_call, operator_name
 
+CHANNELS_FIRST = "attnrewrite_channels_first"
+"""Marks, in their ``meta``, calls of convolutions of kernel 1."""
+
 _VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
 _EXPANDS = {"aten::expand"}
 _PARTING = {"aten::unbind": (1, "dim"), "aten::chunk": (2, "dim"), "aten::split": (2, "dim")}
@@ -174,6 +177,10 @@ class _Freeing:
             return self._permuted(node, name)
         if name == "getitem" and operator_name(operands[0]) in _PARTING:
             return self._part(node, operands[0])
+        if node.meta.get(CHANNELS_FIRST):
+            return self._convolved(node)
+        if name == "aten::select":
+            return self._without(self.axes[input_of(node)], argument(node, 1))
         if name == "aten::flatten":
             return self._flattened(node)
         if node.target is from_heads_last:
@@ -191,14 +198,24 @@ class _Freeing:
         axes[one], axes[other] = axes[other], axes[one]
         return tuple(axes)
 
+    def _convolved(self, node: Node) -> tuple[Axis, ...]:
+        """A convolution of kernel 1 keeps the places of the map that it is given."""
+        places = self.axes[node.all_input_nodes[0]][2:]
+        if len(places) == 1 and len(places[0]) == 1:
+            places = ((replace(places[0][0], tokens=True),),)
+        return (*self._own_axes(node)[:2], *places)
+
     def _part(self, node: Node, parted: Node) -> tuple[Axis, ...]:
         """One of several results: all axes but the one that was parted are as before."""
         axes, along = list(self.axes[parted]), argument(parted, *_PARTING[operator_name(parted)], 0)
         if operator_name(parted) == "aten::unbind":
-            del axes[along]
-            return tuple(axes)
+            return self._without(self.axes[parted], along)
         axes[along] = self._own_axes(node)[along]
         return tuple(axes)
+
+    @staticmethod
+    def _without(axes: tuple[Axis, ...], along: int) -> tuple[Axis, ...]:
+        return tuple(axis for place, axis in enumerate(axes) if place != along % len(axes))
 
     def _flattened(self, node: Node) -> tuple[Axis, ...]:
         axes = self.axes[input_of(node)]
@@ -362,7 +379,8 @@ def _cut(factor: Factor, need: int, ahead: tuple[int, ...], given: list[Node]) -
 
 def _counts_tokens(factor: Factor) -> bool:
     """The middle axis of ``[batch, tokens, channels]``; any other is channels or one side of a map."""
-    return factor.node is not None and factor.axis == 1 and len(_shape(factor.node)) == 3
+    channels_first = factor.node is not None and factor.node.meta.get(CHANNELS_FIRST)
+    return factor.node is not None and factor.axis == 1 and len(_shape(factor.node)) == 3 and not channels_first
 
 
 def _flat(axes: tuple[Axis, ...]) -> list[Factor]:
