@@ -7,6 +7,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from map_models import DIM, HEADS, PACKINGS, PRODUCTS, WIDTH, MapAttention, MapWindows, map_images, map_model
 from neighborhood_oracle import neighborhood_mask
@@ -21,6 +22,7 @@ from attnrewrite.errors import ConversionError
 from attnrewrite.ir import AttentionSite, Global, Grid, Projection, Tokens, Window
 from attnrewrite.planning import lifted
 
+OPTIONS = {"aggregated": {"window_size": 3, "pool": 1}}
 SPELLINGS = list(itertools.product(PACKINGS, PRODUCTS))
 
 
@@ -64,8 +66,8 @@ def test_identity_keeps_the_function_at_another_batch_and_size(packing, product)
 @pytest.mark.parametrize("to", ["identity", "neighborhood"])
 def test_float32_is_exact_to_its_precision(to):
     donor = map_model(dtype=torch.float32, packing="h3d", product="transposed")
-    images = map_images(dtype=torch.float32)
-    converted = attnrewrite.convert(donor, to, images, progress=False, **({"kernel_size": 11} if to != "identity" else {}))
+    images, options = map_images(dtype=torch.float32), {} if to == "identity" else {"kernel_size": 11}
+    converted = attnrewrite.convert(donor, to, images, progress=False, **options)
     assert replaced(attnrewrite.report(converted)).exactness == "EXACT"
     assert difference(converted(images), donor(images)) < 2e-5
 
@@ -86,7 +88,7 @@ def test_the_convolutions_stay_alive_under_their_names(packing):
 @pytest.mark.parametrize("to", ["identity", "manhattan", "aggregated"])
 def test_gradients_equal_the_originals(to):
     donor = map_model(product="transposed")
-    converted = attnrewrite.convert(donor, to, map_images(), progress=False, **({"window_size": 3, "pool": 1} if to == "aggregated" else {}))
+    converted = attnrewrite.convert(donor, to, map_images(), progress=False, **OPTIONS.get(to, {}))
     expected, found = gradients(donor, map_images()), gradients(converted, map_images())
     assert_same_gradients({name: found[name] for name in expected}, expected)
 
@@ -142,18 +144,18 @@ def test_sequences_with_channels_first_are_read_too(packing):
     assert equal_or_refused(donor, converted, map_images(size=(48, 32)))
 
 
-@pytest.mark.parametrize("size", [(24, 36), (48, 24)], ids=str)
-def test_windows_of_a_map_are_neighbourhoods_with_a_stride(size):
-    donor = map_model(MapWindows())
-    site = attention_of(donor, map_images(size=(24, 36)))
-    assert site.keys == Window((3, 3))
-    for to in ("identity", "neighborhood", "long_short_distance"):
-        converted = attnrewrite.convert(donor, to, map_images(size=(24, 36)), progress=False)
-        assert replaced(attnrewrite.report(converted)).exactness == "EXACT"
-        calls = []
-        converted.mixer.qkv.register_forward_hook(lambda module, given, result: calls.append(module))
+@pytest.mark.parametrize("to", ["identity", "neighborhood", "long_short_distance"])
+def test_windows_of_a_map_are_neighbourhoods_with_a_stride(to):
+    donor, images = map_model(MapWindows()), map_images(size=(24, 36))
+    assert attention_of(donor, images).keys == Window((3, 3))
+    converted, report = attnrewrite.convert(donor, to, images, progress=False, return_report=True)
+    assert replaced(report).exactness == "EXACT"
+    assert list(converted.state_dict()) == list(donor.state_dict())
+    calls = []
+    converted.mixer.qkv.register_forward_hook(lambda module, given, result: calls.append(module))
+    for size in ((24, 36), (48, 24)):
         assert difference(converted(map_images(3, size)), donor(map_images(3, size))) < 1e-12
-        assert len(calls) == 1
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("to", ["manhattan", "neighborhood"])
@@ -191,32 +193,29 @@ def test_a_strided_convolution_is_none():
     assert "query, key and value do not come from linear maps" in reasons(map_model(mixer), map_images())
 
 
-FAULTS = {
-    "sides of the map exchanged": lambda site: replace(
-        site, query=site.query, keys=Window((5, 3)) if isinstance(site.keys, Window) else site.keys
-    ),
-    "heads in another order": lambda site: replace(site, query=rolled(site.query)),
-    "dimensions in another order": lambda site: replace(site, key=rolled(site.key, 1)),
-    "merged in another order": lambda site: replace(site, output=rolled(site.output)),
-    "another scale": lambda site: replace(site, scale=1.1 * site.scale),
-}
-
-
 def rolled(part, axis=0):
     return Projection(part.weight, part.bias, part.rows.roll(1, axis))
 
 
+FAULTS = {
+    "heads in another order": (MapAttention, lambda site: replace(site, query=rolled(site.query))),
+    "dimensions in another order": (MapAttention, lambda site: replace(site, key=rolled(site.key, 1))),
+    "merged in another order": (MapAttention, lambda site: replace(site, output=rolled(site.output))),
+    "another scale": (MapAttention, lambda site: replace(site, scale=1.1 * site.scale)),
+    "sides of the map exchanged": (MapWindows, lambda site: replace(site, grid=Grid(9, 6))),
+    "windows of another shape": (MapWindows, lambda site: replace(site, keys=Window((6, 3)))),
+}
+
+
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_a_corrupted_reading_is_not_certified(fault):
-    windowed = "sides" in fault
-    donor, images = (map_model(MapWindows()), map_images(1, (24, 36))) if windowed else (map_model(), map_images(1))
-    plan, flow = lifted(donor, images)
+    mixer, corrupt = FAULTS[fault]
+    plan, flow = lifted(map_model(mixer()), map_images(1, (24, 36)))
     site = next(planned.site for planned in plan.sites if isinstance(planned.site, AttentionSite))
     values = collect_values(flow, wanted_nodes([site]))
     with torch.no_grad():
         assert certify(site, flow, values).passed
-        corrupted = replace(site, grid=Grid(9, 6)) if windowed else FAULTS[fault](site)
-        assert not certify(corrupted, flow, values).passed
+        assert not certify(corrupt(site), flow, values).passed
 
 
 def test_costs_are_those_of_tokens_through_linear_maps():
@@ -226,3 +225,21 @@ def test_costs_are_those_of_tokens_through_linear_maps():
     tokens, products = 60, 2 * 60 * 60 * WIDTH
     assert row.macs == 4 * tokens * WIDTH**2 + products
     assert row.formula is not None
+
+
+TIMM = {
+    "visformer_tiny": {"embed_dim": 48, "depth": (0, 1, 1), "num_heads": 3},
+    "coatnet_pico_rw_224": {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64), "stem_width": 16},
+}
+
+
+@pytest.mark.parametrize("name", list(TIMM))
+def test_whole_models_of_timm_keep_their_function(name):
+    torch.manual_seed(0)
+    donor = timm.create_model(name, img_size=64, num_classes=5, **TIMM[name]).double().eval()
+    images = map_images(2, (64, 64))
+    for to, options in (("identity", {}), ("neighborhood", {"kernel_size": 9})):
+        converted, report = attnrewrite.convert(donor, to, images[:1], progress=False, return_report=True, **options)
+        rows = [site for site in report.sites if site.kind == "attention"]
+        assert {(site.status, site.exactness) for site in rows} == {("converted", "EXACT")}
+        assert difference(converted(images), donor(images)) < 1e-12
