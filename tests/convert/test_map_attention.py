@@ -131,6 +131,16 @@ def test_a_map_flattened_by_columns_has_no_neighbourhoods(normed):
         attnrewrite.convert(donor, "neighborhood", images, kernel_size=3, progress=False)
 
 
+def test_a_module_of_its_own_knows_the_map_that_it_is_given():
+    torch.manual_seed(0)
+    donor, x = MapAttention().double().eval(), torch.randn(2, WIDTH, 5, 7, dtype=torch.float64)
+    assert attention_of(donor, x).grid == Grid(5, 7)
+    converted = attnrewrite.convert(donor, "neighborhood", x, kernel_size=3, progress=False)
+    expected = copy.deepcopy(donor)
+    expected.mask = neighborhood_mask(5, 7, 3, prefix=0)
+    assert difference(converted(x), expected(x)) < 1e-12
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_sequences_with_channels_first_are_read_too(packing):
     donor, images = map_model(packing=packing, flat=True), map_images()
