@@ -37,6 +37,10 @@ class ChannelMaps:
         """Whether ``node`` is the linear map of a convolution."""
         return node in self.linear.values()
 
+    def origin(self, node: Node) -> Node:
+        """The map that ``node`` is with its channels last, as the model has it; any other value is its own."""
+        return next((value for value, moved in self.moved.items() if moved is node), node)
+
 
 def restate_convolutions(capture: Capture) -> ChannelMaps:
     """Restate, in ``capture``'s graph, the convolutions of kernel 1 nearest to attention, before it and behind it.

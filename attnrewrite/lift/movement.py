@@ -73,6 +73,10 @@ _REARRANGING = {
         "broadcast_to",
     ]
 }
+_PERMUTING = {
+    f"aten::{name}"
+    for name in ["permute", "transpose", "t", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint"]
+}
 _INDEXED = {"aten::index", "aten::index_select", "aten::gather", "aten::take"}
 _COPYING = {
     f"aten::{name}"
@@ -180,14 +184,11 @@ def index_operands(node: Node) -> list[Node]:
 
 def permutation(node: Node) -> list[int] | None:
     """Which axis of the operand is which of the result's, if all that ``node`` does is to reorder axes."""
-    name, axes = operator_name(node), list(range(len(shape_of(node))))
-    if name == "aten::permute":
-        return [axis % len(axes) for axis in argument(node, 1)]
-    if name not in ("aten::transpose", "aten::mT"):
+    if operator_name(node) not in _PERMUTING:
         return None
-    one, other = (-2, -1) if name == "aten::mT" else (argument(node, 1), argument(node, 2))
-    axes[one], axes[other] = axes[other], axes[one]
-    return axes
+    operand = moved_operands(node)[0]
+    sizes = range(len(shape_of(operand)))  # each its own number
+    return list(run_node(node, {operand: torch.empty(*sizes, device="meta")}).shape)
 
 
 def scale_of(node: Node) -> float | None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..layout import from_heads_last, heads_last
 from ..letters import position_and_dim
+from ..lift.movement import permutation
 from ..lift.values import argument, input_of, is_call, operator_name
 
 CHANNELS_FIRST = "attnrewrite_channels_first"
@@ -173,8 +174,9 @@ class _Freeing:
             return self.axes[input_of(node)]
         if not isinstance(node.meta.get("val"), Tensor):
             return ()
-        if name in ("aten::transpose", "aten::permute"):
-            return self._permuted(node, name)
+        order = permutation(node)
+        if order is not None:
+            return tuple(self.axes[input_of(node)][axis] for axis in order)
         if name == "getitem" and operator_name(operands[0]) in _PARTING:
             return self._part(node, operands[0])
         if node.meta.get(CHANNELS_FIRST):
@@ -189,14 +191,6 @@ class _Freeing:
             if self.axes[used] and _shape(used) == _shape(node) and (is_call(node) or node.op == "call_module"):
                 return self.axes[used]
         return self._own_axes(node)
-
-    def _permuted(self, node: Node, name: str) -> tuple[Axis, ...]:
-        axes = list(self.axes[input_of(node)])
-        if name == "aten::permute":
-            return tuple(axes[axis] for axis in argument(node, 1))
-        one, other = argument(node, 1), argument(node, 2)
-        axes[one], axes[other] = axes[other], axes[one]
-        return tuple(axes)
 
     def _convolved(self, node: Node) -> tuple[Axis, ...]:
         """A convolution of kernel 1 keeps the places of the map that it is given."""
