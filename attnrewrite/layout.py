@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +16,8 @@ def heads_last(value: Tensor, axes: str, batch_groups: str, head_groups: str, he
     """
     position, dim = position_and_dim(axes)
     flat = canonical(value, axes, batch_groups + head_groups + position + dim).flatten(0, -3)
-    own = math.prod(value.shape[axes.index(axis)] for axis in head_groups if axis in axes)
-    if not set(head_groups) & set(axes) or (batch_groups and own == 1 < heads):
+    own = [value.shape[axes.index(axis)] for axis in head_groups if axis in axes]
+    if not own or (batch_groups and heads > 1 and max(own) == 1):
         return flat[:, :, None].expand(-1, -1, heads, -1)
     return flat.unflatten(0, (-1, heads)).transpose(1, 2)
 
@@ -69,7 +67,7 @@ def map_channels(value: Tensor, convolution: nn.Module, rank: int) -> Tensor:
     result = convolution(value.movedim(-1, 1)).movedim(1, -1)
     for axis in axes:
         result = result.squeeze(axis)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def as_pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -148,7 +148,7 @@ class _Outliner:
     def _is_convolution(self, child: ModuleCall) -> bool:
         """Whether all it does is a convolution that the graph states as a linear map of channels."""
         result = child.output.node if isinstance(child.output, NodeRef) else None
-        linear = self.flow.channel_maps.linear.get(result)
+        linear = None if result is None else self.flow.channel_maps.linear.get(result)
         if linear is None or child.children or not child.encloses(self.capture.position[linear]):
             return False
         given = [leaf.node for leaf in tree_flatten(child.arguments)[0] if isinstance(leaf, NodeRef)]

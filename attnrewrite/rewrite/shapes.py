@@ -128,16 +128,16 @@ class _Freeing:
             node.args = (source, [self._extent(axis) for axis in wanted])
 
     def _unflatten(self, node: Node) -> None:
-        """As a view of one axis."""
+        """As a view of one axis; samples are not told from heads by numbers."""
         source, along, sizes = (argument(node, position) for position in range(3))
         axes, along = self.axes[source], along % len(self.axes[source])
         parts = _split(_flat((axes[along],)), _shape(node)[along : along + len(sizes)], self.sizes)
-        if parts is None or any(factor.tokens for factor in axes[along]):
+        if parts is None or along == 0 or -1 in sizes or any(factor.tokens for factor in axes[along]):
             self.tied.append(operator_name(node))
             self.axes[node] = self._own_axes(node)
             return
         self.axes[node] = (*axes[:along], *parts, *axes[along + 1 :])
-        if along < len(axes) - 1:  # channels split into heads are the model's numbers, not the image's
+        if along < len(axes) - 1:  # else channels split into heads are the model's numbers, not the image's
             with self.graph.inserting_before(node):
                 node.args = (source, along, [self._extent(axis) for axis in parts])
 
