@@ -374,7 +374,8 @@ def _cut(factor: Factor, need: int, ahead: tuple[int, ...], given: list[Node]) -
 def _counts_tokens(factor: Factor) -> bool:
     """The middle axis of ``[batch, tokens, channels]``; any other is channels or one side of a map."""
     channels_first = factor.node is not None and factor.node.meta.get(CHANNELS_FIRST)
-    return factor.node is not None and factor.axis == 1 and len(_shape(factor.node)) == 3 and not channels_first
+    middle = factor.node is not None and factor.axis == 1 and len(_shape(factor.node)) == 3
+    return middle and not channels_first and not factor.tokens  # what is known to count them is cut, and tied
 
 
 def _flat(axes: tuple[Axis, ...]) -> list[Factor]:
