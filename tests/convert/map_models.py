@@ -83,6 +83,21 @@ class MapWindows(nn.Module):
         return self.proj(mixed.permute(0, 3, 6, 1, 4, 2, 5).reshape(x.shape))
 
 
+class MapReduced(nn.Module):
+    """Keys and values of a map of half the sides, one head of them for all queries if ``shared``."""
+
+    def __init__(self, shared=False):
+        super().__init__()
+        self.heads = 1 if shared else HEADS
+        self.q, self.kv = nn.Conv2d(WIDTH, WIDTH, 1), nn.Conv2d(WIDTH, 2 * self.heads * DIM, 1)
+        self.reduce, self.proj = nn.Conv2d(WIDTH, WIDTH, 2, 2), nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).flatten(2).unflatten(1, (HEADS, DIM))
+        k, v = self.kv(self.reduce(x)).flatten(2).unflatten(1, (2, self.heads, DIM)).unbind(1)
+        return self.proj(F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT.reshape(x.shape))
+
+
 class MapModel(nn.Module):
     """One mixer between convolutions that see where every token lies."""
 

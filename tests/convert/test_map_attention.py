@@ -9,7 +9,18 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from map_models import DIM, HEADS, PACKINGS, PRODUCTS, WIDTH, MapAttention, MapWindows, map_images, map_model
+from map_models import (
+    DIM,
+    HEADS,
+    PACKINGS,
+    PRODUCTS,
+    WIDTH,
+    MapAttention,
+    MapReduced,
+    MapWindows,
+    map_images,
+    map_model,
+)
 from neighborhood_oracle import neighborhood_mask
 from pairs import equal_or_refused
 from small_models import assert_same_gradients, difference, gradients
@@ -19,7 +30,7 @@ import attnrewrite
 from attnrewrite.certify import certify, collect_values
 from attnrewrite.certify.certificate import wanted_nodes
 from attnrewrite.errors import ConversionError
-from attnrewrite.ir import AttentionSite, Global, Grid, Projection, Tokens, Window
+from attnrewrite.ir import AttentionSite, Global, Grid, Projection, Reduced, Tokens, Window
 from attnrewrite.planning import lifted
 
 OPTIONS = {"aggregated": {"window_size": 3, "pool": 1}}
@@ -166,6 +177,16 @@ def test_windows_of_a_map_are_neighbourhoods_with_a_stride(to):
     for size in ((24, 36), (48, 24)):
         assert difference(converted(map_images(3, size)), donor(map_images(3, size))) < 1e-12
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_reduced_keys_between_convolutions_are_read(shared):
+    donor, images = map_model(MapReduced(shared)), map_images()
+    assert attention_of(donor, images).keys == Reduced(3, 5, "convolution stride 2")
+    for to in ("identity", *(() if shared else ("aggregated",))):
+        converted = attnrewrite.convert(donor, to, images, progress=False)
+        for size in ((24, 40), (48, 32)):
+            assert difference(converted(map_images(3, size)), donor(map_images(3, size))) < 1e-12
 
 
 @pytest.mark.parametrize("to", ["manhattan", "neighborhood"])
