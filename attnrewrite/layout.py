@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .letters import position_and_dim
 from .lift.contraction import canonical
@@ -57,6 +57,20 @@ def merge_heads(mixed: Tensor, head_step: int, dim_step: int) -> Tensor:
 def zero_token(source: Tensor) -> Tensor:
     """What a padded slot holds before the projection, ``[1, channels]``."""
     return source.new_zeros(1, source.shape[-1])
+
+
+def map_channels(value: Tensor, convolution: nn.Module, rank: int) -> Tensor:
+    """A convolution of kernel 1 as a linear map of the last axis of ``[batch, ..., channels]``.
+
+    ``rank`` is that of the maps it takes; the places of a value with fewer axes are its samples.
+    """
+    axes = (-2,) * (rank - value.ndim)
+    for axis in axes:
+        value = value.unsqueeze(axis)
+    result = convolution(value.movedim(-1, 1)).movedim(1, -1)
+    for axis in axes:
+        result = result.squeeze(axis)
+    return result
 
 
 def as_pair(value: int | tuple[int, int]) -> tuple[int, int]:

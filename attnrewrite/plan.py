@@ -277,7 +277,8 @@ def _parameters(planned: PlannedSite, flow: Dataflow, lost: dict[int, int]) -> d
     core = planned.conversion.core
     cores = [part for part in core if part is not None] if isinstance(core, list) else [core]
     new = {id(parameter): parameter.numel() for part in cores for parameter in part.parameters()}
-    own = {id(flow.weights(node)): flow.weights(node).numel() for node in planned.site.weights()}
+    tensors = [flow.weights(flow.provenance_of_constant(node)) for node in planned.site.weights()]
+    own = {id(tensor): tensor.numel() for tensor in tensors}
     kept = sum(count for key, count in own.items() if key not in lost)
     carried = planned.conversion.carried
     return {

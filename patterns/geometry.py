@@ -23,11 +23,13 @@ def grid_of_site(site: AttentionSite) -> Grid:
     Raises:
         NotConvertible: it is not known, or something ties the scores to more than the map.
     """
-    if site.queries is not None:
+    if site.queries is not None and len(site.queries) < site.source_tokens:
         raise NotConvertible(
             f"only {len(site.queries)} of its {site.source_tokens} tokens query: it reads them out, which is no mixing "
             "of tokens; leave it with `keep`"
         )
+    if site.queries is not None:
+        raise NotConvertible("its tokens query in another order than that of their map; leave it with `keep`")
     if isinstance(site.keys, Interleaved):
         raise NotConvertible(
             f"it attends inside {site.keys} groups, which spread over the map; to='neighborhood' and "

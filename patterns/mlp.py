@@ -60,7 +60,7 @@ _POINTWISE = {
 
 @register_recogniser(order=1)
 def recognise_mlps(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
-    """Every linear map that is fed, through an activation, by another one."""
+    """Every linear map that is fed, through an activation, by another one; convolutions of kernel 1 are left alone."""
     taken = {n for site in found if isinstance(site, AttentionSite) for n in (*site.nodes.linears, site.nodes.merged)}
     results: list[Site | Refused] = []
     for second in flow.nodes("aten::linear"):
@@ -68,7 +68,8 @@ def recognise_mlps(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
             continue
         try:
             walked = _walk(input_of(second), flow)
-            if walked is not None and any(stage.kind in ("activation", "gate") for stage in walked.stages):
+            convolves = walked is not None and any(map(flow.channel_maps.hold, (walked.first, second)))
+            if walked is not None and not convolves and any(s.kind in ("activation", "gate") for s in walked.stages):
                 results.append(_site(second, walked, flow))
         except UNFORESEEN as cause:
             results.append(Refused(flow.capture.enclosing_call([second]).path, "mlp", unforeseen(cause)))

@@ -30,7 +30,11 @@ def recognise_stems(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
         for node in flow.nodes("aten::conv2d")
         if node not in flow.constants and node not in reducing and _is_patchy(node) and node.args[1] in flow.constants
     ]
-    maps = [n for n in flow.nodes("aten::linear") if n not in flow.constants and n not in linears and flow.is_linear(n)]
+    maps = [
+        n
+        for n in flow.nodes("aten::linear")
+        if n not in flow.constants and n not in linears and flow.is_linear(n) and not flow.channel_maps.hold(n)
+    ]
     stems: list[Site | Refused] = []
     for node, read in [*((node, _convolution) for node in convolutions), *((node, _merge) for node in maps)]:
         try:

@@ -16,7 +16,7 @@ from ..lift.values import shape_of
 
 
 def querying_tokens(query: Projected, grouped: Grouping) -> Tensor | None:
-    """The tokens of a sample that query, or None if all of them do, in order."""
+    """The tokens of a sample that query, in their order; None if all of them do in the order they have."""
     own = grouped.queries[0]
     return None if torch.equal(own, torch.arange(_tokens_of_sample(query, grouped))) else own
 

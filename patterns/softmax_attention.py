@@ -21,6 +21,7 @@ from ..lift.query_key_norm import kind_of, normalised_parts, require_scales_of_h
 from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, grouping, projected, projection, source_tokens
 from ..lift.scores import excluded
 from ..lift.source_map import map_on_the_way
+from ..lift.token_order import is_reordered
 from ..lift.values import argument, input_of, needed_nodes, operator_name, shape_of
 from ..targets import register_recogniser
 from .map_groups import groups_of_map
@@ -176,7 +177,7 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
         owner=flow.capture.enclosing_call(list(core.nodes)),
         heads=heads,
         head_dim=shape_of(core.query.node)[core.query.axes.index("d")],
-        keys=Global() if _same_length(core) else Tokens(shape_of(core.key.node)[core.key.axes.index("y")]),
+        keys=Global() if _is_global(core, flow) else Tokens(shape_of(core.key.node)[core.key.axes.index("y")]),
         nodes=_nodes(core, head_groups, source, None, None, 0, (*linears, *following)),
         scale=core.scale,
         bias=None if values is None else Bias("dense", core.addends, values, tuple(values.shape)),
@@ -402,6 +403,11 @@ def _with_dropout(site: AttentionSite, flow: Dataflow) -> AttentionSite:
         return site
     mixing = flow.capture.enclosing_call([site.nodes.output.node])
     return replace(site, dropout=training_dropout(mixing, site.scale))
+
+
+def _is_global(core: Core, flow: Dataflow) -> bool:
+    """As many keys as queries, and neither known to be in another order than their tokens."""
+    return _same_length(core) and not any(is_reordered(operand, flow) for operand in (core.query, core.key))
 
 
 def _same_length(core: Core) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch.fx import Node
 
 from ..ir import Reduced
@@ -14,13 +16,14 @@ _POOLING = ("aten::avg_pool2d", "aten::adaptive_avg_pool2d", "aten::max_pool2d")
 
 def reduced_keys(key_source: Node, query_source: Node, flow: Dataflow) -> Reduced | None:
     """The reduced map between the queries' tokens and the keys' tokens, or None if there is none."""
-    between = [key_source, *flow.ancestors(key_source, stop=lambda node: node is query_source)]
+    origin = flow.channel_maps.origin(query_source)
+    between = [key_source, *flow.ancestors(key_source, stop=lambda node: node is origin)]
     shrinking = [node for node in between if operator_name(node) in (*_CONVOLVING, *_POOLING)]
-    if not shrinking or query_source not in between:
+    if not shrinking or origin not in between:
         return None
     last = max(shrinking)
     height, width = shape_of(last)[-2:]
-    if height * width != shape_of(key_source)[-2]:
+    if height * width != math.prod(shape_of(key_source)[1:-1]):
         return None
     pooled = next((node for node in shrinking if operator_name(node) in _POOLING), None)
     if pooled is not None:

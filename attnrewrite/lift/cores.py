@@ -15,7 +15,7 @@ from torch.fx import Node
 from ..ir import Operand
 from .contraction import Contraction, canonical, contraction
 from .dataflow import Dataflow
-from .movement import moved_operands
+from .movement import moved_operands, permutation
 from .scores import Addend, NotAffine, as_addend, excluded, score_chain
 from .softmax import Softmax, softmax_at
 from .values import input_of, operator_name, shape_of
@@ -101,14 +101,15 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     chain = score_chain(softmax.scores, flow.constants, flow.learned)
     product, scores = chain.product, shape_of(chain.product.node)
     weights = path_after[-1] if path_after else anchor
-    moves = [step for step in (*chain.path, *path_after) if flow.is_movement(step) and not flow.is_copy(step)]
-    if shape_of(weights) != scores or any(operator_name(step) not in _ROW_MAJOR for step in moves):
+    laid_out = _layout(path_after, product.out_axes, scores, flow)
+    moves = [step for step in chain.path if flow.is_movement(step) and not flow.is_copy(step)]
+    if laid_out is None or any(operator_name(step) not in _ROW_MAJOR for step in moves):
         raise NotAffine("the scores are rearranged between their product and the product with the values")
     _require_last_axis(softmax, scores)
     query, key, names = _query_and_key(product)
     groups = "".join(names[axis] for axis in product.out_axes[:-1] if names[axis] != "x")
     _require_groups(groups)
-    value, output = _value_and_output(final, weights, product, names)
+    value, output = _value_and_output(final, weights, product, laid_out, names)
     addends, bias, mask = _separated(chain.addends, scores, flow)
     letters = "".join(names[axis] for axis in product.out_axes)
     bias, mask = (None if part is None else canonical(part, letters, groups + "xy") for part in (bias, mask))
@@ -117,6 +118,19 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     return Core(
         anchor, query, key, value, output, product.node, groups, chain.factor, scales, addends, bias, mask, nodes
     )
+
+
+def _layout(steps: list[Node], axes: str, scores: tuple[int, ...], flow: Dataflow) -> str | None:
+    """The axes of the weights after ``steps`` of movement from the layout of the scores; None if not known."""
+    moves = [step for step in steps if not flow.is_copy(step)]
+    if all(operator_name(step) in _ROW_MAJOR for step in moves):
+        return axes if not steps or shape_of(steps[-1]) == scores else None
+    for step in moves:
+        order = permutation(step)
+        if order is None:
+            return None
+        axes = "".join(axes[place] for place in order)
+    return axes
 
 
 def _query_and_key(product: Contraction) -> tuple[Operand, Operand, dict[str, str]]:
@@ -133,10 +147,11 @@ def _query_and_key(product: Contraction) -> tuple[Operand, Operand, dict[str, st
 
 
 def _value_and_output(
-    final: Contraction, weights: Node, product: Contraction, names: dict[str, str]
+    final: Contraction, weights: Node, product: Contraction, laid_out: str, names: dict[str, str]
 ) -> tuple[Operand, Operand]:
+    """``laid_out`` are the letters of ``product`` in the order of the axes of ``weights``."""
     value_side = final.right if final.left is weights else final.left
-    theirs = dict(zip(final.axes_of(weights), product.out_axes, strict=True))
+    theirs = dict(zip(final.axes_of(weights), laid_out, strict=True))
     last = [axis for axis in final.axes_of(value_side) if axis not in theirs]
     if len(last) != 1 or theirs.get(final.summed) != product.out_axes[-1]:
         raise NotAffine("the attention weights are not summed with the values over the keys")

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from ..capture import Capture
 from . import movement
+from .channel_maps import restate_convolutions
 from .movement import Provenance
 from .values import Values, fold_constants, is_call, operator_name
 
@@ -18,13 +19,15 @@ Answer = TypeVar("Answer")
 
 
 class Dataflow:
-    """A capture with its constants folded.
+    """A capture with its constants folded, and its convolutions of kernel 1 around attention restated.
 
-    ``constants`` are the values no input reaches, ``learned`` those among them that a parameter reaches.
+    ``constants`` are the values no input reaches, ``learned`` those among them that a parameter reaches;
+    ``channel_maps`` says which linear maps are convolutions in the model.
     """
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
+        self.channel_maps = restate_convolutions(capture)
         self.constants: Values = fold_constants(capture)
         self.learned = _reached_by_parameters(capture, self.constants)
         self._remembered: dict[tuple[Callable[..., Any], Node], Any] = {}

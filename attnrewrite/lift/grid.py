@@ -76,7 +76,7 @@ def _cells(node: Node, cells: dict[Node, _Cells], flow: Dataflow) -> _Cells | No
         number = torch.arange(1.0, height * width + 1.0).view(height, width)
         return _Cells(number.expand(shape_of(node)), (height, width))
     if flow.is_movement(node):
-        return _moved(node, cells, flow)
+        return _moved(node, cells, flow) or (_own(node) if node in flow.channel_maps.moved.values() else None)
     known = [used for used in node.all_input_nodes if used in cells]
     if not known:
         return None
@@ -86,6 +86,15 @@ def _cells(node: Node, cells: dict[Node, _Cells], flow: Dataflow) -> _Cells | No
         return None
     alike = [used for used in known if shape_of(used) == shape_of(node)]
     return cells[alike[0]] if alike else None
+
+
+def _own(node: Node) -> _Cells | None:
+    """The map ``[batch, height, width, channels]`` of a convolution, where nothing is known of what made it."""
+    _, *sides, _ = shape_of(node)
+    if len(sides) != 2 or 1 in sides:
+        return None
+    number = torch.arange(1.0, sides[0] * sides[1] + 1.0).view(*sides, 1)
+    return _Cells(number.expand(shape_of(node)), (sides[0], sides[1]))
 
 
 def _moved(node: Node, cells: dict[Node, _Cells], flow: Dataflow) -> _Cells | None:

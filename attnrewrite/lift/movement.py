@@ -73,6 +73,10 @@ _REARRANGING = {
         "broadcast_to",
     ]
 }
+_PERMUTING = {
+    f"aten::{name}"
+    for name in ["permute", "transpose", "t", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint"]
+}
 _INDEXED = {"aten::index", "aten::index_select", "aten::gather", "aten::take"}
 _COPYING = {
     f"aten::{name}"
@@ -176,6 +180,15 @@ def index_operands(node: Node) -> list[Node]:
     if operator_name(node) not in _INDEXED:
         return []
     return [used for used in node.all_input_nodes if used not in moved_operands(node)]
+
+
+def permutation(node: Node) -> list[int] | None:
+    """Which axis of the operand is which of the result's, if all that ``node`` does is to reorder axes."""
+    if operator_name(node) not in _PERMUTING:
+        return None
+    operand = moved_operands(node)[0]
+    sizes = range(len(shape_of(operand)))  # each its own number
+    return list(run_node(node, {operand: torch.empty(*sizes, device="meta")}).shape)
 
 
 def scale_of(node: Node) -> float | None:

@@ -116,7 +116,7 @@ def grouping(query: Projected, key: Projected, value: Projected) -> Grouping:
     Raises:
         NotSeparable: heads see different tokens, or a group reaches over several samples.
     """
-    if not torch.equal(key.token, value.token):
+    if key.source is not value.source or not torch.equal(key.token, value.token):
         raise NotSeparable("keys and values are taken from different tokens")
     heads = _heads(query, key, value)
     queries, keys = query.token[heads], key.token[heads]

@@ -52,7 +52,7 @@ def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node
     if isinstance(site.keys, MapGroups):
         norms = [norm.node for norm in (site.query_norm, site.key_norm) if norm is not None]
         return [], [n for n in (*nodes.linears, nodes.merged, nodes.source, nodes.result) if n is not None] + norms
-    return [nodes.product, nodes.output.node], []
+    return [nodes.product, nodes.output.node], list(nodes.linears) if "local" in conversion.extras else []
 
 
 def whole_ends(site: Site, conversion: Conversion) -> tuple[Node, Node]:
@@ -120,7 +120,7 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
         bias = _dense_bias(outlined, site)
         local = _local_operands(outlined, site) if "local" in conversion.extras else {}
         if "pixels" in conversion.extras:
-            local = {"pixels": outlined.latest(nodes.source)}  # type: ignore[arg-type]
+            local = {"pixels": outlined.value(nodes.source)}  # type: ignore[arg-type]
         new = graph.call_module(outlined.add_module("attention", conversion.core), (*parts, *bias), local)
         new = graph.call_function(from_heads_last, (new, nodes.output.axes, *groups))
     _replace(old, new)
@@ -132,7 +132,7 @@ def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Any]:
     """The projections that made keys and values of the reduced map, of the query map itself."""
     assert site.key is not None
     assert site.value is not None
-    source = outlined.latest(site.nodes.source)  # type: ignore[arg-type]
+    source = outlined.value(site.nodes.source)  # type: ignore[arg-type]
     project = _projector(outlined, site, source)
     return {"local_key": project(site.key, source), "local_value": project(site.value, source)}
 
@@ -166,7 +166,7 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
     assert nodes.result is not None
     old = outlined.latest(nodes.result)
     with graph.inserting_before(old):
-        source = outlined.latest(nodes.source)
+        source = outlined.value(nodes.source)
         project = _projector(outlined, site, source)
         query, key, value = (project(part, source) for part in (site.query, site.key, site.value))
         query = scaled(outlined, site, normalised(outlined, site.query_norm, query))
@@ -295,7 +295,7 @@ def _whole(outlined: Outlined, site: Site, conversion: Conversion) -> None:
     graph, (source, result) = outlined.graph, whole_ends(site, conversion)
     old = outlined.latest(result)
     with graph.inserting_before(old):
-        name, value = outlined.add_module(site.kind, conversion.core), outlined.latest(source)
+        name, value = outlined.add_module(site.kind, conversion.core), outlined.value(source)
         if conversion.run is None:
             new = graph.call_module(name, (value,))
         else:

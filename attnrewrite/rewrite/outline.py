@@ -14,9 +14,11 @@ from torch.fx import Node
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_map
 
 from ..capture import ModuleCall, NodeRef
+from ..layout import map_channels
 from ..lift.dataflow import Dataflow
 from ..lift.values import argument, input_of, is_call, operator_name
 from .aspect import SameAspect
+from .shapes import CHANNELS_FIRST
 
 
 class NotOutlinable(Exception):
@@ -42,7 +44,7 @@ class Outlined:
     tables: dict[str, tuple[int, ...]] = field(default_factory=dict)
     handed_on: bool = False
     value: Callable[[Node], Node] = field(init=False)
-    """The value of a captured node, computed here if it is a constant that was not needed before."""
+    """The value of a captured node, computed here if it is a constant, or a layout, that was not needed before."""
 
     def first(self, captured: Node) -> Node:
         """What computes ``captured``."""
@@ -130,7 +132,9 @@ class _Outliner:
         position = call.enter
         for child in call.children:
             self._nodes(position, child.enter)
-            if self.opened(child):
+            if self.opened(child) and self._is_convolution(child):
+                self._convolution(child)
+            elif self.opened(child):
                 module = child.module
                 hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
                 hooked = any(not isinstance(hook, SameAspect) for hook in hooks)
@@ -140,6 +144,24 @@ class _Outliner:
                 self._call(child)
             position = child.exit
         self._nodes(position, call.exit)
+
+    def _is_convolution(self, child: ModuleCall) -> bool:
+        """Whether all it does is a convolution that the graph states as a linear map of channels."""
+        result = child.output.node if isinstance(child.output, NodeRef) else None
+        linear = None if result is None else self.flow.channel_maps.linear.get(result)
+        if linear is None or child.children or not child.encloses(self.capture.position[linear]):
+            return False
+        given = [leaf.node for leaf in tree_flatten(child.arguments)[0] if isinstance(leaf, NodeRef)]
+        return given == [input_of(input_of(linear))]
+
+    def _convolution(self, child: ModuleCall) -> None:
+        """Show the linear map that a convolution is; the convolution's own module is called for it."""
+        result = child.output.node
+        linear = self.flow.channel_maps.linear[result]
+        operands = (self._value(input_of(linear)), self.graph.get_attr(self._relative(child.path)))
+        rank = len(result.meta["val"].shape)
+        self._made(linear, self.graph.call_function(map_channels, (*operands, rank)))
+        self._node(result)
 
     def _nodes(self, start: int, stop: int) -> None:
         for node in self.ordered:
@@ -178,6 +200,7 @@ class _Outliner:
         called = self.graph.call_module(self._relative(child.path), bound.args, bound.kwargs)
         if isinstance(child.output, NodeRef):
             if child.output.node is not None:
+                called.meta[CHANNELS_FIRST] = self._is_convolution(child)
                 self.result.handed_on |= child.output.node in self.result.made and type(child.module) is not nn.Identity
                 self._made(child.output.node, called)
             return
@@ -212,7 +235,8 @@ class _Outliner:
         if node.op == "placeholder":
             self._made(node, self._tensor(node))
         else:
-            self._require(node in self.flow.constants, "it uses a value from outside")
+            moved = operator_name(node) == "aten::permute" and self.flow.channel_maps.moved.get(input_of(node)) is node
+            self._require(moved or node in self.flow.constants, "it uses a value from outside")
             self._node(node)
         return self.result.latest(node)
 

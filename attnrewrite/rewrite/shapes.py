@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -18,10 +18,17 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from ..layout import from_heads_last, heads_last
+from ..letters import position_and_dim
+from ..lift.movement import permutation
 from ..lift.values import argument, input_of, is_call, operator_name
+
+CHANNELS_FIRST = "attnrewrite_channels_first"
+"""Marks, in their ``meta``, calls of convolutions of kernel 1."""
 
 _VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
 _EXPANDS = {"aten::expand"}
+_PARTING = {"aten::unbind": (1, "dim"), "aten::chunk": (2, "dim"), "aten::split": (2, "dim")}
+"""Where operators with several results are told the axis."""
 _SIZED = {
     f"aten::{name}"
     for name in [
@@ -49,12 +56,16 @@ _SIZED = {
 
 @dataclass(frozen=True)
 class Factor:
-    """A part of an axis: a fixed ``size``, or an extent of ``node`` (``axis`` None: its value) over ``divisor``."""
+    """A part of an axis: a fixed ``size``, or an extent of ``node`` (``axis`` None: its value) over ``divisor``.
+
+    ``tokens``: it counts the tokens of a map of unknown sides, so that parts of it hold for the captured map only.
+    """
 
     size: int
     node: Node | None = None
     axis: int | None = None
     divisor: int = 1
+    tokens: bool = False
 
 
 Axis = tuple[Factor, ...]
@@ -95,6 +106,9 @@ class _Freeing:
             elif name in _VIEWS:
                 self._view(node)
                 continue
+            elif name == "aten::unflatten":
+                self._unflatten(node)
+                continue
             elif name in _EXPANDS:
                 self._expand(node)
             elif is_call(node) and self._is_tied(node, name):
@@ -110,8 +124,24 @@ class _Freeing:
             self.axes[node] = self._own_axes(node)
             return
         self.axes[node] = wanted
+        if any(factor.tokens and factor.divisor > 1 for factor in _flat(wanted)):
+            self.tied.append(operator_name(node))
         with self.graph.inserting_before(node):
             node.args = (source, [self._extent(axis) for axis in wanted])
+
+    def _unflatten(self, node: Node) -> None:
+        """As a view of one axis; samples are not told from heads by numbers."""
+        source, along, sizes = (argument(node, position) for position in range(3))
+        axes, along = self.axes[source], along % len(self.axes[source])
+        parts = _split(_flat((axes[along],)), _shape(node)[along : along + len(sizes)], self.sizes)
+        if parts is None or along == 0 or -1 in sizes or any(factor.tokens for factor in axes[along]):
+            self.tied.append(operator_name(node))
+            self.axes[node] = self._own_axes(node)
+            return
+        self.axes[node] = (*axes[:along], *parts, *axes[along + 1 :])
+        if along < len(axes) - 1:  # else channels split into heads are the model's numbers, not the image's
+            with self.graph.inserting_before(node):
+                node.args = (source, along, [self._extent(axis) for axis in parts])
 
     def _expand(self, node: Node) -> None:
         source: Node = input_of(node)
@@ -144,11 +174,22 @@ class _Freeing:
         return self._extent((Factor(_shape(self.first)[0], self.first, 0),))
 
     def _axes(self, node: Node) -> tuple[Axis, ...]:
+        name, operands = operator_name(node), [used for used in node.all_input_nodes if used in self.axes]
+        if name in _PARTING:
+            return self.axes[input_of(node)]
         if not isinstance(node.meta.get("val"), Tensor):
             return ()
-        name, operands = operator_name(node), [used for used in node.all_input_nodes if used in self.axes]
-        if name in ("aten::transpose", "aten::permute"):
-            return self._permuted(node, name)
+        order = permutation(node)
+        if order is not None:
+            return tuple(self.axes[input_of(node)][axis] for axis in order)
+        if name == "getitem" and operator_name(operands[0]) in _PARTING:
+            return self._part(node, operands[0])
+        if node.meta.get(CHANNELS_FIRST):
+            return self._convolved(node)
+        if name == "aten::select":
+            return self._without(self.axes[input_of(node)], argument(node, 1))
+        if name == "aten::flatten":
+            return self._flattened(node)
         if name in ("aten::bmm", "aten::matmul") and len(_shape(input_of(node))) == len(_shape(node)):
             return (*self.axes[input_of(node)][:-1], self._own_axes(node)[-1])
         if node.target is from_heads_last:
@@ -160,21 +201,43 @@ class _Freeing:
                 return self.axes[used]
         return self._own_axes(node)
 
-    def _permuted(self, node: Node, name: str) -> tuple[Axis, ...]:
-        axes = list(self.axes[input_of(node)])
-        if name == "aten::permute":
-            return tuple(axes[axis] for axis in argument(node, 1))
-        one, other = argument(node, 1), argument(node, 2)
-        axes[one], axes[other] = axes[other], axes[one]
+    def _convolved(self, node: Node) -> tuple[Axis, ...]:
+        """A convolution of kernel 1 keeps the places of the map that it is given."""
+        places = self.axes[node.all_input_nodes[0]][2:]
+        if len(places) == 1 and len(places[0]) == 1:
+            places = ((replace(places[0][0], tokens=True),),)
+        return (*self._own_axes(node)[:2], *places)
+
+    def _part(self, node: Node, parted: Node) -> tuple[Axis, ...]:
+        """One of several results: all axes but the one that was parted are as before."""
+        axes, along = list(self.axes[parted]), argument(parted, *_PARTING[operator_name(parted)], 0)
+        if operator_name(parted) == "aten::unbind":
+            return self._without(self.axes[parted], along)
+        axes[along] = self._own_axes(node)[along]
         return tuple(axes)
 
+    @staticmethod
+    def _without(axes: tuple[Axis, ...], along: int) -> tuple[Axis, ...]:
+        return tuple(axis for place, axis in enumerate(axes) if place != along % len(axes))
+
+    def _flattened(self, node: Node) -> tuple[Axis, ...]:
+        axes = self.axes[input_of(node)]
+        start, end = (argument(node, i, default=whole) % len(axes) for i, whole in ((1, 0), (2, -1)))
+        merged = tuple(factor for axis in axes[start : end + 1] for factor in axis)
+        return (*axes[:start], merged, *axes[end + 1 :])
+
     def _of_core(self, node: Node) -> tuple[Axis, ...]:
-        """What an attention core hands back has the groups and positions of its queries."""
+        """What an attention core hands back has the groups and positions of its queries; a single factor says nothing
+        of the sides of their map."""
         step = node
         while step.target is not heads_last:
             step = input_of(step)
-        known = dict(zip(step.args[1], self.axes[input_of(step)], strict=True))  # type: ignore[arg-type]  # its letters
-        own = zip(node.args[1], self._own_axes(node), strict=True)  # type: ignore[arg-type]  # its letters
+        letters: str = argument(step, 1)
+        known = dict(zip(letters, self.axes[input_of(step)], strict=True))
+        position, _ = position_and_dim(letters)
+        if len(known[position]) == 1:
+            known[position] = (replace(known[position][0], tokens=True),)
+        own = zip(argument(node, 1), self._own_axes(node), strict=True)
         return tuple(known.get(letter, axis) for letter, axis in own)
 
     def _own_axes(self, node: Node) -> tuple[Axis, ...]:
@@ -257,9 +320,6 @@ class _Freeing:
                 node.args = (source, axis, 0, sys.maxsize, *node.args[4:])
                 return False
             return isinstance(stop, int) and 0 < stop < 2**31 and not self._is_prefix(start, stop)
-        if name == "aten::unflatten":  # channels split into heads are the model's numbers, not the image's
-            axes = len(_shape(input_of(node)))
-            return argument(node, 1) % axes != axes - 1
         return name in _SIZED
 
     @staticmethod
@@ -320,12 +380,14 @@ def _cut(factor: Factor, need: int, ahead: tuple[int, ...], given: list[Node]) -
     if factor.size % need or _counts_tokens(factor):
         return None
     inner = factor.size // need
-    return Factor(need, factor.node, factor.axis, factor.divisor * inner), Factor(inner)
+    return replace(factor, size=need, divisor=factor.divisor * inner), Factor(inner)
 
 
 def _counts_tokens(factor: Factor) -> bool:
     """The middle axis of ``[batch, tokens, channels]``; any other is channels or one side of a map."""
-    return factor.node is not None and factor.axis == 1 and len(_shape(factor.node)) == 3
+    channels_first = factor.node is not None and factor.node.meta.get(CHANNELS_FIRST)
+    middle = factor.node is not None and factor.axis == 1 and len(_shape(factor.node)) == 3
+    return middle and not channels_first and not factor.tokens  # what is known to count them is cut, and tied
 
 
 def _flat(axes: tuple[Axis, ...]) -> list[Factor]:
