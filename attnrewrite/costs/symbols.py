@@ -277,8 +277,10 @@ def _rounded(kind: Any, x: Expr, m: Expr, divide: Callable[[Any, Any], Any]) -> 
 
 
 def _unit(part: Expr) -> int:
-    inner = [_unit(deeper) for deeper in part.args[0].atoms(down, up, block_pairs, offsets)]
-    return int(part.args[1]) * int(reduce(sympy.ilcm, inner, 1))
+    x, m = part.args[:2]
+    inner = [_unit(deeper) for argument in (x, m) for deeper in argument.atoms(down, up, block_pairs, offsets)]
+    own = int(m) if isinstance(m, Integer) else 1  # a number of cells that grows with the image
+    return own * int(reduce(sympy.ilcm, inner, 1))
 
 
 def _unclipped(expression: Expr) -> Expr:
