@@ -48,7 +48,7 @@ def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refuse
 
 def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     query, key, value = (projected(operand, core, flow) for operand in (core.query, core.key, core.value))
-    if query is None or key is None or value is None:
+    if query is None or key is None or value is None or key.source is not value.source:
         return _lift_normalised(core, flow) or _lift_live(core, flow)
     grouped = grouping(query, key, value)
     bias, mask = _bias(core, grouped, flow), _mask(core, grouped)
@@ -152,7 +152,8 @@ def _lift_normalised(core: Core, flow: Dataflow) -> AttentionSite | None:
 
 
 def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
-    """Something acts on queries or keys after the projection: it stays in the graph, and the core alone is the site."""
+    """Something acts on queries or keys after the projection, or keys and values are made of different maps: that
+    stays in the graph, and the core alone is the site."""
     require_queries_of_tokens(core, flow)
     operands = (core.query, core.key, core.value)
     above = [node for operand in operands for node in flow.ancestors(operand.node, stop=flow.is_linear)]
@@ -183,7 +184,7 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
         bias=None if values is None else Bias("dense", core.addends, values, tuple(values.shape)),
         mask=None if core.mask is None else _of_groups(core.mask, core, first),
         learned_scales=core.learned_scales,
-        qk=f"live({', '.join(sorted(acting))})",
+        qk=f"live({', '.join(sorted(acting))})" if acting else "none",
         dropout=_dropout(core),
         scale_of_operands=core.scale,
     )

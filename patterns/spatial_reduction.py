@@ -17,7 +17,7 @@ _POOLING = ("aten::avg_pool2d", "aten::adaptive_avg_pool2d", "aten::max_pool2d")
 def reduced_keys(key_source: Node, query_source: Node, flow: Dataflow) -> Reduced | None:
     """The reduced map between the queries' tokens and the keys' tokens, or None if there is none."""
     origin = flow.channel_maps.origin(query_source)
-    between = [key_source, *flow.ancestors(key_source, stop=lambda node: node is origin)]
+    between = flow.ancestors(key_source, stop=lambda node: node is origin)
     shrinking = [node for node in between if operator_name(node) in (*_CONVOLVING, *_POOLING)]
     if not shrinking or origin not in between:
         return None

@@ -50,7 +50,7 @@ def _read(call: ModuleCall, flow: Dataflow) -> CoreSite | None:
     query, key, _ = operands
     assert query is not None
     assert key is not None
-    above = [n for operand in operands if operand for n in (operand, *flow.ancestors(operand, stop=flow.is_linear))]
+    above = [n for operand in operands if operand for n in flow.ancestors(operand, stop=flow.is_linear)]
     linears = tuple(dict.fromkeys(n for n in above if flow.is_linear(n)))
     if not linears:
         return None

@@ -47,7 +47,7 @@ def operator_sites(flow: Dataflow) -> list[OperatorSite]:
 
 def _read(node: Node, flow: Dataflow) -> OperatorSite | None:
     operands = [operand for operand in node.args[:3] if isinstance(operand, Node)]
-    above = [n for operand in operands for n in (operand, *flow.ancestors(operand, stop=flow.is_linear))]
+    above = [n for operand in operands for n in flow.ancestors(operand, stop=flow.is_linear)]
     linears = tuple(dict.fromkeys(n for n in above if flow.is_linear(n)))
     shape = shape_of(operands[0])
     if not linears or len(shape) != 5:

@@ -88,16 +88,15 @@ class Dataflow:
         return [user for user in node.users if operator_name(user) != "aten::_assert_tensor_metadata"]
 
     def ancestors(self, node: Node, stop: Callable[[Node], bool]) -> list[Node]:
-        """Everything live that ``node`` depends on, nearest first, not looking behind nodes where ``stop`` holds."""
-        seen: dict[Node, None] = {}
+        """``node`` and everything live that it depends on, nearest first, not looking behind nodes where ``stop``
+        holds."""
+        seen = {node: None}
         pending = [node]
         while pending:
             step = pending.pop(0)
-            for used in step.all_input_nodes:
-                if used in self.constants or used in seen:
-                    continue
-                seen[used] = None
-                if not stop(used):
+            for used in () if stop(step) else step.all_input_nodes:
+                if used not in self.constants and used not in seen:
+                    seen[used] = None
                     pending.append(used)
         return list(seen)
 

@@ -140,6 +140,8 @@ def _region(result: Node, flow: Dataflow) -> _Region | None:
         node = pending.pop()
         if node in inside or node in sources:
             continue
+        if not isinstance(node.meta["val"], Tensor):  # several results, such as a maximum and its place
+            return None
         linear = flow.provenance(node, stop=flow.is_linear).source
         if linear is not None and flow.is_linear(linear):
             sources.add(node)

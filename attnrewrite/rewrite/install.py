@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from ..cores import DenseAttention, GatherPatches, InterleavedAttention, InTokenOrder, WindowAttention
+from ..cores import DenseAttention, GatherPatches, InterleavedAttention, InTokenOrder, MapToTokens, WindowAttention
 from ..ir import AttentionSite, MapGroups, MlpSite, Projection, Site, StemSite
 from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..lift.values import shape_of
@@ -18,6 +18,7 @@ from ..targets import Conversion
 from .attention_weights import withhold
 from .head_norms import again, normalised, scaled
 from .outline import NotOutlinable, Outlined
+from .shapes import TOKENS_OF_MAP
 
 
 def install(outlined: Outlined, site: Site, conversion: Conversion) -> None:
@@ -283,6 +284,7 @@ def _stem(outlined: Outlined, site: StemSite, conversion: Conversion) -> None:
             arguments += outlined.sides(*conversion.core.grid)
         name = outlined.add_module("stem", conversion.core)
         new = outlined.graph.call_module(name, arguments, _source(outlined, site, conversion))
+        new.meta[TOKENS_OF_MAP] = isinstance(conversion.core, MapToTokens) and conversion.core.flat
     _replace(old, new)
 
 

@@ -25,6 +25,9 @@ from ..lift.values import argument, input_of, is_call, operator_name
 CHANNELS_FIRST = "attnrewrite_channels_first"
 """Marks, in their ``meta``, calls of convolutions of kernel 1."""
 
+TOKENS_OF_MAP = "attnrewrite_tokens_of_map"
+"""Marks calls that make raster-ordered tokens of a map with its channels first."""
+
 _VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
 _EXPANDS = {"aten::expand"}
 _PARTING = {"aten::unbind": (1, "dim"), "aten::chunk": (2, "dim"), "aten::split": (2, "dim")}
@@ -186,6 +189,9 @@ class _Freeing:
             return self._part(node, operands[0])
         if node.meta.get(CHANNELS_FIRST):
             return self._convolved(node)
+        if node.meta.get(TOKENS_OF_MAP):
+            samples, _, *sides = self.axes[input_of(node)]
+            return samples, tuple(_flat(tuple(sides))), self._own_axes(node)[-1]
         if name == "aten::select":
             return self._without(self.axes[input_of(node)], argument(node, 1))
         if name == "aten::flatten":
