@@ -17,6 +17,8 @@ from attnrewrite.costs.symbols import (
     envelope,
     evaluator,
     grouped_side,
+    lattice_unit,
+    offsets,
     order,
     plain,
     strided,
@@ -72,6 +74,13 @@ def test_grouped_sides_are_padded_where_a_group_does_not_cover_them(side, group,
     assert padded >= side
     assert padded == side if side <= group else (padded % (group * interval) == 0 and padded - side < group * interval)
     assert envelope(grouped_side(H, Integer(group), Integer(interval))) == H
+
+
+def test_the_lattice_of_cells_whose_number_grows_with_the_side():
+    side = up(H, Integer(4))
+    distances = offsets(side, down(side, Integer(8)))
+    assert lattice_unit(distances) == 32
+    assert all(evaluator(distances)(1, side, 1) == envelope(distances).subs(H, side) for side in (32, 64, 224))
 
 
 def test_orders():

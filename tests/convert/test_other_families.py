@@ -85,6 +85,14 @@ class Averaged(nn.Module):
         return self.encoder(image).last_hidden_state.mean(1)
 
 
+def convolutional_projections() -> nn.Module:
+    """CvT: query, key and value each from a depthwise convolution of their own, keys and values at half the sides."""
+    sizes = {"patch_sizes": 7, "patch_stride": 8, "patch_padding": 3, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    fixed = {"cls_token": True, "mlp_ratio": 2.0, "drop_rate": 0.0, "attention_drop_rate": 0.0, "drop_path_rate": 0.0}
+    config = transformers.CvtConfig(**{name: [value] for name, value in {**sizes, **fixed}.items()}, num_labels=5)
+    return transformers.CvtForImageClassification(config)
+
+
 def transformers_model(kind: str, **options: object) -> nn.Module:
     config = getattr(transformers, f"{kind}Config")(**SMALL_CONFIG | options)
     if kind in ("CLIPVision", "ViTMAE"):
@@ -103,6 +111,7 @@ FAMILIES = {
     "weights asked for": lambda: Blocks(TorchAttention),
     "one head of keys": lambda: Blocks(MultiQuery),
     "softmax by hand": lambda: Blocks(SoftmaxByHand),
+    "keys and values of their own maps": convolutional_projections,
 }
 
 
