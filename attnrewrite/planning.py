@@ -219,6 +219,8 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     unseen = {node for owner in made.programs for node in _arguments(owner.call)} - made.values.keys()
     if unseen:  # of modules around those that were certified
         made.values |= collect_values(flow, unseen)
+    inputs = {node: made.capture.tensors[node] for node in made.capture.inputs}
+    given = (made.capture.root, made.values | inputs, flow.constants, made.capture.batch)
     verdicts: dict[str, str] = {}
     for owner in made.programs:
         owned = [planned[id(site)] for site in owner.sites]
@@ -226,7 +228,7 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         if structure not in verdicts:
             kept = all(p.conversion and p.conversion.keeps_function for p in owned)
             twin = owner if kept else _with_own_function(owner, flow)
-            verdicts[structure] = misbehaviour(twin, made.values, flow.constants, made.capture.batch) if twin else ""
+            verdicts[structure] = misbehaviour(twin, *given) if twin else ""
         for each in owned if verdicts[structure] else ():
             each.refuse(verdicts[structure])
     if any(verdicts.values()):

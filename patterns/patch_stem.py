@@ -128,7 +128,8 @@ def _as_tokens(node: Node, flow: Dataflow) -> Node | None:
         if len(users) != 1 or not flow.is_movement(users[0]) or moved_operands(users[0]) != [value]:
             return last
         value = users[0]
-        if not call.encloses(flow.capture.position[value]):
+        parted = not isinstance(value.meta["val"], Tensor)  # into several, such as one for each sample
+        if parted or not call.encloses(flow.capture.position[value]):
             return last
         if channels_last(node, value, flow):
             last = value

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..capture import NodeRef
+from ..capture import ModuleCall, NodeRef
 from ..capture.snapshot import untouched
 from ..certify.certificate import relative_error
 from ..errors import first_line
@@ -23,19 +23,19 @@ TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Else 1e-3, relative to the largest value: float32 leaves 1e-6, a wrong axis or a swapped batch far more."""
 
 
-def misbehaviour(owner: OwnerProgram, captured: Values, constants: Values, batch: int) -> str:
+def misbehaviour(owner: OwnerProgram, root: ModuleCall, captured: Values, constants: Values, batch: int) -> str:
     """Compare donor and twin on two different samples, in training where that tells more, else in eval mode.
 
     It does where a child hands its input on in eval mode (an inactive DropPath), because the graph does not show for
     sure which later use takes the child's result, and where nothing is random by element. ``owner`` must hold cores
-    that keep the function. Returns the reason, or an empty string.
+    that keep the function; ``root`` is the call of the model. Returns the reason, or an empty string.
     """
     donor = owner.call.module
     twin = twin_of(donor)
     rewrite_module(twin, owner.program, owner.modules, owner.buffers)
     with torch.no_grad():
         for training in (True, False) if owner.handed_on and not _is_random(donor) else (False,):
-            found = _donor_at_two_samples(owner, captured, constants, batch, training)
+            found = _donor_at_two_samples(owner, root, captured, constants, batch, training)
             if found is None:  # the donor itself takes no other batch: there is nothing to compare with
                 continue
             arguments, expected = found
@@ -57,16 +57,45 @@ def misbehaviour(owner: OwnerProgram, captured: Values, constants: Values, batch
 
 
 def _donor_at_two_samples(
-    owner: OwnerProgram, captured: Values, constants: Values, batch: int, training: bool
+    owner: OwnerProgram, root: ModuleCall, captured: Values, constants: Values, batch: int, training: bool
 ) -> tuple[dict[str, Any], list[Any]] | None:
     """Arguments for twice the samples and the donor's results. A constant, such as a shared bias, stays as it is,
-    unless the donor then does not run: it was spread over the samples, as a class token is."""
-    for fixed in (constants, {}):
-        arguments = _at_two_samples(owner.call.arguments, constants | captured, fixed, batch)
+    unless the donor then does not run: it was spread over the samples, as a class token is. One that the twin passes
+    over, such as a mask, is what the model makes it for twice the samples."""
+    values = constants | captured
+    chosen = [_at_two_samples(owner.call.arguments, values, fixed, batch) for fixed in (constants, {})]
+    given = _given_at_two_samples(owner.call, root, values, batch) if owner.passes_over else None
+    for arguments in chosen if given is None else [given]:
         try:
             return arguments, _run(owner.call.module, owner.call.module, arguments, training)
         except Exception:
             continue
+    return None
+
+
+class _Reached(Exception):
+    """Stops a model where it calls a module; ``arguments`` by parameter."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+def _given_at_two_samples(call: ModuleCall, root: ModuleCall, values: Values, batch: int) -> dict[str, Any] | None:
+    """What the model gives a module of twice the samples; None if it does not take them, or does not come to it."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
+
+    handle = call.module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        _run(root.module, root.module, _at_two_samples(root.arguments, values, {}, batch), training=False)
+    except _Reached as reached:
+        return reached.arguments
+    except Exception:  # another batch is not for this model: then no one gives it one
+        return None
+    finally:
+        handle.remove()
     return None
 
 

@@ -31,13 +31,15 @@ class Outlined:
 
     ``made[node]`` are the values that stand for captured ``node``, in the order they were made: a child that hands its
     input on (an inactive DropPath) makes a second one. ``constants`` and ``modules`` are to be added to the module;
-    ``tied`` says what holds for the captured size only; ``tables`` are the shapes of the parameters that make biases.
+    ``tied`` says what holds for the captured size only; ``tables`` are the shapes of the parameters that make biases;
+    ``given`` are the ``leaves`` that were constants, such as masks, and their values.
     """
 
     call: ModuleCall
     graph: fx.Graph
     made: dict[Node, list[Node]] = field(default_factory=dict)
     leaves: list[Node] = field(default_factory=list)
+    given: dict[Node, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     tied: list[str] = field(default_factory=list)
@@ -45,6 +47,10 @@ class Outlined:
     handed_on: bool = False
     value: Callable[[Node], Node] = field(init=False)
     """The value of a captured node, computed here if it is a constant, or a layout, that was not needed before."""
+
+    def passed_over(self) -> dict[Node, Tensor]:
+        """Constants that the module is given and no longer uses."""
+        return {leaf: value for leaf, value in self.given.items() if not leaf.users}
 
     def first(self, captured: Node) -> Node:
         """What computes ``captured``."""
@@ -122,6 +128,8 @@ class _Outliner:
                 self._require(leaf.node is not None, "a tensor argument was made outside the traced model")
                 if leaf.node not in self.result.made:  # the same tensor given twice is one value
                     self._made(leaf.node, placeholder)  # type: ignore[arg-type]
+                if leaf.node in self.flow.constants and leaf.node not in self.flow.learned:
+                    self.result.given[placeholder] = self.flow.constants[leaf.node]
             else:
                 placeholder.meta["value"] = leaf
         self._body(call)

@@ -30,7 +30,7 @@ class OwnerProgram:
 
     ``dropped`` are children and parameters that nothing uses any more, and ``lost`` the sizes of those parameters by
     identity. ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its
-    own hands its input on in eval mode.
+    own hands its input on in eval mode; ``passes_over`` whether it is given a constant that it no longer uses.
     """
 
     call: ModuleCall
@@ -41,6 +41,7 @@ class OwnerProgram:
     dropped: list[str] = field(default_factory=list)
     fixed_to: list[str] = field(default_factory=list)
     handed_on: bool = False
+    passes_over: bool = False
     donor_class: type = field(init=False)
     lost: dict[int, int] = field(init=False)
 
@@ -107,7 +108,8 @@ def build_program(
         modules = {name: module for name, module in outlined.modules.items() if name in used}
         buffers = {name: value for name, value in outlined.constants.items() if name in used}
         unused = [name for name in before if name not in used and _is_droppable(call, name, flow)]
-        return OwnerProgram(call, sites, program, modules, buffers, unused, tied, outlined.handed_on), failed
+        noted = (outlined.handed_on, bool(outlined.passed_over()))
+        return OwnerProgram(call, sites, program, modules, buffers, unused, tied, *noted), failed
     return None, failed
 
 

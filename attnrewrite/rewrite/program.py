@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.graph import CodeGen
 from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_unflatten
 
@@ -86,6 +87,26 @@ def expect_no_more(what: str, given: dict[str, Any], captured: list[str]) -> Non
             )
 
 
+def expect_constant(what: str, given: torch.Tensor | None, captured: torch.Tensor) -> None:
+    """A constant that the rewritten forward passes over, such as a mask that its core makes itself, must be the same.
+
+    One that is the same for all keys masks nothing, and may have another extent, or not be given. One of another shape,
+    that of another image, is not compared, and neither is what has no values, as under a compiler.
+
+    Raises:
+        ConversionError: naming the argument.
+    """
+    if given is None or torch.compiler.is_compiling() or given.is_meta or isinstance(given, FakeTensor):
+        return
+    uniform = captured.ndim > 0 and bool((captured == captured[..., :1]).all())
+    reference = given[..., :1] if uniform else captured.to(given.device)
+    if (uniform or given.shape == captured.shape) and not bool((given == reference).all()):
+        raise ConversionError(
+            f"{what}, {list(given.shape)}, is not what it was when this module was converted; the rewritten forward "
+            "does not read it: convert the model with example inputs that make this call, or use `keep`"
+        )
+
+
 def expect_alias(what: str, first: Any, other: Any) -> None:
     """Two arguments that were one tensor at capture must be one again.
 
@@ -133,13 +154,14 @@ class _ForwardCode(CodeGen):
         self.outlined, self.fixed_to = outlined, fixed_to
         self.names: dict[str, Any] = {
             "expect_same": expect_same, "expect_no_more": expect_no_more, "expect_alias": expect_alias,
-            "expect_shape": expect_shape, "expect_table": expect_table,
+            "expect_shape": expect_shape, "expect_table": expect_table, "expect_constant": expect_constant,
         }  # fmt: skip
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
         call = self.outlined.call
         lines = [f"def forward(self, {self._signature(call)}):"]
         seen: dict[Any, str] = {}
+        passed_over = self.outlined.passed_over()
         leaves = tree_flatten_with_path(call.arguments)[0]
         for number, (placeholder, (path, leaf)) in enumerate(zip(self.outlined.leaves, leaves, strict=True)):
             spelled = _spelled(path)
@@ -152,6 +174,9 @@ class _ForwardCode(CodeGen):
                 elif self.fixed_to and placeholder.users:
                     shape = tuple(leaf.node.meta["val"].shape)  # type: ignore[union-attr]
                     lines.append(f"    expect_shape({spelled!r}, {spelled}.shape, {shape})")
+                elif placeholder in passed_over:
+                    captured = self._constant(passed_over[placeholder])
+                    lines.append(f"    expect_constant({spelled!r}, {spelled}, {captured})")
                 seen[leaf.node] = spelled
             elif placeholder.users:
                 lines.append(f"    {placeholder.name} = {spelled}")
