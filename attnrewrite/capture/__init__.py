@@ -5,8 +5,9 @@ from .dropout import training_dropout
 from .examples import example_inputs_for, normalise_inputs
 from .exported import Capture, capture
 from .hooks import hooks_left_out
+from .in_place import IN_PLACE
 
 __all__ = [
-    "Capture", "ModuleCall", "NodeRef", "capture", "example_inputs_for", "hooks_left_out", "normalise_inputs",
-    "training_dropout",
+    "IN_PLACE", "Capture", "ModuleCall", "NodeRef", "capture", "example_inputs_for", "hooks_left_out",
+    "normalise_inputs", "training_dropout",
 ]  # fmt: skip

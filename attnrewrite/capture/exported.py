@@ -18,6 +18,7 @@ from ..errors import ArgumentError, CaptureError, first_line
 from .autocast_regions import Interval, disabled_regions_in_place
 from .boundaries import BoundaryRecorder, ModuleCall, positions
 from .examples import Inputs, normalise_inputs
+from .in_place import restate_in_place
 from .snapshot import untouched
 
 
@@ -90,6 +91,7 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
             f"{type(model).__name__} changes the autocast or gradient mode inside its forward, and what runs under "
             "it is a graph of its own; convert the submodules outside of such a region"
         )
+    restate_in_place(graph)
     position = positions(iter(graph.nodes))
     tensors, names, inputs = _placeholders(program, args, kwargs)
     # An assertion that export adds about a value says the value's position again: the first node is the value.

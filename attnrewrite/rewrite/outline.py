@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_map
 
-from ..capture import ModuleCall, NodeRef
+from ..capture import IN_PLACE, ModuleCall, NodeRef
 from ..layout import map_channels
 from ..lift.dataflow import Dataflow
 from ..lift.values import argument, input_of, is_call, operator_name
@@ -188,11 +188,15 @@ class _Outliner:
             return
         self._require(not self.capture.is_uncast(node), "its own code turns autocast off, which a graph does not")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
-        view = torch.ops.aten.view.default
-        target = (
-            torch.ops.aten.reshape.default if node.target is view else node.target
-        )  # strides may differ at run time
-        self._made(node, self.graph.call_function(target, args, kwargs))  # type: ignore[arg-type]
+        self._made(node, self.graph.call_function(self._target(node), args, kwargs))
+
+    def _target(self, node: Node) -> Any:
+        """What to call for ``node``: it writes into memory of the module's callers as it did, and into no other."""
+        written, memory = node.meta.get(IN_PLACE, (None, None))
+        if memory is not None and not self.result.call.encloses(self.capture.position[memory]):
+            return written
+        view = torch.ops.aten.view.default  # strides may differ at run time
+        return torch.ops.aten.reshape.default if node.target is view else node.target
 
     def _dropout(self, value: Node, rate: float) -> Node:
         """The captured graph has an inactive dropout; a module makes it follow train() and eval() again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -104,10 +105,11 @@ def build_program(
             failed.append((site, f"{type(call.module).__name__} cannot be rewritten: {reason}"))
             sites = [other for other in sites if other is not site]
             continue
-        used = {node.target for node in outlined.graph.nodes if node.op in ("call_module", "get_attr")}
+        used = set(_parts_used(outlined.graph))
         modules = {name: module for name, module in outlined.modules.items() if name in used}
         buffers = {name: value for name, value in outlined.constants.items() if name in used}
-        unused = [name for name in before if name not in used and _is_droppable(call, name, flow)]
+        read = {part for name in used for part in itertools.accumulate(name.split("."), "{}.{}".format)}
+        unused = [name for name in before if name not in read and _is_droppable(call, name, flow)]
         noted = (outlined.handed_on, bool(outlined.passed_over()))
         return OwnerProgram(call, sites, program, modules, buffers, unused, tied, *noted), failed
     return None, failed
