@@ -16,7 +16,7 @@ from ..ir import Operand
 from .contraction import Contraction, canonical, contraction
 from .dataflow import Dataflow
 from .movement import moved_operands, permutation
-from .scores import Addend, NotAffine, as_addend, excluded, score_chain
+from .scores import Addend, NotAffine, are_scores, as_addend, excluded, score_chain
 from .softmax import Softmax, softmax_at
 from .values import input_of, operator_name, shape_of
 
@@ -96,6 +96,8 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     anchor = softmax.weights
     weighted = _product_with_values(anchor, flow)
     if weighted is None:
+        if are_scores(softmax.scores, flow.constants, mixed=True):
+            raise NotAffine("something acts on its weights between the softmax and their product with the values")
         return None
     path_after, final = weighted
     chain = score_chain(softmax.scores, flow.constants, flow.learned)

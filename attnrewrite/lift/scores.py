@@ -89,7 +89,7 @@ def score_chain(node: Node, constants: Values, learned: frozenset[Node]) -> Scor
         node = following
     if product.left in constants or product.right in constants:
         live = product.right if product.left in constants else product.left
-        if not _are_scores(live, constants):
+        if not are_scores(live, constants):
             raise NotAffine(LEARNED_QUERIES)
         raise NotAffine(f"{operator_name(node)} mixes the scores with a constant before the softmax")
     return ScoreChain(product, factor, scales, addends, path[::-1])
@@ -107,17 +107,21 @@ def as_addend(value: Tensor) -> Tensor:
     return value.double()
 
 
-def _are_scores(node: Node, constants: Values) -> bool:
-    """Whether it is a product of two values already, moved, scaled or biased since."""
+def are_scores(node: Node, constants: Values, mixed: bool = False) -> bool:
+    """Whether it is a product of two live values already, moved, scaled or biased since; ``mixed``: or in any other way
+    made of as many numbers, such as those of other heads."""
+    count = math.prod(shape_of(node))
     while contraction(node) is None:
         affine = operator_name(node) in (*_ADDING, *_MASKING, "aten::mul", "aten::div")
-        if not affine and not is_movement(node, constants):
+        if not affine and not is_movement(node, constants) and not mixed:
             return False
         live = [used for used in node.all_input_nodes if used not in constants]
-        if len(live) != 1:
+        if len(live) != 1 or not isinstance(live[0].meta["val"], Tensor):
             return False
         node = live[0]
-    return True
+        if mixed and math.prod(shape_of(node)) != count:
+            return False
+    return all(used not in constants for used in node.all_input_nodes)
 
 
 def _operand(node: Node, constants: Values) -> Node:

@@ -74,6 +74,21 @@ class SoftmaxByHand(nn.Module):
         return self.out((weights @ value).transpose(1, 2).flatten(2))
 
 
+class TalkingHeads(nn.Module):
+    """Scores and weights are mixed among the heads (CaiT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
+        self.before, self.after = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.packed(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+        scores = self.before((query @ key.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weights = self.after(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.out((weights @ value).transpose(1, 2).flatten(2))
+
+
 class Averaged(nn.Module):
     """The mean of what an encoder gives."""
 
@@ -154,6 +169,14 @@ def test_gradients_are_kept(family):
         torch.manual_seed(1)
         found.append(gradients(model, batch))
     assert_same_gradients(*found)
+
+
+def test_attention_that_cannot_be_read_is_named():
+    refused = attnrewrite.plan(Blocks(TalkingHeads).eval(), "identity", torch.randn(1, 3, 64, 64)).refused
+    assert [site.name for site in refused if site.kind == "attention"] == ["blocks.0", "blocks.1"]
+    assert {site.reason for site in refused} == {
+        "something acts on its weights between the softmax and their product with the values"
+    }
 
 
 @pytest.mark.parametrize(
