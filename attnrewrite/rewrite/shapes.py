@@ -205,7 +205,16 @@ class _Freeing:
         for used in operands:
             if self.axes[used] and _shape(used) == _shape(node) and (is_call(node) or node.op == "call_module"):
                 return self.axes[used]
-        return self._own_axes(node)
+        return self._with_channels_first(self._own_axes(node), operands)
+
+    def _with_channels_first(self, own: tuple[Axis, ...], operands: list[Node]) -> tuple[Axis, ...]:
+        """The middle axis of three is channels, not tokens, where an operand has as many channels there (pooling)."""
+        for axes in (self.axes[used] for used in operands):
+            if len(own) == len(axes) == 3 and len(axes[1]) == 1 and axes[1][0].size == own[1][0].size:
+                given, axis = axes[1][0].node, axes[1][0].axis
+                if given is not None and axis == 2 and len(_shape(given)) == 3:
+                    return own[0], axes[1], own[2]
+        return own
 
     def _convolved(self, node: Node) -> tuple[Axis, ...]:
         """A convolution of kernel 1 keeps the places of the map that it is given."""
