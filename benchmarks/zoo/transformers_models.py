@@ -18,6 +18,10 @@ HF_VIT = {
 }
 HF_SWIN = {"embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4, "image_size": 64}
 HF_ONE = {"depths": [1, 1, 1, 1]}
+HF_PATCHES = {**HF_VIT, "patch_size": 16}
+HF_TWO_SIDES = {**HF_VIT, "image_size": [64, 64], "patch_size": [16, 16]}
+HF_SAM = {**HF_PATCHES, "global_attn_indexes": [1], "window_size": 3, "output_channels": 16}
+HF_FRAMES = {**HF_PATCHES, "num_frames": 4}
 
 TRANSFORMERS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("ViTForImageClassification", "sdpa", 64, {**HF_VIT, "attn_implementation": "sdpa"}),
@@ -80,6 +84,26 @@ TRANSFORMERS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("Sam2HieraDetModel", "", 256, {}),
     ("PoolFormerModel", "", 64, HF_ONE),
     ("ConvNextForImageClassification", "", 64, HF_ONE),
+    ("PixtralVisionModel", "", 64, HF_PATCHES),
+    ("BlipVisionModel", "", 64, HF_PATCHES),
+    ("GitVisionModel", "", 64, HF_PATCHES),
+    ("OwlViTVisionModel", "", 64, HF_PATCHES),
+    ("InternVLVisionModel", "", 64, HF_TWO_SIDES),
+    ("JanusVisionModel", "", 64, HF_PATCHES),
+    ("MLCDVisionModel", "", 64, HF_PATCHES),
+    ("FlavaImageModel", "", 64, HF_PATCHES),
+    ("Sapiens2Model", "", 64, HF_PATCHES),
+    ("PixioModel", "", 64, HF_PATCHES),
+    ("RadioModel", "", 64, HF_PATCHES),
+    ("VitPoseBackbone", "", 64, {**HF_TWO_SIDES, "out_features": ["stage2"]}),
+    ("MgpstrModel", "", 64, {**HF_PATCHES, "image_size": [64, 64]}),
+    ("MaskFormerSwinModel", "", 64, HF_SWIN),
+    ("Swin2SRModel", "", 64, {**HF_SWIN, "num_heads": [3, 3]}),
+    ("SamVisionModel", "", 64, HF_SAM),
+    ("LwDetrViTBackbone", "", 64, {**HF_PATCHES, "window_block_indices": [0], "out_features": ["stage2"]}),
+    ("TimesformerModel", "", 64, HF_FRAMES),
+    ("VivitModel", "", 64, HF_FRAMES),
+    ("VideoMAEModel", "", 64, HF_FRAMES),
 ]
 
 
@@ -94,6 +118,7 @@ def transformers_cases() -> list[Case]:
             config.num_labels = 10
             return model._from_config(config, **({"attn_implementation": implementation} if implementation else {}))
 
-        return Case(f"transformers:{name}" + (f" ({variant})" if variant else ""), build, (3, side, side))
+        frames = (options["num_frames"],) if "num_frames" in options else ()
+        return Case(f"transformers:{name}" + (f" ({variant})" if variant else ""), build, (*frames, 3, side, side))
 
     return [case(*entry) for entry in TRANSFORMERS]
