@@ -96,14 +96,18 @@ def expect_constant(what: str, given: torch.Tensor | None, captured: torch.Tenso
     Raises:
         ConversionError: naming the argument.
     """
-    if given is None or torch.compiler.is_compiling() or given.is_meta or isinstance(given, FakeTensor):
+    if torch.compiler.is_compiling() or (given is not None and (given.is_meta or isinstance(given, FakeTensor))):
         return
     uniform = captured.ndim > 0 and bool((captured == captured[..., :1]).all())
-    reference = given[..., :1] if uniform else captured.to(given.device)
-    if (uniform or given.shape == captured.shape) and not bool((given == reference).all()):
+    if given is None:
+        same, now = uniform, "None"
+    else:
+        reference, now = given[..., :1] if uniform else captured.to(given.device), str(list(given.shape))
+        same = (not uniform and given.shape != captured.shape) or bool((given == reference).all())
+    if not same:
         raise ConversionError(
-            f"{what}, {list(given.shape)}, is not what it was when this module was converted; the rewritten forward "
-            "does not read it: convert the model with example inputs that make this call, or use `keep`"
+            f"{what}, {now}, is not what it was when this module was converted; the rewritten forward does not read "
+            "it: convert the model with example inputs that make this call, or use `keep`"
         )
 
 

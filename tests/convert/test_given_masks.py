@@ -87,3 +87,5 @@ def test_a_mask_that_the_core_holds_must_stay_what_it_was():
     assert difference(converted.attention(tokens, mask), model.attention(tokens, mask)) < 1e-12
     with pytest.raises(ConversionError, match=r"mask, .* is not what it was when this module was converted"):
         converted.attention(tokens, torch.zeros_like(mask))
+    with pytest.raises(ConversionError, match="mask, None, is not what it was"):
+        converted.attention(tokens)
