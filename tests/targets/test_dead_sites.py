@@ -36,6 +36,9 @@ class Hidden(nn.Module):
             return logits + tokens[:, 1:].mean()
         if self.part == "written in place":
             return logits.add_(1.0)
+        if self.part == "a part written in place":
+            tokens[:, 1:].add_(1.0)
+            return self.vit.forward_head(tokens)
         return {"logits": logits, "class": tokens[:, 0]}
 
 
@@ -97,7 +100,8 @@ def test_it_is_what_gradients_say(name: str) -> None:
         ("one patch", ["all", "all"]),
         ("pooled", ["all", "all"]),
         ("class token", ["all", "prefix"]),
-        ("written in place", ["all", "all"]),  # no proof is tried
+        ("written in place", ["all", "prefix"]),
+        ("a part written in place", ["all", "all"]),  # no proof is tried
     ],
 )
 def test_every_output_counts(part: str, expected: list[str]) -> None:
