@@ -33,7 +33,7 @@ def read_elements(flow: Dataflow, wanted: Iterable[Node]) -> dict[Node, Tensor]:
     outputs = [leaf.node for leaf in tree_leaves(flow.capture.root.output) if isinstance(leaf, NodeRef) and leaf.node]
     reached = {node for node in needed_nodes(outputs, {}) if node not in flow.constants}
     found = {node: torch.tensor(node in reached) for node in wanted}
-    if any(is_call(node) and operator_name(node).endswith("_") for node in reached):
+    if any(operator_name(node).endswith("_") and node not in flow.constants for node in flow.capture.graph.nodes):
         return found  # what is written in place is read under other names too
     read: Values = {}
     for node in outputs:
