@@ -146,6 +146,18 @@ class AttentionSite:
     kind = "attention"
 
     @property
+    def source(self) -> Node:
+        """What the query projection acts on, of a site whose projections are known."""
+        assert self.nodes.source is not None
+        return self.nodes.source
+
+    @property
+    def result(self) -> Node:
+        """The value behind the output projection, of a site that has one."""
+        assert self.nodes.result is not None
+        return self.nodes.result
+
+    @property
     def map_grid(self) -> Grid:
         """The grid of a site that is known to have one, as windows do."""
         assert self.grid is not None
@@ -162,8 +174,7 @@ class AttentionSite:
     @property
     def source_tokens(self) -> int:
         """Tokens of a sample of ``source``."""
-        assert self.nodes.source is not None
-        shape = self.nodes.source.meta["val"].shape
+        shape = self.source.meta["val"].shape
         return int(shape[:-1].numel()) // int(shape[self.nodes.batch_axis])
 
     def weights(self) -> list[Node]:

@@ -280,8 +280,7 @@ def _measure_attention(planned: PlannedSite, site: AttentionSite, conversion: Co
         parts[0] = scale_heads(parts[0], values[scale])
     expected = operand_heads_last(values[nodes.output.node], nodes.output, site)
     if "pixels" in conversion.extras:
-        assert nodes.source is not None
-        actual = conversion.core.eval()(parts[0], pixels=values[nodes.source])
+        actual = conversion.core.eval()(parts[0], pixels=values[site.source])
         planned.measured["error"] = relative_error(actual, expected)
         return
     bias = () if site.bias is None else (site.bias.values[None].to(parts[0].dtype),)

@@ -49,8 +49,7 @@ def fitted_to_reduced(conversion: Conversion, site: AttentionSite, values: Weigh
     if "pixels" not in conversion.extras:
         return conversion
     core, nodes = conversion.core, site.nodes
-    assert nodes.source is not None
-    pixels = values(nodes.source).flatten(0, 1).double()
+    pixels = values(site.source).flatten(0, 1).double()
     settings = dict(conversion.settings)
     with torch.no_grad():
         for name, linear, operand in (("key", core.key, nodes.key), ("value", core.value, nodes.value)):

@@ -138,8 +138,7 @@ def require_no_dropout(rate: float) -> None:
 
 def width_of(site: AttentionSite) -> int:
     """Channels of its tokens."""
-    assert site.nodes.source is not None
-    return shape_of(site.nodes.source)[-1]
+    return shape_of(site.source)[-1]
 
 
 def layout(source: Node | None, result: Node | None, grid: Grid | None) -> dict[str, Any]:

@@ -78,14 +78,14 @@ def inputs_of(site: Site) -> list[Node]:
         nodes = site.nodes
         if site.query is None:
             return [nodes.query.node, nodes.key.node, nodes.value.node]
-        return [nodes.source, nodes.key_source] if nodes.key_source is not nodes.source else [nodes.source]  # type: ignore[list-item]
+        return list(dict.fromkeys([site.source, nodes.key_source or site.source]))
     return [site.source]
 
 
 def output_of(site: Site) -> Node:
     """The captured value that a site's form reproduces."""
     if isinstance(site, AttentionSite):
-        return site.nodes.output.node if site.nodes.merged is None else site.nodes.result  # type: ignore[return-value]
+        return site.nodes.output.node if site.nodes.merged is None else site.result
     return site.result
 
 
@@ -160,7 +160,8 @@ def form(site: Site, values: Values, weights: forms.Weights) -> Tensor:
         parts = (site.nodes.query, site.nodes.key, site.nodes.value)
         query, key, value = (forms.operand_heads_last(values[part.node], part, site) for part in parts)
         return forms.attend(site, query, key, value, weights)
-    return forms.attention(site, values[site.nodes.source], values[site.nodes.key_source], weights)  # type: ignore[index]
+    source, key_source = (values[node] for node in (site.source, site.nodes.key_source or site.source))
+    return forms.attention(site, source, key_source, weights)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -187,7 +188,7 @@ def _arranged(site: Site, value: Tensor) -> Tensor:
         return forms.operand_heads_last(value, site.nodes.output, site)
     if site.queries is not None:
         return value.reshape(-1, len(site.queries), shape_of(site.nodes.merged)[-1])
-    return forms.tokens(value.reshape(*shape_of(site.nodes.source)[:-1], -1), site.nodes.batch_axis)  # type: ignore[arg-type]
+    return forms.tokens(value.reshape(*shape_of(site.source)[:-1], -1), site.nodes.batch_axis)
 
 
 def _random_inputs(site: Site) -> Values:

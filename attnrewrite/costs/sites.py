@@ -208,8 +208,7 @@ class SiteReader:
         return self.maps.tokens(count, before, self.prefixes)
 
     def _of_attention(self, site: AttentionSite) -> Iterator[SiteFormula]:
-        assert site.nodes.source is not None
-        widths = Widths(shape_of(site.nodes.source)[-1], site.heads, site.heads * site.head_dim)
+        widths = Widths(shape_of(site.source)[-1], site.heads, site.heads * site.head_dim)
         product = site.nodes.product
         if isinstance(site.keys, MapGroups) and (sides := self._sides(site)):
             yield _of_groups(site.keys, site.map_grid, sides, widths)

@@ -31,7 +31,7 @@ def install(outlined: Outlined, site: Site, conversion: Conversion) -> None:
         _whole(outlined, site, conversion)
     elif isinstance(site, AttentionSite):
         if isinstance(site.keys, MapGroups):
-            _windowed(outlined, site, conversion.core)
+            _windowed(outlined, site, site.keys, conversion.core)
         else:
             _operands(outlined, site, conversion)
     elif isinstance(site, MlpSite):
@@ -58,10 +58,7 @@ def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node
 
 def whole_ends(site: Site, conversion: Conversion) -> tuple[Node, Node]:
     """What a whole core is given, and what its result replaces."""
-    place = site.nodes if isinstance(site, AttentionSite) else site
-    assert place.source is not None
-    assert place.result is not None
-    return place.source, conversion.until or place.result
+    return site.source, conversion.until or site.result
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
@@ -121,7 +118,7 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
         bias = _dense_bias(outlined, site)
         local = _local_operands(outlined, site) if "local" in conversion.extras else {}
         if "pixels" in conversion.extras:
-            local = {"pixels": outlined.value(nodes.source)}  # type: ignore[arg-type]
+            local = {"pixels": outlined.value(site.source)}
         new = graph.call_module(outlined.add_module("attention", conversion.core), (*parts, *bias), local)
         new = graph.call_function(from_heads_last, (new, nodes.output.axes, *groups))
     _replace(old, new)
@@ -133,7 +130,7 @@ def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Any]:
     """The projections that made keys and values of the reduced map, of the query map itself."""
     assert site.key is not None
     assert site.value is not None
-    source = outlined.value(site.nodes.source)  # type: ignore[arg-type]
+    source = outlined.value(site.source)
     project = _projector(outlined, site, source)
     return {"local_key": project(site.key, source), "local_value": project(site.value, source)}
 
@@ -156,24 +153,22 @@ def _dense_bias(outlined: Outlined, site: AttentionSite) -> tuple[Node, ...]:
     return (total,)
 
 
-def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
+def _windowed(outlined: Outlined, site: AttentionSite, keys: MapGroups, core: Any) -> None:
     """The projections act on the map itself, and the blocks are cut in the core: no roll, no partition, no mask."""
-    nodes, graph = site.nodes, outlined.graph
+    graph = outlined.graph
     assert site.query is not None
     assert site.key is not None
     assert site.value is not None
     assert site.output is not None
-    assert nodes.source is not None
-    assert nodes.result is not None
-    old = outlined.latest(nodes.result)
+    old = outlined.latest(site.result)
     with graph.inserting_before(old):
-        source = outlined.value(nodes.source)
+        source = outlined.value(site.source)
         project = _projector(outlined, site, source)
         query, key, value = (project(part, source) for part in (site.query, site.key, site.value))
         query = scaled(outlined, site, normalised(outlined, site.query_norm, query))
         arguments: list[Node | None] = [query, normalised(outlined, site.key_norm, key), value]
         arguments += _block_bias(outlined, site)
-        if site.keys.phantom:  # type: ignore[union-attr]
+        if keys.phantom:
             zero = graph.call_function(zero_token, (source,))
             key, value = (graph.call_function(operator.getitem, (project(p, zero), 0)) for p in (site.key, site.value))
             arguments += [*([None] if site.bias is None else []), normalised(outlined, site.key_norm, key), value]
@@ -185,7 +180,7 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: Any) -> None:
         if start or (head_step, dim_step) not in ((site.output.head_dim, 1), (1, site.heads)):
             raise NotOutlinable("the heads are merged in an irregular order")
         mixed = graph.call_function(merge_heads, (mixed, head_step, dim_step))
-        if len(shape_of(nodes.result)) == 3 and site.place is None:
+        if len(shape_of(site.result)) == 3 and site.place is None:
             mixed = graph.call_method("flatten", (mixed, 1, 2))
         new = _after_projection(outlined, site, mixed)
     _replace(old, new)
@@ -207,7 +202,7 @@ def _projector(outlined: Outlined, site: AttentionSite, source: Node) -> Callabl
         taken = graph.call_function(
             take_heads, (calls[linear, value], start, part.heads, part.head_dim, head_step, dim_step)
         )
-        if value is source and len(shape_of(site.nodes.source)) == 3 and site.place is None:  # type: ignore[arg-type]
+        if value is source and len(shape_of(site.source)) == 3 and site.place is None:
             return graph.call_method("unflatten", (taken, 1, outlined.sides(site.map_grid.height, site.map_grid.width)))
         return taken
 
@@ -241,10 +236,8 @@ def _after_projection(outlined: Outlined, site: AttentionSite, mixed: Node) -> N
 
 def _after_merge(outlined: Outlined, site: AttentionSite, new: Node) -> Node:
     """What follows the output projection up to the result, on another value of it: dropout, for one."""
-    nodes = site.nodes
-    assert nodes.merged is not None
-    assert nodes.result is not None
-    first, step = outlined.first(nodes.merged), outlined.latest(nodes.result)
+    assert site.nodes.merged is not None
+    first, step = outlined.first(site.nodes.merged), outlined.latest(site.result)
     follow = []
     while step is not first:
         if step.op == "call_module":
