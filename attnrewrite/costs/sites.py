@@ -222,7 +222,7 @@ class SiteReader:
             yield from self._reduced(site, site.keys, queries, widths)
         keys = self._tokens(_axis(site, "key", "y"), product)
         if keys is not None:
-            key_source = site.nodes.key_source or site.nodes.source
+            key_source = site.nodes.key_source or site.source
             yield formulas.cross_attention(queries, keys, shape_of(key_source)[-1], widths)
 
     def _reduced(self, site: AttentionSite, keys: Reduced, queries: Expr, widths: Widths) -> Iterator[SiteFormula]:
