@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .certify.forms import operand_heads_last
+from .errors import UNFORESEEN
 from .ir import AttentionSite, MapGroups, Site
 from .lift.dataflow import Dataflow
 from .lift.liveness import read_elements
@@ -25,8 +26,11 @@ def read_tokens(flow: Dataflow, sites: Sequence[Site]) -> list[str]:
     """For every site: ``"all"`` of its tokens, the ``"prefix"`` alone (class, distillation and register tokens) or
     ``"none"`` can reach an output of the captured call. Proved on the graph; without a proof it is ``"all"``."""
     nodes = [_result(site) for site in sites]
-    read = read_elements(flow, nodes)
-    return [_tokens(site, read[node]) for site, node in zip(sites, nodes, strict=True)]
+    try:
+        read = read_elements(flow, nodes)
+        return [_tokens(site, read[node]) for site, node in zip(sites, nodes, strict=True)]
+    except UNFORESEEN:
+        return [ALL] * len(nodes)
 
 
 def _result(site: Site) -> Node:

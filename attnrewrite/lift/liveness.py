@@ -87,7 +87,7 @@ def _handed_on(node: Node, mask: Tensor, flow: Dataflow) -> list[tuple[Node, Ten
     product = contraction(node)
     if product is not None:
         factors = ((product.left, product.left_axes), (product.right, product.right_axes))
-        return [(used, _of_factor(product, axes, mask)) for used, axes in factors]
+        return [(used, _unbroadcast(_of_factor(product, axes, mask), shape_of(used))) for used, axes in factors]
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return [(used, _unbroadcast(mask, shape_of(used))) for used in node.all_input_nodes]
     return [(used, torch.tensor(True)) for used in node.all_input_nodes]

@@ -39,6 +39,8 @@ class Hidden(nn.Module):
         if self.part == "a part written in place":
             tokens[:, 1:].add_(1.0)
             return self.vit.forward_head(tokens)
+        if self.part == "product with several":
+            return logits, tokens[:, None, :1] @ self.aside.weight.expand(1, 4, -1, -1)
         return {"logits": logits, "class": tokens[:, 0]}
 
 
@@ -100,6 +102,7 @@ def test_it_is_what_gradients_say(name: str) -> None:
         ("one patch", ["all", "all"]),
         ("pooled", ["all", "all"]),
         ("class token", ["all", "prefix"]),
+        ("product with several", ["all", "prefix"]),
         ("written in place", ["all", "prefix"]),
         ("a part written in place", ["all", "all"]),  # no proof is tried
     ],
