@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture import training_dropout
+from ..capture import ModuleCall, training_dropout
 from ..errors import UNFORESEEN, unforeseen
 from ..ir import AttentionNodes, AttentionSite, Bias, Global, Grid, KeySet, Projection, Refused, Site, Tokens
 from ..lift.contraction import canonical
@@ -157,7 +157,7 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     require_queries_of_tokens(core, flow)
     operands = (core.query, core.key, core.value)
     above = [node for operand in operands for node in flow.ancestors(operand.node, stop=flow.is_linear)]
-    linears = [node for node in above if flow.is_linear(node)]
+    linears = _nearest([node for node in above if flow.is_linear(node)], core, flow)
     sizes, batch = group_sizes(core), shape_of(flow.capture.inputs[0])[0]
     if not linears or math.prod(sizes) % batch:
         raise NotSeparable("query, key and value do not come from linear maps")
@@ -165,7 +165,8 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     queries = shape_of(core.query.node)[core.query.axes.index("x")]
     if queries * batch != math.prod(shape_of(source)[:-1]):
         raise NotSeparable("windowed queries and keys are transformed between projection and product")
-    acting = {operator_name(n).removeprefix("aten::") for n in above if not flow.is_movement(n) and n not in linears}
+    between = [node for node in above if not flow.is_movement(node) and not flow.is_linear(node)]
+    acting = {operator_name(node).removeprefix("aten::") for node in between}
     heads = math.prod(sizes) // batch
     merged = _follow(core.output.node, flow, flow.is_linear)
     following = () if merged is None else (merged,)
@@ -188,6 +189,17 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
         dropout=_dropout(core),
         scale_of_operands=core.scale,
     )
+
+
+def _nearest(linears: list[Node], core: Core, flow: Dataflow) -> list[Node]:
+    """Those in the smallest module call around the core that has any: others are of blocks before."""
+    call: ModuleCall | None = flow.capture.enclosing_call(list(core.nodes))
+    while call is not None:
+        inside = [node for node in linears if call.encloses(flow.capture.position[node])]
+        if inside:
+            return inside
+        call = call.parent
+    return linears
 
 
 @dataclass(frozen=True)

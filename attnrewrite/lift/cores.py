@@ -96,7 +96,7 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     anchor = softmax.weights
     weighted = _product_with_values(anchor, flow)
     if weighted is None:
-        if are_scores(softmax.scores, flow.constants, mixed=True):
+        if anchor in flow.used and are_scores(softmax.scores, flow.constants, mixed=True):
             raise NotAffine("something acts on its weights between the softmax and their product with the values")
         return None
     path_after, final = weighted

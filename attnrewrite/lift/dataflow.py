@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
-from ..capture import Capture
+from ..capture import Capture, NodeRef
 from . import movement
 from .channel_maps import restate_convolutions
 from .movement import Provenance
-from .values import Values, fold_constants, is_call, operator_name
+from .values import Values, fold_constants, is_call, needed_nodes, operator_name
 
 _LINEAR = {"aten::linear"}
 Answer = TypeVar("Answer")
@@ -31,6 +33,16 @@ class Dataflow:
         self.constants: Values = fold_constants(capture)
         self.learned = _reached_by_parameters(capture, self.constants)
         self._remembered: dict[tuple[Callable[..., Any], Node], Any] = {}
+
+    @cached_property
+    def outputs(self) -> list[Node]:
+        """The values that the model returns."""
+        return [leaf.node for leaf in tree_leaves(self.capture.root.output) if isinstance(leaf, NodeRef) and leaf.node]
+
+    @cached_property
+    def used(self) -> set[Node]:
+        """Everything live that the outputs are computed from."""
+        return {node for node in needed_nodes(self.outputs, {}) if node not in self.constants}
 
     def weights(self, node: Node) -> Tensor:
         """The value of a constant: a parameter, or what is computed from parameters alone."""

@@ -12,12 +12,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
-from ..capture import NodeRef
 from .contraction import Contraction, canonical, contraction
 from .dataflow import Dataflow
-from .values import Values, argument, input_of, is_call, needed_nodes, operator_name, shape_of
+from .values import Values, argument, input_of, is_call, operator_name, shape_of
 
 _NORMS = {"aten::layer_norm", "aten::rms_norm"}
 _SOFTMAX = {"aten::softmax", "aten::_softmax", "aten::log_softmax"}
@@ -30,15 +28,13 @@ def read_elements(flow: Dataflow, wanted: Iterable[Node]) -> dict[Node, Tensor]:
     The walk ends where, before the last of the wanted values, everything that was met is read whole; what lies before
     that counts as read.
     """
-    outputs = [leaf.node for leaf in tree_leaves(flow.capture.root.output) if isinstance(leaf, NodeRef) and leaf.node]
-    reached = {node for node in needed_nodes(outputs, {}) if node not in flow.constants}
-    found = {node: torch.tensor(node in reached) for node in wanted}
+    found = {node: torch.tensor(node in flow.used) for node in wanted}
     if any(operator_name(node).endswith("_") and node not in flow.constants for node in flow.capture.graph.nodes):
         return found  # what is written in place is read under other names too
     read: Values = {}
-    for node in outputs:
+    for node in flow.outputs:
         _read(node, torch.tensor(True), read, flow)
-    last = max((node for node in found if node in reached), default=None)
+    last = max((node for node in found if node in flow.used), default=None)
     while last is not None and read:
         node = max(read)
         if node < last and all(bool(mask.all()) for mask in read.values()):
