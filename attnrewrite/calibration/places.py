@@ -141,11 +141,10 @@ class _Residuals:
 
     def classifier(self) -> list[Place]:
         """The linear map that gives the model's first output, if one does."""
-        outputs = [leaf.node for leaf in tree_leaves(self.flow.capture.root.output) if isinstance(leaf, NodeRef)]
-        if not outputs or outputs[0] is None:
+        if not self.flow.outputs:
             return []
         try:
-            head = self._linear_call(outputs[0])
+            head = self._linear_call(self.flow.outputs[0])
         except _NotAPlace:
             return []
         return [Place(head.path, "classifier", None, _called(head), None, Tap(head.path, result=True))]

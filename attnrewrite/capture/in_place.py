@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from ..errors import UNFORESEEN
+
 IN_PLACE = "attnrewrite_in_place"
 """In the ``meta`` of a restated node: the operator that the model uses, and the value whose memory it writes."""
 
@@ -67,9 +69,12 @@ def _giving_a_new_value(node: Node) -> Any | None:
     target = getattr(packet, schema.overload_name or "default", None)
     if target is None or writes[0] is not True or any(writes[1:]):
         return None
-    given, made = torch.fx.node.map_arg((node.args, node.kwargs), _without_values), node.meta["val"]
-    result = target(*given[0], **given[1])
-    return target if (result.shape, result.dtype) == (made.shape, made.dtype) else None
+    try:
+        given, made = torch.fx.node.map_arg((node.args, node.kwargs), _without_values), node.meta["val"]
+        result = target(*given[0], **given[1])
+        return target if (result.shape, result.dtype) == (made.shape, made.dtype) else None
+    except UNFORESEEN:  # not every operator runs on shapes alone
+        return None
 
 
 def _without_values(node: Node) -> Tensor:

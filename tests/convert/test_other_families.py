@@ -7,6 +7,7 @@ import timm
 import torch
 import transformers
 from small_models import assert_same_gradients, difference, gradients, logits
+from timm.models.gcvit import GlobalContextVit
 from torch import Tensor, nn
 
 import attnrewrite
@@ -169,6 +170,20 @@ def test_gradients_are_kept(family):
         torch.manual_seed(1)
         found.append(gradients(model, batch))
     assert_same_gradients(*found)
+
+
+def test_a_table_in_a_module_of_its_own_stays_and_mlps_of_other_blocks_are_no_projections():
+    """GCViT: windows with a bias module, and queries that come from a feature extractor over all blocks before."""
+    torch.manual_seed(0)
+    donor = GlobalContextVit(
+        img_size=64, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_ratio=(16, 8), num_classes=5
+    ).eval().double()  # fmt: skip
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    converted = attnrewrite.convert(donor, "identity", images, progress=False)
+    kinds = [row.kind for row in attnrewrite.report(converted).converted]
+    assert (kinds.count("attention"), kinds.count("mlp")) == (3, 4)  # the queries of one come to windows
+    assert difference(converted(images), donor(images)) < 1e-12
+    assert_same_gradients(gradients(converted, images), gradients(donor, images))
 
 
 def test_attention_that_cannot_be_read_is_named():
