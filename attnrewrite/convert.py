@@ -86,7 +86,7 @@ def convert(
         raise ConversionError(f"strict: {len(left)} sites of {type(model).__name__} would not be converted:{reasons}")
     converted = made.apply(inplace)
     if measure is not None:
-        converted.attnrewrite_report = measured(made, converted, measure)  # type: ignore[assignment]
+        converted.attnrewrite_report = measured(made, converted, measure)  # type: ignore[assignment]  # an attribute of its own
     if calibration is not None:
         converted = calibrated(converted, model, calibration)
     return (converted, report(converted)) if return_report else converted

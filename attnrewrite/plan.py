@@ -132,7 +132,7 @@ class Plan:
             error = self._output_error(model, expected)
         except Exception as cause:
             for module in rewritten:
-                restore_module(module)  # type: ignore[arg-type]
+                restore_module(module)  # type: ignore[arg-type]  # rewritten above
             if isinstance(cause, UNFORESEEN) and not isinstance(cause, AttnRewriteError):
                 raise ConversionError(
                     f"the converted {type(self.model).__name__} does not run ({first_line(cause)}); the model was left "
@@ -141,8 +141,8 @@ class Plan:
             raise
         if any(_maps_a_sequence(planned) for planned in self.converting):
             guard_aspect(model, self.capture)
-        model.attnrewrite_report = self.report(error)  # type: ignore[assignment]
-        model.attnrewrite_places = find_places(self)  # type: ignore[assignment]
+        model.attnrewrite_report = self.report(error)  # type: ignore[assignment]  # an attribute of its own
+        model.attnrewrite_places = find_places(self)  # type: ignore[assignment]  # an attribute of its own
         return model
 
     def report(self, output_error: float | None = None) -> ConversionReport:

@@ -83,7 +83,7 @@ class Target:
         Raises:
             NotConvertible: with reason and remedy.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has its own
 
     def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
         """``conversion``, refitted where only data tell the best weights.

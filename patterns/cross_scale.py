@@ -168,7 +168,7 @@ def _fill(convs: nn.ModuleList, shares: list[_Share], site: StemSite, weights: W
     with torch.no_grad():
         for conv, share in zip(convs, shares, strict=True):
             conv.weight.copy_(share.filters)  # type: ignore[operator]  # a ModuleList forgets its kind
-            conv.bias.copy_(torch.zeros_like(conv.bias) if bias is None else bias[share.channels])  # type: ignore[operator, arg-type]
+            conv.bias.copy_(torch.zeros_like(conv.bias) if bias is None else bias[share.channels])  # type: ignore[operator, arg-type]  # nn.Conv2d with a bias
 
 
 def _norm(node: Node | None, weights: Weights, like: Tensor) -> nn.LayerNorm | None:

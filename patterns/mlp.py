@@ -15,7 +15,7 @@ from ..lift.activations import ACTIVATIONS, probe_points, recognise_activation
 from ..lift.dataflow import Dataflow
 from ..lift.grid import token_grids
 from ..lift.movement import moved_operands
-from ..lift.values import input_of, operator_name, run_node, shape_of
+from ..lift.values import argument, input_of, operator_name, run_node, shape_of
 from ..targets import register_recogniser
 
 _POINTWISE = {
@@ -105,7 +105,7 @@ def _stage(step: Node, flow: Dataflow) -> Stage | None:
     name = operator_name(step)
     if name in _POINTWISE:
         return _activation(step, flow)
-    if name == "aten::layer_norm" and len(step.args[1]) == 1:  # type: ignore[arg-type]
+    if name == "aten::layer_norm" and len(step.args[1]) == 1:  # type: ignore[arg-type]  # a list
         return Stage("norm", step, input_of(step))
     if name == "aten::conv2d" and _is_depthwise(step):
         return Stage("convolution", step, input_of(step), grid=_map_sides(step))
@@ -249,6 +249,5 @@ def _map_sides(convolution: Node) -> tuple[int, int]:
 
 
 def _is_depthwise(node: Node) -> bool:
-    groups = node.args[6] if len(node.args) > 6 else 1
-    stride = node.args[3] if len(node.args) > 3 else [1]
-    return groups == shape_of(node)[1] == shape_of(node.args[0])[1] and set(stride) == {1}  # type: ignore
+    groups, stride = argument(node, 6, default=1), argument(node, 3, default=[1])
+    return bool(groups == shape_of(node)[1] == shape_of(input_of(node))[1] and set(stride) == {1})

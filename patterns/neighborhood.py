@@ -232,7 +232,7 @@ class DilatedNeighborhood(Neighborhood):
     a number is used everywhere.
     """
 
-    dilation: int | Pair | None = None  # type: ignore[assignment]
+    dilation: int | Pair | None = None  # type: ignore[assignment]  # None means alternating here
     name = "dilated_neighborhood"
 
     def __post_init__(self) -> None:

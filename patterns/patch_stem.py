@@ -156,7 +156,7 @@ def _sides(value: object, default: int) -> tuple[int, int]:
         return default, default
     if isinstance(value, int):
         return value, value
-    sides = [int(v) for v in value]  # type: ignore[attr-defined]
+    sides = [int(v) for v in value]  # type: ignore[attr-defined]  # one for each axis
     return (sides[0], sides[-1])
 
 

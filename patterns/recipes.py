@@ -31,7 +31,7 @@ class Recipe(Target):
         """Raises:
         NothingToDo: the paper's models have the same there.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has its own
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         return self.choose(site).convert(site, index, weights)

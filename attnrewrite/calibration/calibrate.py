@@ -94,7 +94,7 @@ def calibrated(converted: nn.Module, original: nn.Module, settings: Calibration)
             after = before
         sites_after = sites_before if reverted else measure_sites(model, original, places, images, images.held)
     done = CalibrationReport(settings.of_result(), before, after, outcome, reverted, floor)
-    model.attnrewrite_report = _extended(report, done, sites_before, sites_after)  # type: ignore[assignment]
+    model.attnrewrite_report = _extended(report, done, sites_before, sites_after)  # type: ignore[assignment]  # an attribute of its own
     return model
 
 

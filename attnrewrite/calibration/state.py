@@ -41,7 +41,7 @@ class State:
         try:
             with safe_open(self.path, framework="pt") as stored:
                 record = json.loads((stored.metadata() or {})["attnrewrite"])
-                parameters = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                parameters = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a file, no dict
         except (SafetensorError, KeyError, ValueError, OSError) as cause:
             raise CalibrationError(
                 f"resume: {self.path} is not a calibration state; delete it to start anew"

@@ -34,8 +34,8 @@ def disabled_regions_in_place() -> Iterator[list[Interval]]:
         found.append((entered.pop()[1], trace_length()))
         return False
 
-    autocast.__enter__, autocast.__exit__ = enter_unless_idle, leave_unless_idle  # type: ignore[method-assign]
+    autocast.__enter__, autocast.__exit__ = enter_unless_idle, leave_unless_idle  # type: ignore[method-assign]  # exchanged for a while
     try:
         yield found
     finally:
-        autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+        autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]  # and back

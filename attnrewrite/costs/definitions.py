@@ -137,7 +137,7 @@ def _neighborhood(module: NeighborhoodAttention2d, height: Extent, width: Extent
 
 def _tokens_to_token(module: TokensToToken, height: Extent, width: Extent) -> SiteFormula | None:
     performer = hasattr(module.attention1, "w")
-    first, second = (int(layer.norm2.normalized_shape[0]) for layer in (module.attention1, module.attention2))  # type: ignore[union-attr, index]
+    first, second = (int(layer.norm2.normalized_shape[0]) for layer in (module.attention1, module.attention2))  # type: ignore[union-attr, index]  # nn.LayerNorm
     channels = module.attention1.projection().in_features // 49
     return formulas.tokens_to_token(
         sympify(height), sympify(width), channels, module.project.out_features,

@@ -165,12 +165,12 @@ class SiteReader:
         return CountedSite(name, formula.kind, formula.kind, self.regions.macs(node), formula, None)
 
     def _lone_linear(self, node: Node) -> SiteFormula | None:
-        shape = shape_of(node.args[0])  # type: ignore[arg-type]
+        shape = shape_of(node.args[0])  # type: ignore[arg-type]  # a node
         tokens = self._tokens(math.prod(shape) // shape[-1] // self.batch, node)
         return None if tokens is None else formulas.linear(tokens, shape[-1], shape_of(node)[-1])
 
     def _lone_convolution(self, node: Node) -> SiteFormula | None:
-        shape, weight = shape_of(node), shape_of(node.args[1])  # type: ignore[arg-type]
+        shape, weight = shape_of(node), shape_of(node.args[1])  # type: ignore[arg-type]  # a node
         sides = self.maps.of_cells(math.prod(shape[2:]), _after(node)) or self.maps.of_cells(
             math.prod(shape[2:]), _after(node), fixed=True
         )
@@ -270,7 +270,7 @@ _FORMULAS: dict[type, Callable[[SiteReader, Any], Iterator[SiteFormula]]] = {
 
 def mlp_form(site: MlpSite) -> tuple[bool, int]:
     """Whether it has a gate, and the side of its convolution (0 for none)."""
-    kernels = [shape_of(s.call.args[1])[-1] for s in site.stages if s.kind == "convolution"]  # type: ignore[arg-type]
+    kernels = [shape_of(s.call.args[1])[-1] for s in site.stages if s.kind == "convolution"]  # type: ignore[arg-type]  # a node
     return any(stage.kind == "gate" for stage in site.stages), kernels[0] if len(kernels) == 1 else 0
 
 

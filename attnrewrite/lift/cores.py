@@ -241,7 +241,7 @@ def _terms(addend: Addend, flow: Dataflow) -> list[Addend]:
 
 
 def _bound(anchor: Node) -> dict[str, Any]:
-    schema = anchor.target._schema  # type: ignore[union-attr]
+    schema = anchor.target._schema  # type: ignore[union-attr]  # an operator overload
     names = [argument.name for argument in schema.arguments]
     defaults = {argument.name: argument.default_value for argument in schema.arguments}
     return defaults | dict(zip(names, anchor.args, strict=False)) | dict(anchor.kwargs)

@@ -34,15 +34,15 @@ class VisionModel(nn.Module):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """The last normalised features, in the family's own layout."""
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has its own
 
     def pool(self, features: Tensor) -> Tensor:
         """``[B, head_hidden_size]`` of what ``forward_features`` gives."""
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has its own
 
     def feature_maps(self, image: Tensor) -> list[Tensor]:
         """One map ``[B, channels, H / reduction, W / reduction]`` a level."""
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has its own
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of the features; with ``pre_logits`` what the classifier would read."""

@@ -125,7 +125,7 @@ class LengthScaledAttention(nn.Module):
 
     def key_grid(self, pixels: Size) -> Size:
         """Rows and columns of the keys that have a position bias, for a map of ``pixels``."""
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has its own
 
     def position_bias(self, pixels: Size, cells: Size) -> Tensor | None:
         """``[heads, H * W, rows * columns]``."""

@@ -24,11 +24,11 @@ class TokenLayer(nn.Module):
 
     def projection(self) -> nn.Linear:
         """The map to three parts, query, key and value in the kind's own order."""
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has its own
 
     def mix(self, projected: Tensor) -> Tensor:
         """``[B, N, 3 * out_dim]``, what ``projection`` gives, to ``[B, N, out_dim]``."""
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has its own
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``[B, N, dim]`` to ``[B, N, out_dim]``."""

@@ -34,5 +34,5 @@ def again(outlined: Outlined, made: Node, value: Node) -> Node:
         if len(made.all_input_nodes) != 1:
             raise NotOutlinable("a projection is given more than its input")
         swapped = fx.node.map_arg((made.args, made.kwargs), lambda _: value)
-        return outlined.graph.call_module(made.target, *swapped)  # type: ignore[arg-type]
-    return outlined.graph.call_function(made.target, (value, *made.args[1:]), dict(made.kwargs))  # type: ignore[arg-type]
+        return outlined.graph.call_module(made.target, *swapped)  # type: ignore[arg-type]  # fx's loose types
+    return outlined.graph.call_function(made.target, (value, *made.args[1:]), dict(made.kwargs))  # type: ignore[arg-type]  # as above

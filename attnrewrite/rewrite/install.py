@@ -72,9 +72,9 @@ def _writes_to_what_is_read(node: Node) -> bool:
     """``bias[a:b].zero_()``: nothing uses the result, and what it was written to is used."""
     if not _is_in_place(node):
         return False
-    written: Node = node.args[0]  # type: ignore[assignment]
+    written: Node = node.args[0]  # type: ignore[assignment]  # a node
     while _is_view(written):
-        written = written.args[0]  # type: ignore[assignment]
+        written = written.args[0]  # type: ignore[assignment]  # a node
     pending, seen = [written], {written}
     while pending:
         for user in pending.pop().users:
@@ -87,7 +87,7 @@ def _writes_to_what_is_read(node: Node) -> bool:
 
 
 def _is_in_place(node: Node) -> bool:
-    return _schema(node) is not None and _schema(node).is_mutable  # type: ignore[union-attr]
+    return _schema(node) is not None and _schema(node).is_mutable  # type: ignore[union-attr]  # asked just before
 
 
 def _is_view(node: Node) -> bool:
@@ -107,7 +107,7 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
     old = outlined.first(nodes.output.node)
     consumers = ((nodes.query, nodes.product), (nodes.key, nodes.product), (nodes.value, nodes.output.node))
     if "pixels" in conversion.extras:
-        consumers = consumers[:1]  # type: ignore[assignment]
+        consumers = consumers[:1]  # type: ignore[assignment]  # the query alone
     with graph.inserting_before(old):
         groups = (nodes.batch_groups, nodes.head_groups, site.head_sizes)
         parts = [

@@ -127,7 +127,7 @@ class _Outliner:
             if isinstance(leaf, NodeRef):
                 self._require(leaf.node is not None, "a tensor argument was made outside the traced model")
                 if leaf.node not in self.result.made:  # the same tensor given twice is one value
-                    self._made(leaf.node, placeholder)  # type: ignore[arg-type]
+                    self._made(leaf.node, placeholder)  # type: ignore[arg-type]  # required above
                 if leaf.node in self.flow.constants and leaf.node not in self.flow.learned:
                     self.result.given[placeholder] = self.flow.constants[leaf.node]
             else:
@@ -238,7 +238,7 @@ class _Outliner:
             )
             return leaf
         self._require(leaf.node is not None, "a child is given a tensor made outside the traced model")
-        return self._value(leaf.node)  # type: ignore[arg-type]
+        return self._value(leaf.node)  # type: ignore[arg-type]  # a traced value
 
     def _value(self, node: Node) -> Node:
         """The value of a captured node: made before, a parameter, or a constant to be computed here as well."""

@@ -176,7 +176,7 @@ class _ForwardCode(CodeGen):
                         f"    expect_alias({f'{seen[leaf.node]} and {spelled}'!r}, {seen[leaf.node]}, {spelled})"
                     )
                 elif self.fixed_to and placeholder.users:
-                    shape = tuple(leaf.node.meta["val"].shape)  # type: ignore[union-attr]
+                    shape = tuple(leaf.node.meta["val"].shape)  # type: ignore[union-attr]  # required when outlined
                     lines.append(f"    expect_shape({spelled!r}, {spelled}.shape, {shape})")
                 elif placeholder in passed_over:
                     captured = self._constant(passed_over[placeholder])
@@ -217,7 +217,7 @@ class _ForwardCode(CodeGen):
             default = ""
             if parameter.default is not parameter.empty:
                 default = f"={self._constant(parameter.default)}"
-            star = stars.get(parameter.kind, "")  # type: ignore[call-overload]
+            star = stars.get(parameter.kind, "")  # type: ignore[call-overload]  # a kind is an enumeration
             if parameter.kind == parameter.KEYWORD_ONLY and "*" not in "".join(spelled):
                 spelled.append("*")
             spelled.append(f"{star}{parameter.name}{default}")

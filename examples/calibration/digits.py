@@ -15,8 +15,8 @@ from attnrewrite.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 
-from timm.models.swin_transformer import SwinTransformer  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+from timm.models.swin_transformer import SwinTransformer  # noqa: E402 - after what makes it importable
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402 - after what makes it importable
 
 TEST_IMAGES = 500
 SIDES = {"vit": 40, "swin": 56}

@@ -71,7 +71,7 @@ def test_same_count_for_fused_and_eager_attention():
 
 
 def test_same_count_in_transformers_with_either_implementation():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")  # an extra
     config = {
         "hidden_size": 48,
         "num_hidden_layers": 2,

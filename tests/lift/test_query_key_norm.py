@@ -142,7 +142,7 @@ FAULTS: dict[str, Callable[[AttentionSite], AttentionSite]] = {
     "no norm of the keys": lambda s: replace(s, key_norm=None),
     "no learned scale": lambda s: replace(s, learned_scales=()),
     "no bias": lambda s: replace(s, bias=None),
-}  # type: ignore[type-var]
+}  # type: ignore[type-var]  # classes and functions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -32,7 +32,7 @@ def reference(module, source, local_mask=None):
     """The specification, one query at a time: a list of keys with their biases, then one softmax."""
     batch, height, width, dim = source.shape
     heads, window = module.num_heads, module.window_size
-    split = lambda part: part.unflatten(-1, (heads, -1))  # noqa: E731
+    split = lambda part: part.unflatten(-1, (heads, -1))  # noqa: E731 - used twice, here alone
     unit = (lambda part: part / part.norm(dim=-1, keepdim=True)) if module.qk_norm else (lambda part: part)
     query = unit(split(module.q(source)))
     key, value = (split(part) for part in module.kv(source).chunk(2, -1))

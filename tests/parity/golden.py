@@ -25,7 +25,7 @@ class Golden:
     @staticmethod
     def read(path: Path) -> Golden:
         with safe_open(path, "pt") as file:
-            metadata, raw = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata, raw = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, no dict
         tensors = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in raw.items()}
         return Golden(path, metadata, tensors, {name: tensor.dtype for name, tensor in raw.items()})
 

@@ -9,8 +9,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from golden import Deviation, Golden, compare  # noqa: E402
-from subjects import subject_of  # noqa: E402
+from golden import Deviation, Golden, compare  # noqa: E402 - after what makes it importable
+from subjects import subject_of  # noqa: E402 - after what makes it importable
 
 DTYPES = (torch.float64, torch.float32)
 

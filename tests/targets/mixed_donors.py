@@ -35,7 +35,7 @@ def operands_of(donor: nn.Module, batch: Tensor) -> list[Operands]:
     """Of every attention of ``donor``, in order, as ``batch`` runs through it."""
     found: list[Operands] = []
     with torch.no_grad():
-        mixed_donor(donor, found.append)(batch)  # type: ignore[arg-type]
+        mixed_donor(donor, found.append)(batch)  # type: ignore[arg-type]  # a list takes anything
     return found
 
 
