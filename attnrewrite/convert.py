@@ -15,7 +15,7 @@ from .calibration.measure import measured
 from .errors import ArgumentError, ConversionError
 from .planning import Selector, plan
 from .report import ConversionReport
-from .rewrite.aspect import release_aspect
+from .rewrite.image_sides import forget_images
 from .rewrite.rewritten import RewrittenModule, restore_module
 from .targets import Target
 
@@ -120,7 +120,7 @@ def revert(model: nn.Module) -> nn.Module:
     for module in rewritten:
         while isinstance(module, RewrittenModule):  # a model converted twice was rewritten twice
             restore_module(module)
-    release_aspect(model)
+    forget_images(model)
     model.__dict__.pop("attnrewrite_report", None)
     model.__dict__.pop("attnrewrite_places", None)
     return model

@@ -263,7 +263,8 @@ class StemSite:
     """Patches to tokens: a strided convolution, or (``patches``) a gather of patches with a linear map.
 
     ``patches[..., place]`` are the tokens of one patch in channel order, -1 for padding. ``tokens`` is the value in
-    which the projected patches lie as tokens, if that is not ``result`` itself.
+    which the projected patches lie as tokens, if that is not ``result`` itself. ``grid`` is the map that patches are
+    gathered from.
     """
 
     name: str
@@ -280,6 +281,7 @@ class StemSite:
     tokens: Node | None = None
     patches: Tensor | None = field(default=None, repr=False)
     norm_node: Node | None = None
+    grid: Grid | None = None
     kind = "stem"
 
     def weights(self) -> list[Node]:

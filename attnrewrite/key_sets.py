@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .image_map import ImageMap
+
 
 @dataclass(frozen=True)
 class Grid:
-    """Tokens on a map: ``height * width`` in raster order after ``prefix_tokens`` (class, distillation, register)."""
+    """Tokens on a map: ``height * width`` in raster order after ``prefix_tokens`` (class, distillation, register).
+
+    ``image`` says how its sides follow the image, where that was seen.
+    """
 
     height: int
     width: int
     prefix_tokens: int = 0
+    image: ImageMap | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def seen(self) -> list[Grid]:
+        """This map as it was on every look at the model."""
+        maps = ((self.height, self.width),) if self.image is None else self.image.maps
+        return [Grid(*sides, self.prefix_tokens) for sides in maps]
 
     @property
     def tokens(self) -> int:
@@ -147,6 +159,12 @@ class Reduced:
     height: int
     width: int
     reducer: str
+    image: ImageMap | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def grid(self) -> Grid:
+        """The smaller map."""
+        return Grid(self.height, self.width, image=self.image)
 
     def __str__(self) -> str:
         return f"reduced({self.height}x{self.width}, {self.reducer})"

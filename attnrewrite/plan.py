@@ -18,13 +18,13 @@ from .capture.snapshot import same_draws
 from .certify import Certificate
 from .certify.certificate import relative_error
 from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, first_line
-from .ir import AttentionSite, Grid, MapGroups, Refused, Site, StemSite, line
+from .ir import Refused, Site, StemSite, line
 from .lift.dataflow import Dataflow
-from .lift.values import Values, shape_of
+from .lift.looks import Looks
+from .lift.values import Values
 from .reading import NONE, PREFIX, TOLD, read_tokens
 from .report import ConversionReport, SiteReport, suggestion
-from .rewrite.aspect import guard_aspect
-from .rewrite.install import whole_ends
+from .rewrite.image_sides import note_images
 from .rewrite.owners import OwnerProgram, build_programs
 from .rewrite.rewritten import restore_module
 from .targets import Conversion, Exactness, Target
@@ -61,13 +61,15 @@ class PlannedSite:
 class Plan:
     """What ``apply`` will do to ``model``; ``drop`` and ``limit`` edit it. ``print`` shows it.
 
-    ``refused`` are places that looked like sites and could not be lifted; ``values`` what the example input gave.
+    ``refused`` are places that looked like sites and could not be lifted; ``looks`` what the model is at other sizes;
+    ``values`` what the example input gave.
     """
 
     model: nn.Module
     flow: Dataflow
     sites: list[PlannedSite]
     refused: list[Refused]
+    looks: Looks | None = None
     programs: list[OwnerProgram] = field(default_factory=list)
     values: Values = field(repr=False, default_factory=dict)
     _weights: list[tuple[int, int]] = field(repr=False, init=False)
@@ -139,8 +141,8 @@ class Plan:
                     "as it was. Find the site with max_rewrites and `keep` it"
                 ) from cause
             raise
-        if any(_maps_a_sequence(planned) for planned in self.converting):
-            guard_aspect(model, self.capture)
+        if self.looks is not None and any(owner.reads_image for owner in self.programs):
+            note_images(model, self.capture, self.looks.size)
         model.attnrewrite_report = self.report(error)  # type: ignore[assignment]  # an attribute of its own
         model.attnrewrite_places = find_places(self)  # type: ignore[assignment]  # an attribute of its own
         return model
@@ -174,7 +176,8 @@ class Plan:
         """Make the programs of the sites that are to be converted; those that cannot be rewritten are refused."""
         conversions = {id(p.site): p.conversion for p in self.converting if p.conversion is not None}
         sites = [planned.site for planned in self.converting]
-        self.programs, failed = build_programs(sites, self.flow, lambda site: conversions[id(site)])
+        assert self.looks is not None, "a plan is built after other looks at the model"
+        self.programs, failed = build_programs(sites, self.looks, lambda site: conversions[id(site)])
         reasons = {id(site): reason for site, reason in failed}
         for planned in self.converting:
             if id(planned.site) in reasons:
@@ -216,20 +219,6 @@ def matching(glob: str, sites: list[PlannedSite], argument: str) -> list[Planned
         names = [planned.site.name for planned in sites]
         raise ArgumentError(f"{argument}: {glob!r} matches no site{suggestion(glob, names)}")
     return found
-
-
-def _maps_a_sequence(planned: PlannedSite) -> bool:
-    """Whether the new core takes the map from the length of a sequence."""
-    site, conversion = planned.site, planned.conversion
-    if conversion is None:
-        return False
-    if conversion.run is not None:
-        return len(shape_of(whole_ends(site, conversion)[0])) == 3
-    if isinstance(site, AttentionSite) and isinstance(site.keys, MapGroups):
-        return False
-    core = conversion.core
-    cores = core if isinstance(core, list) else [core]
-    return any(isinstance(getattr(part, "grid", None), Grid) for part in cores)
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:

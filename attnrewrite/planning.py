@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .calibration.keep import Budget, keep_the_worst, require_budget
-from .capture import ModuleCall, NodeRef, capture
+from .capture import Capture, ModuleCall, NodeRef, capture, other_looks, same_size_look
 from .certify import certify, collect_values
 from .certify.certificate import TOLERANCE, relative_error, wanted_nodes
 from .certify.forms import operand_heads_last
@@ -21,6 +21,7 @@ from .cores.head_norm import scale_heads
 from .errors import ArgumentError, ConversionError
 from .ir import AttentionSite, Global, Reduced, Refused, Site
 from .lift.dataflow import Dataflow
+from .lift.looks import Looks, Seen
 from .lift.values import Values
 from .plan import Plan, PlannedSite, matching
 from .product_cost import macs_after, macs_before
@@ -54,6 +55,7 @@ def plan(
     require_budget(automatic, budget)
     targets = _targets(to, options)
     made, flow = lifted(model, example_inputs)
+    _look_around(made)
     _choose(made, targets, sites, None if automatic else keep)
     chosen = [planned for planned in made.sites if planned.target is not None]
     prove(made, chosen, flow, progress)
@@ -87,8 +89,29 @@ def lifted(model: nn.Module, example_inputs: Any | None) -> tuple[Plan, Dataflow
     """Everything recognised in ``model``, with nothing decided yet."""
     flow = Dataflow(capture(model, example_inputs))
     found = recognise_all(flow)
-    sites = [PlannedSite(site) for site in found if not isinstance(site, Refused)]
+    sites = [PlannedSite(site) for site in _sites(found)]
     return Plan(model, flow, sites, [site for site in found if isinstance(site, Refused)]), flow
+
+
+def _sites(found: list[Site | Refused]) -> list[Site]:
+    return [site for site in found if not isinstance(site, Refused)]
+
+
+def _look_around(made: Plan) -> None:
+    """Look at the model at other sizes; its sites are then what all looks say of them."""
+
+    def seen(look: Capture) -> Seen:
+        flow = Dataflow(look)
+        return flow, _sites(recognise_all(flow))
+
+    def other_batch() -> Seen | None:
+        look = same_size_look(made.capture)
+        return None if look is None else seen(look)
+
+    looks = [seen(look) for look in other_looks(made.capture)] if made.sites else []
+    made.looks = Looks(made.flow, [planned.site for planned in made.sites], looks, other_batch)
+    for planned, site in zip(made.sites, made.looks.sites, strict=True):
+        planned.site = site
 
 
 def _fidelity(name: str) -> Exactness:
@@ -227,7 +250,7 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         structure = f"{type(owner.call.module)} {owner.program.source} {list(owner.modules.values())}"
         if structure not in verdicts:
             kept = all(p.conversion and p.conversion.keeps_function for p in owned)
-            twin = owner if kept else _with_own_function(owner, flow)
+            twin = owner if kept else _with_own_function(owner, made)
             verdicts[structure] = misbehaviour(twin, *given) if twin else ""
         for each in owned if verdicts[structure] else ():
             each.refuse(verdicts[structure])
@@ -235,14 +258,15 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         made.build()
 
 
-def _with_own_function(owner: OwnerProgram, flow: Dataflow) -> OwnerProgram | None:
+def _with_own_function(owner: OwnerProgram, made: Plan) -> OwnerProgram | None:
     """The same module rewritten at the same sites, with cores that keep its function."""
     exact = target_of("identity")
     try:
-        conversions = {id(site): exact.convert(site, 0, flow.weights) for site in owner.sites}
+        conversions = {id(site): exact.convert(site, 0, made.flow.weights) for site in owner.sites}
     except NothingToDo:
         return None
-    return build_program(owner.call, owner.sites, flow, lambda site: conversions[id(site)])[0]
+    assert made.looks is not None
+    return build_program(owner.call, owner.sites, made.looks, lambda site: conversions[id(site)])[0]
 
 
 def _count(made: Plan) -> None:

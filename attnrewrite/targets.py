@@ -35,7 +35,7 @@ class Conversion:
     ``pixels``, in the place of its keys and values, what feeds its query projection, ``[B, tokens, channels]``;
     ``source``, what feeds an MLP's or stem's first linear map. A ``whole`` core takes the site's source to its result
     by itself, and the site's own linear maps are dropped; where its layout is not the site's, ``run`` calls it, with
-    core, source and ``sizes``. ``until`` is what such a core's result replaces, if that is not the site's own result,
+    core, source and ``sizes``, which are height, width and prefix tokens of the site's map if it runs ``on_tokens``. ``until`` is what such a core's result replaces, if that is not the site's own result,
     and ``carried`` how many numbers among its parameters are the donor's.
     """
 
@@ -48,6 +48,7 @@ class Conversion:
     whole: bool = False
     run: Callable[..., Tensor] | None = None
     sizes: tuple[int, ...] = ()
+    on_tokens: bool = False
     until: Node | None = None
     carried: int = 0
 

@@ -109,7 +109,7 @@ def _merge(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Conver
         GatherPatches(site.kernel, order, sides, flat=False),
         site.in_channels, site.out_channels, kernels,
         _norm(site.norm_node, weights, weight),
-        Grid(*sides) if sequence else None,
+        site.grid if sequence else None,
     ).to(weight)  # fmt: skip
     _fill(core.projs, shares, site, weights)
     return _conversion(core, shares, filters, kernels)
@@ -233,7 +233,7 @@ def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights)
             made.settle("norm.bias", 0.0)
             made.module.norm.eps = norm.eps  # type: ignore[union-attr]  # a module, as its weight shows
         weight, shape = _filters_of_places(weight, order), (site.kernel[0], stride, 0)
-        form = layout(site.source, site.result, Grid(*sides))
+        form = layout(site.source, site.result, site.grid)
     kept = _carry_filters(made, "reductions", weight, kernels, shape, bias)
     return _published_conversion(made, kept, kernels, form, "; every token is normalised by itself")
 

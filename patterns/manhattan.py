@@ -96,7 +96,7 @@ class Manhattan(Target):
             raise NotConvertible(
                 "over reduced keys the decay acts inside the softmax, without a bias; leave it with `keep`"
             )
-        grid, reduced = grid_of_site(site), Grid(keys.height, keys.width)
+        grid, reduced = grid_of_site(site), keys.grid
         decay = head_decay(self.decay, site.heads)
         core = ReducedManhattanCore(decay, grid, reduced, site.scale_of_operands, site.dropout)
         settings = self._settings() | {"lce": False}  # values of the reduced map are no context of a token

@@ -50,7 +50,7 @@ class Neighborhood(Target):
             and interleaved groups, as the kernel whose dilation is their interval; it takes 7 elsewhere.
         dilation: spacing of the keys, per axis or for both.
         oversize: ``"clamp"`` cuts a kernel that does not fit a map to the largest that does (at ``dilation``), which
-            the report says; ``"error"`` refuses the site.
+            the report says; on a larger map it is the whole kernel again. ``"error"`` refuses the site.
         reduced_keys: for spatial reduction, ``"keep"`` the reduced keys, or ``"refit"`` keys and values of every token
             to them on the example input; the reducer is dropped.
         official: take the layer as published, ``qkv``, ``rpb``, ``proj``, for the whole site; one number for each of
@@ -104,7 +104,7 @@ class Neighborhood(Target):
         grid = grid_of_site(site)
         kernel, clamped = self._kernel(site, grid, dilation)
         entries = bias_entries(site, grid)
-        core = NeighborhoodAttention(kernel, dilation, grid, site.scale_of_operands, site.dropout, entries)
+        core = NeighborhoodAttention(self._wanted(), dilation, grid, site.scale_of_operands, site.dropout, entries)
         settings = {"kernel_size": kernel, "dilation": dilation}
         if covers(kernel, dilation, grid):
             return Conversion(
@@ -121,7 +121,7 @@ class Neighborhood(Target):
         """A kernel that follows the query, in the place of windows; their bias table is read at its offsets."""
         grid = site.map_grid
         kernel, clamped = self._kernel(site, grid, dilation)
-        core = SlidingAttention(kernel, dilation, window.size, site.scale, window_bias_entries(site, window))
+        core = SlidingAttention(self._wanted(), dilation, window.size, site.scale, window_bias_entries(site, window))
         settings = {"kernel_size": kernel, "dilation": dilation}
         if covers(kernel, dilation, grid) and window.size == (grid.height, grid.width):
             return Conversion(
@@ -149,7 +149,7 @@ class Neighborhood(Target):
         grid, group = site.map_grid, groups.group
         kernel, clamped = self._kernel(site, grid, dilation, group)
         entries = window_bias_entries(site, groups)
-        core = SlidingAttention(kernel, dilation, group, site.scale, entries, table_step=(1, 1))
+        core = SlidingAttention(self._wanted(group), dilation, group, site.scale, entries, table_step=(1, 1))
         settings = {"kernel_size": kernel, "dilation": dilation}
         form = f"kernel {text_of(kernel)} with dilation {text_of(dilation)}"
         if kernel == group and dilation == groups.interval and groups.is_one_region(grid):
@@ -168,9 +168,9 @@ class Neighborhood(Target):
             raise NotConvertible(
                 "a reduced key map has no dilation; use to='neighborhood' for this site, or reduced_keys='refit'"
             )
-        grid, reduced = grid_of_site(site), Grid(keys.height, keys.width)
+        grid, reduced = grid_of_site(site), keys.grid
         kernel, clamped = self._kernel(site, reduced, (1, 1))
-        core = ReducedNeighborhoodAttention(kernel, grid, reduced, site.scale_of_operands, site.dropout)
+        core = ReducedNeighborhoodAttention(self._wanted(), grid, reduced, site.scale_of_operands, site.dropout)
         settings = {"kernel_size": kernel, "reduced": str(reduced)}
         if covers(kernel, (1, 1), reduced):
             return Conversion(
@@ -202,8 +202,12 @@ class Neighborhood(Target):
             **layout(site.nodes.source, site.nodes.result, grid),
         )  # fmt: skip
 
+    def _wanted(self, default: Pair = (7, 7)) -> Pair:
+        """What a core is given: on every map it takes the largest kernel up to this one that the map holds."""
+        return default if self.kernel_size is None else as_pair(self.kernel_size)
+
     def _kernel(self, site: AttentionSite, grid: Grid, dilation: Pair, default: Pair = (7, 7)) -> tuple[Pair, str]:
-        wanted = default if self.kernel_size is None else as_pair(self.kernel_size)
+        wanted = self._wanted(default)
         kernel = clamped_kernel(wanted, dilation, grid)
         if kernel == wanted:
             return kernel, ""
@@ -220,7 +224,8 @@ class Neighborhood(Target):
         core = conversion.core
         if isinstance(core, ReducedNeighborhoodAttention):
             return dropped_mass(site, operands, reduced_mask(core.kernel_size, core.grid, core.reduced))
-        return dropped_mass(site, operands, neighborhood_mask(core.kernel_size, core.dilation, core.grid))
+        kernel = clamped_kernel(core.kernel_size, core.dilation, core.grid)
+        return dropped_mass(site, operands, neighborhood_mask(kernel, core.dilation, core.grid))
 
 
 @register_target

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..capture import NodeRef
 from ..errors import UNFORESEEN, unforeseen
-from ..ir import AttentionSite, MlpSite, Refused, Site, StemSite
+from ..ir import AttentionSite, Grid, MlpSite, Refused, Site, StemSite
 from ..lift.dataflow import Dataflow
 from ..lift.movement import moved_operands
 from ..lift.values import argument, input_of, operator_name, shape_of
@@ -114,6 +114,7 @@ def _merge(node: Node, flow: Dataflow) -> StemSite | Refused | None:
         tokens=gathered,
         patches=patches,
         norm_node=norm,
+        grid=Grid(*geometry[0]),
     )
 
 

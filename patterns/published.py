@@ -156,7 +156,7 @@ def layout(source: Node | None, result: Node | None, grid: Grid | None) -> dict[
         return {"run": map_to_tokens}
     if after != 3 or grid is None:
         raise NotConvertible("its tokens become a map on the way; leave official out")
-    return {"run": on_tokens, "sizes": (grid.height, grid.width, grid.prefix_tokens)}
+    return {"run": on_tokens, "sizes": (grid.height, grid.width, grid.prefix_tokens), "on_tokens": True}
 
 
 def note_of_keys(site: Site) -> str:

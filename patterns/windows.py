@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cores.neighborhood import relative_entries, relative_offset
 from ..ir import Grid, MapGroups, Window
 
 ROUNDING = 1e-6
@@ -54,23 +55,11 @@ def relative_table(values: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tenso
         ``(table [heads, 2h-1, 2w-1], entry [(2h-1)(2w-1)])`` in key-minus-query order, where ``entry`` is a flat
         position in ``n*n`` from which the table's value can be taken; None if the bias is not relative.
     """
-    offset = relative_offset(size)
-    entries = (2 * size[0] - 1) * (2 * size[1] - 1)
-    entry = torch.zeros(entries, dtype=torch.long)
-    entry[offset.flatten()] = torch.arange(offset.numel())
+    offset, entry = relative_offset(size), relative_entries(size)
     table = values.flatten(1)[:, entry]
     if not torch.allclose(table[:, offset.flatten()], values.flatten(1), rtol=ROUNDING, atol=0.0):
         return None
     return table.unflatten(1, (2 * size[0] - 1, 2 * size[1] - 1)), entry
-
-
-def relative_offset(size: tuple[int, int]) -> Tensor:
-    """``[n, n]`` flat index of key minus query in a ``(2h-1) x (2w-1)`` table."""
-    rows, columns = torch.arange(size[0]), torch.arange(size[1])
-    vertical = rows[None, :] - rows[:, None] + size[0] - 1
-    horizontal = columns[None, :] - columns[:, None] + size[1] - 1
-    index = vertical[:, None, :, None] * (2 * size[1] - 1) + horizontal[None, :, None, :]
-    return index.reshape(size[0] * size[1], -1)
 
 
 def seen_by_tokens(queries: Tensor, keys: Tensor, excluded: Tensor | None, tokens: int) -> Tensor | None:

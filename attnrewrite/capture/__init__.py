@@ -6,8 +6,10 @@ from .examples import example_inputs_for, normalise_inputs
 from .exported import Capture, capture
 from .hooks import hooks_left_out
 from .in_place import IN_PLACE
+from .looks import image_sides, is_image, other_looks, same_size_look, training_look
 
 __all__ = [
     "IN_PLACE", "Capture", "ModuleCall", "NodeRef", "capture", "example_inputs_for", "hooks_left_out",
-    "normalise_inputs", "training_dropout",
+    "image_sides", "is_image", "normalise_inputs", "other_looks", "same_size_look", "training_dropout",
+    "training_look",
 ]  # fmt: skip

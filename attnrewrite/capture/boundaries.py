@@ -17,6 +17,8 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._pytree import tree_map
 
+from .sizes import plain
+
 _MARK = "attnrewrite_position"
 
 
@@ -94,12 +96,14 @@ class BoundaryRecorder:
 
         return hook
 
-    def _exit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _exit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = self._open.pop()
         call.exit = trace_length()
         call.output = tree_map(_traced, output)
-        if not self._open:
-            _mark_positions()
+        if self._open:
+            return None
+        _mark_positions()
+        return tree_map(plain, output)  # an exporter takes no numbers but Python's own as results
 
 
 def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def trace_length() -> int:
 
 def _traced(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
-        return leaf
+        return plain(leaf)
     slot = get_proxy_slot(leaf, _tracer(), None)
     return NodeRef(None if slot is None else slot.proxy.node)
 
@@ -141,4 +145,9 @@ def _resolve(leaf: Any, final: dict[int, Node]) -> Any:
     """From a node of the trace to the same node of the exported graph, through the position both carry."""
     if not isinstance(leaf, NodeRef) or leaf.node is None:
         return leaf
-    return NodeRef(final.get(leaf.node.meta["custom"][_MARK]))
+    return NodeRef(final_node(leaf.node, final))
+
+
+def final_node(traced: Node, final: dict[int, Node]) -> Node | None:
+    """The same node in the exported graph, if it has it."""
+    return final.get(traced.meta["custom"][_MARK])

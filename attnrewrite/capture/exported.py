@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError, CaptureError, first_line
 from .autocast_regions import Interval, disabled_regions_in_place
-from .boundaries import BoundaryRecorder, ModuleCall, positions
+from .boundaries import BoundaryRecorder, ModuleCall, final_node, positions
 from .examples import Inputs, normalise_inputs
 from .in_place import restate_in_place
+from .sizes import SizeRecord, SizeTracker
 from .snapshot import untouched
 
 
@@ -29,7 +30,8 @@ class Capture:
     ``tensors`` holds the value of every placeholder: parameters, buffers, constants and the example inputs, which
     ``inputs`` lists. ``names`` gives the qualified name of those that belong to the model. ``position`` orders the
     nodes as they were traced, the order in which ``root``'s calls are stated. ``example`` are the arguments of the
-    captured call. ``uncast`` are the positions at which the model's code has autocast turned off.
+    captured call. ``uncast`` are the positions at which the model's code has autocast turned off. ``sizes`` is what the
+    model computed from the shapes of its values.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Capture:
     root: ModuleCall
     example: Inputs
     uncast: list[Interval]
+    sizes: SizeRecord
 
     @property
     def batch(self) -> int:
@@ -72,19 +75,32 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
     """
     _require_plain_module(model)
     args, kwargs = normalise_inputs(model, example_inputs)
-    recorder = BoundaryRecorder(model)
+    _require_finite(args, kwargs)
+    try:
+        return capture_call(model, (args, kwargs))
+    except CaptureError:
+        raise
+    except Exception as cause:
+        with untouched(model):
+            _require_runs(model.eval(), args, kwargs)
+        raise CaptureError(
+            f"{type(model).__name__} cannot be exported: {first_line(cause)}; make its forward free of "
+            "data-dependent control flow, or convert the submodule that can be exported"
+        ) from cause
+
+
+def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Capture:
+    """Export one call of ``model``, in eval or in ``training`` mode, and leave it untouched.
+
+    Raises:
+        CaptureError: what it does is not one graph. Whatever else keeps the model from being traced is raised as it is.
+    """
+    args, kwargs = inputs
+    recorder, tracker = BoundaryRecorder(model), SizeTracker()
     with untouched(model):
-        model.eval()
-        _require_finite(args, kwargs)
-        try:
-            with recorder.recording(), _traceable(), disabled_regions_in_place() as uncast:
-                program = torch.export.export(model, args, kwargs, strict=False)
-        except Exception as cause:
-            _require_runs(model, args, kwargs)
-            raise CaptureError(
-                f"{type(model).__name__} cannot be exported: {first_line(cause)}; make its forward free of "
-                "data-dependent control flow, or convert the submodule that can be exported"
-            ) from cause
+        model.train(training)
+        with recorder.recording(), _traceable(), disabled_regions_in_place() as uncast, tracker:
+            program = torch.export.export(model, args, kwargs, strict=False)
     graph = program.graph
     if any(node.op == "get_attr" for node in graph.nodes):
         raise CaptureError(
@@ -93,10 +109,11 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
         )
     restate_in_place(graph)
     position = positions(iter(graph.nodes))
-    tensors, names, inputs = _placeholders(program, args, kwargs)
+    tensors, names, placeholders = _placeholders(program, args, kwargs)
     # An assertion that export adds about a value says the value's position again: the first node is the value.
-    root = recorder.calls({index: node for node, index in reversed(position.items())})
-    return Capture(model, graph, inputs, tensors, names, position, root, (args, kwargs), uncast)
+    final = {index: node for node, index in reversed(position.items())}
+    root, sizes = recorder.calls(final), tracker.record.resolve(lambda node: final_node(node, final))
+    return Capture(model, graph, placeholders, tensors, names, position, root, inputs, uncast, sizes)
 
 
 @contextmanager
@@ -181,4 +198,4 @@ def _require_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         ) from cause
 
 
-__all__ = ["Capture", "Inputs", "capture"]
+__all__ = ["Capture", "Inputs", "capture", "capture_call"]

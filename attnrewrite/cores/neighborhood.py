@@ -46,14 +46,14 @@ class NeighborhoodAttention(nn.Module):
         self.register_buffer("entries", entries, persistent=False)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Heads-last ``[batch, tokens, heads, dim]``; ``bias`` ``[1, heads, tokens, tokens]`` at the converted grid."""
+        """Heads-last ``[batch, tokens, heads, dim]``; ``bias`` ``[1, heads, tokens, tokens]``."""
         grid = grid_of(query.shape[1], self.grid)
         kernel = clamped_kernel(self.kernel_size, self.dilation, grid)
         if covers(kernel, self.dilation, grid) or (self.training and self.dropout > 0.0):
             return self._dense(query, key, value, bias, kernel, grid)
         prefix = grid.prefix_tokens
         maps = [part[:, prefix:].unflatten(1, (grid.height, grid.width)) for part in (query, key, value)]
-        table = None if bias is None else self._table(bias, kernel)
+        table = None if bias is None else self._table(bias, kernel, grid)
         extra_keys, extra_values = (key[:, :prefix], value[:, :prefix]) if prefix else (None, None)
         mixed = neighborhood_attention(
             maps[0],
@@ -71,9 +71,11 @@ class NeighborhoodAttention(nn.Module):
             return mixed.flatten(1, 2)
         return torch.cat([self._attend(query[:, :prefix], key, value, None, 0.0), mixed.flatten(1, 2)], dim=1)
 
-    def _table(self, bias: Tensor, kernel: Pair) -> Tensor:
+    def _table(self, bias: Tensor, kernel: Pair, grid: Grid) -> Tensor:
         assert isinstance(self.entries, Tensor)
-        return reached_table(bias[0], self.entries, (self.grid.height, self.grid.width), kernel, self.dilation)
+        sides = grid.height, grid.width
+        entries = self.entries if grid == self.grid else relative_entries(sides).to(bias.device)
+        return reached_table(bias[0], entries, sides, kernel, self.dilation)
 
     def _dense(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Pair, grid: Grid
@@ -180,14 +182,26 @@ class ReducedNeighborhoodAttention(nn.Module):
 
 
 def grid_of(tokens: int, converted: Grid) -> Grid:
-    """The map of a sequence: the converted one, or one of its aspect ratio.
+    """The map of a sequence: that of the image that the model was given. Where no image is known, the converted map, or
+    one of its aspect ratio.
 
     Raises:
-        ConversionError: no map of that aspect ratio has so many tokens.
+        ConversionError: the image has no map of so many tokens, or there is none of that aspect ratio.
     """
+    count = tokens - converted.prefix_tokens
+    maps = None if converted.image is None else converted.image.possible(count)
+    if maps is not None:
+        if len(maps) != 1:
+            sizes = " or ".join(f"{h}x{w}" for h, w in converted.image.size.possible())  # type: ignore[union-attr]  # a map was asked for
+            raise ConversionError(
+                f"a sequence of {tokens} tokens is {'no map' if not maps else 'more than one map'} of the image, "
+                f"{sizes}; convert the model with example inputs of this size, or where tokens are dropped in training, "
+                "without that"
+            )
+        ((height, width),) = maps
+        return Grid(height, width, converted.prefix_tokens)
     if tokens == converted.tokens:
         return converted
-    count = tokens - converted.prefix_tokens
     height = round(math.sqrt(count * converted.height / converted.width)) if count > 0 else 0
     if height < 1 or count % height or height * converted.width != count // height * converted.height:
         raise ConversionError(
@@ -211,6 +225,23 @@ def reached_table(bias: Tensor, entries: Tensor, sides: Pair, kernel: Pair, dila
         offset = (step * torch.arange(1 - reach, reach, device=table.device)).clamp(1 - side, side - 1)
         table = table.index_select(axis, offset + side - 1)
     return table.contiguous()
+
+
+def relative_offset(size: tuple[int, int]) -> Tensor:
+    """``[n, n]`` flat index of key minus query in a ``(2h-1) x (2w-1)`` table."""
+    rows, columns = torch.arange(size[0]), torch.arange(size[1])
+    vertical = rows[None, :] - rows[:, None] + size[0] - 1
+    horizontal = columns[None, :] - columns[:, None] + size[1] - 1
+    index = vertical[:, None, :, None] * (2 * size[1] - 1) + horizontal[None, :, None, :]
+    return index.reshape(size[0] * size[1], -1)
+
+
+def relative_entries(size: tuple[int, int]) -> Tensor:
+    """``[(2h-1)(2w-1)]``: a flat position in ``n*n`` from which each entry of a relative table can be taken."""
+    offset = relative_offset(size).flatten()
+    entry = torch.zeros((2 * size[0] - 1) * (2 * size[1] - 1), dtype=torch.long)
+    entry[offset] = torch.arange(offset.numel())
+    return entry
 
 
 def clamped_kernel(kernel_size: Pair, dilation: Pair, grid: Grid) -> Pair:

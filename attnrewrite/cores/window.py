@@ -88,22 +88,24 @@ class WindowAttention(nn.Module):
 
 
 def require_same_border(window: Window, grid: Grid, converted: Grid, padded: bool) -> None:
-    """Stop at a map on which what the original does at the border was not seen, at the ``converted`` one.
+    """Stop at a map on which what the original does at the border was not seen, when it was ``converted``.
 
     ``padded``: what stands in padded slots is known.
 
     Raises:
         ConversionError: it was not seen.
     """
-    if not window.divides(grid) and not padded and grid != converted:
+    seen = converted.seen
+    if not window.divides(grid) and not padded and all(window.divides(other) for other in seen):
         raise ConversionError(
             f"a {grid} map is no multiple of the window {window.size}, and how the original would pad it "
             f"was not seen at {converted}; convert the model with example inputs of this size"
         )
-    for axis, (now, then) in enumerate(zip(window.blocks(grid), window.blocks(converted), strict=True)):
-        if (then == 1 < now) or (now == 1 < then and window.shift[axis]):
+    for axis, count in enumerate(window.blocks(grid)):
+        single = {window.blocks(other)[axis] == 1 for other in seen}
+        if (count == 1) not in single and (count > 1 or window.shift[axis]):
             raise ConversionError(
-                f"a {grid} map has {now} windows of {window.size[axis]} on axis {axis}, and {converted}, at "
-                f"which it was converted, {then}: whether a single window is shifted differs from model to model; "
-                "convert the model with example inputs of this size"
+                f"a {grid} map has {count} windows of {window.size[axis]} on axis {axis}, and {converted}, at "
+                f"which it was converted, {window.blocks(converted)[axis]}: whether a single window is shifted differs "
+                "from model to model; convert the model with example inputs of this size"
             )

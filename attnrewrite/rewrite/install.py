@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from ..cores import DenseAttention, GatherPatches, InterleavedAttention, InTokenOrder, MapToTokens, WindowAttention
+from ..cores import DenseAttention, GatherPatches, InterleavedAttention, InTokenOrder, WindowAttention
 from ..ir import AttentionSite, MapGroups, MlpSite, Projection, Site, StemSite
 from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..lift.values import shape_of
@@ -18,7 +18,7 @@ from ..targets import Conversion
 from .attention_weights import withhold
 from .head_norms import again, normalised, scaled
 from .outline import NotOutlinable, Outlined
-from .shapes import TOKENS_OF_MAP
+from .sizes import CHECK
 
 
 def install(outlined: Outlined, site: Site, conversion: Conversion) -> None:
@@ -64,7 +64,8 @@ def whole_ends(site: Site, conversion: Conversion) -> tuple[Node, Node]:
 def remove_dead_code(graph: fx.Graph) -> None:
     """Drop what nothing uses any more. Calls of children that nothing uses go too: the new core does their work."""
     for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output") and not _writes_to_what_is_read(node):
+        needed = node.op in ("placeholder", "output") or CHECK in node.meta
+        if not node.users and not needed and not _writes_to_what_is_read(node):
             graph.erase_node(node)
 
 
@@ -203,7 +204,7 @@ def _projector(outlined: Outlined, site: AttentionSite, source: Node) -> Callabl
             take_heads, (calls[linear, value], start, part.heads, part.head_dim, head_step, dim_step)
         )
         if value is source and len(shape_of(site.source)) == 3 and site.place is None:
-            return graph.call_method("unflatten", (taken, 1, outlined.sides(site.map_grid.height, site.map_grid.width)))
+            return graph.call_method("unflatten", (taken, 1, (site.map_grid.height, site.map_grid.width)))
         return taken
 
     return project
@@ -273,11 +274,10 @@ def _stem(outlined: Outlined, site: StemSite, conversion: Conversion) -> None:
     after = outlined.graph.inserting_after(old) if conversion.extras else outlined.graph.inserting_before(old)
     with after:
         arguments: tuple[Any, ...] = (outlined.latest(site.source if site.patches is not None else site.result),)
-        if isinstance(conversion.core, GatherPatches) and len(shape_of(site.source)) == 3:
-            arguments += outlined.sides(*conversion.core.grid)
+        if isinstance(conversion.core, GatherPatches) and len(shape_of(site.source)) == 3 and site.grid is not None:
+            arguments += (site.grid.height, site.grid.width)
         name = outlined.add_module("stem", conversion.core)
         new = outlined.graph.call_module(name, arguments, _source(outlined, site, conversion))
-        new.meta[TOKENS_OF_MAP] = isinstance(conversion.core, MapToTokens) and conversion.core.flat
     _replace(old, new)
 
 

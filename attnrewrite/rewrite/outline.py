@@ -13,12 +13,11 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_map
 
-from ..capture import IN_PLACE, ModuleCall, NodeRef
+from ..capture import IN_PLACE, Capture, ModuleCall, NodeRef
 from ..layout import map_channels
 from ..lift.dataflow import Dataflow
 from ..lift.values import argument, input_of, is_call, operator_name
-from .aspect import SameAspect
-from .shapes import CHANNELS_FIRST
+from .image_sides import NoteImage
 
 
 class NotOutlinable(Exception):
@@ -32,14 +31,17 @@ class Outlined:
     ``made[node]`` are the values that stand for captured ``node``, in the order they were made: a child that hands its
     input on (an inactive DropPath) makes a second one. ``constants`` and ``modules`` are to be added to the module;
     ``tied`` says what holds for the captured size only; ``tables`` are the shapes of the parameters that make biases;
-    ``given`` are the ``leaves`` that were constants, such as masks, and their values.
+    ``given`` are the ``leaves`` that were constants, such as masks, and their values; ``live`` the calls of children
+    that stay calls.
     """
 
     call: ModuleCall
     graph: fx.Graph
+    capture: Capture
     made: dict[Node, list[Node]] = field(default_factory=dict)
     leaves: list[Node] = field(default_factory=list)
     given: dict[Node, Tensor] = field(default_factory=dict)
+    live: list[ModuleCall] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     tied: list[str] = field(default_factory=list)
@@ -69,13 +71,9 @@ class Outlined:
         after, _ = tree_flatten((self.first(consumer).args, self.first(consumer).kwargs))
         return next(new for old, new in zip(before, after, strict=True) if old is captured)
 
-    def sides(self, height: int, width: int) -> tuple[Node | int, Node | int]:
-        """The sides of a map: from the module's own arguments if it is given them, else the captured ones."""
-        numbers = [leaf for leaf in self.leaves if type(leaf.meta.get("value")) is int]
-        if [leaf.meta["value"] for leaf in numbers[:2]] == [height, width]:
-            return numbers[0], numbers[1]
-        self.tied.append("the sides of the map")
-        return height, width
+    def owns_decision(self, position: int) -> bool:
+        """Whether the module's own code, or that of a child dissolved into it, ran at a trace position."""
+        return self.call.encloses(position) and not any(child.encloses(position) for child in self.live)
 
     def add_module(self, stem: str, module: nn.Module) -> str:
         taken = {*self.modules, *dict(self.call.module.named_children())}
@@ -111,7 +109,7 @@ def outline(call: ModuleCall, flow: Dataflow, opened: Callable[[ModuleCall], boo
 class _Outliner:
     def __init__(self, call: ModuleCall, flow: Dataflow, opened: Callable[[ModuleCall], bool]) -> None:
         self.flow, self.capture, self.opened = flow, flow.capture, opened
-        self.result = Outlined(call, fx.Graph())
+        self.result = Outlined(call, fx.Graph(), flow.capture)
         self.graph = self.result.graph
         self.result.value = self._value
         self.ordered = sorted(flow.capture.position, key=flow.capture.position.__getitem__)
@@ -133,7 +131,7 @@ class _Outliner:
             else:
                 placeholder.meta["value"] = leaf
         self._body(call)
-        self.graph.output(tuple(self._reference(leaf) for leaf in tree_flatten(call.output)[0]))
+        self.graph.output(tuple(self._laid_out(leaf) for leaf in tree_flatten(call.output)[0]))
         return self.result
 
     def _body(self, call: ModuleCall) -> None:
@@ -145,7 +143,7 @@ class _Outliner:
             elif self.opened(child):
                 module = child.module
                 hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-                hooked = any(not isinstance(hook, SameAspect) for hook in hooks)
+                hooked = any(not isinstance(hook, NoteImage) for hook in hooks)
                 self._require(not hooked, f"hooks on its child {self._relative(child.path)} would not fire any more")
                 self._body(child)
             else:
@@ -183,7 +181,7 @@ class _Outliner:
         if name == "aten::dropout" and node.args[2] is False:
             self._made(node, self._dropout(self._value(input_of(node)), float(argument(node, 1))))
             return
-        if self.flow.adds_nothing(node):
+        if self.flow.adds_nothing(node) or _is_same_values(node):
             self._made(node, self._value(input_of(node)))
             return
         self._require(not self.capture.is_uncast(node), "its own code turns autocast off, which a graph does not")
@@ -207,12 +205,12 @@ class _Outliner:
         return self.graph.call_module(self.dropouts[rate], (value,))
 
     def _call(self, child: ModuleCall) -> None:
+        self.result.live.append(child)
         signature = inspect.signature(child.module.forward)
-        bound = inspect.BoundArguments(signature, tree_map(self._reference, child.arguments))
+        bound = inspect.BoundArguments(signature, tree_map(self._laid_out, child.arguments))
         called = self.graph.call_module(self._relative(child.path), bound.args, bound.kwargs)
         if isinstance(child.output, NodeRef):
             if child.output.node is not None:
-                called.meta[CHANNELS_FIRST] = self._is_convolution(child)
                 self.result.handed_on |= child.output.node in self.result.made and type(child.module) is not nn.Identity
                 self._made(child.output.node, called)
             return
@@ -239,6 +237,14 @@ class _Outliner:
             return leaf
         self._require(leaf.node is not None, "a child is given a tensor made outside the traced model")
         return self._value(leaf.node)  # type: ignore[arg-type]  # a traced value
+
+    def _laid_out(self, leaf: Any) -> Any:
+        """What code outside is given lies in memory as there it did: it may view it."""
+        value = self._reference(leaf)
+        computed = isinstance(value, Node) and value.op == "call_function" and isinstance(value.meta.get("val"), Tensor)
+        if not computed or not leaf.node.meta["val"].is_contiguous():
+            return value
+        return self.graph.call_function(torch.ops.aten.contiguous.default, (value,))
 
     def _value(self, node: Node) -> Node:
         """The value of a captured node: made before, a parameter, or a constant to be computed here as well."""
@@ -272,6 +278,12 @@ class _Outliner:
     def _require(self, condition: bool, reason: str) -> None:
         if not condition:
             raise NotOutlinable(reason)
+
+
+def _is_same_values(node: Node) -> bool:
+    """A copy that is made or not as the memory lies: a trace shows it at one size and not at another. A slice of
+    everything is an alias."""
+    return operator_name(node) == "aten::alias" or (operator_name(node) == "aten::contiguous" and len(node.args) == 1 and not node.kwargs)
 
 
 def _attributes(module: nn.Module) -> dict[int, str]:

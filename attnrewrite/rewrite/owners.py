@@ -5,22 +5,25 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
 from ..errors import UNFORESEEN, unforeseen
-from ..ir import AttentionSite, Site
+from ..image_map import ImageSize
+from ..ir import AttentionSite, Grid, Site
 from ..lift.dataflow import Dataflow
+from ..lift.looks import Look, Looks
 from ..lift.values import needed_nodes
 from ..targets import Conversion
+from .follow_sizes import follow_sizes
 from .install import install, must_open, remove_dead_code, whole_ends
-from .outline import NotOutlinable, outline
+from .outline import NotOutlinable, Outlined, outline
 from .program import Program, program_of
 from .rewritten import rewrite_module
-from .shapes import free_sizes
 
 ConversionOf = Callable[[Site], Conversion]
 
@@ -31,7 +34,8 @@ class OwnerProgram:
 
     ``dropped`` are children and parameters that nothing uses any more, and ``lost`` the sizes of those parameters by
     identity. ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its
-    own hands its input on in eval mode; ``passes_over`` whether it is given a constant that it no longer uses.
+    own hands its input on in eval mode; ``passes_over`` whether it is given a constant that it no longer uses, and
+    ``reads_image`` whether it asks for the image that the model was given.
     """
 
     call: ModuleCall
@@ -43,6 +47,7 @@ class OwnerProgram:
     fixed_to: list[str] = field(default_factory=list)
     handed_on: bool = False
     passes_over: bool = False
+    reads_image: bool = False
     donor_class: type = field(init=False)
     lost: dict[int, int] = field(init=False)
 
@@ -61,15 +66,16 @@ class OwnerProgram:
 
 
 def build_programs(
-    sites: list[Site], flow: Dataflow, conversion_of: ConversionOf
+    sites: list[Site], looks: Looks, conversion_of: ConversionOf
 ) -> tuple[list[OwnerProgram], list[tuple[Site, str]]]:
     """One program for every owning module, and the sites that could not be rewritten, with the reason."""
     programs: list[OwnerProgram] = []
     failed: list[tuple[Site, str]] = []
+    flow = looks.first
     for calls in _by_module(_owners(sites, flow, conversion_of)):
         built = []
         for call, owned in calls:
-            program, without = build_program(call, owned, flow, conversion_of)
+            program, without = build_program(call, owned, looks, conversion_of)
             failed += without
             built += [program] if program is not None else []
         count = sum(1 for other in flow.capture.root.walk() if other.module is calls[0][0].module)
@@ -82,37 +88,99 @@ def build_programs(
 
 
 def build_program(
-    call: ModuleCall, sites: list[Site], flow: Dataflow, conversion_of: ConversionOf
+    call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
 ) -> tuple[OwnerProgram | None, list[tuple[Site, str]]]:
     """The program of one module call; sites that cannot be installed are left out, one by one, with the reason."""
     failed: list[tuple[Site, str]] = []
     while sites:
-        site = sites[0]
         try:
-            outlined = outline(call, flow, _opener(sites, conversion_of))
-            before = _parts_used(outlined.graph)
-            for site in sites:
-                install(outlined, site, conversion_of(site))
-            remove_dead_code(outlined.graph)
-            tied = outlined.tied + free_sizes(outlined.graph, outlined.leaves)
+            outlined, before = _outlined(call, sites, looks.first, conversion_of)
+            again = partial(_outlined_again, call, sites, looks, conversion_of=conversion_of)
+            tied = outlined.tied + follow_sizes(outlined, looks, again)
             remove_dead_code(outlined.graph)
             program = program_of(outlined, tied)
-        except UNFORESEEN as cause:
-            failed.append((site, f"{type(call.module).__name__}: {unforeseen(cause)}"))
-            sites = [other for other in sites if other is not site]
+        except _NotInstalled as without:
+            failed.append((without.site, _reason(call, without.__cause__)))
+            sites = [other for other in sites if other is not without.site]
             continue
-        except NotOutlinable as reason:
-            failed.append((site, f"{type(call.module).__name__} cannot be rewritten: {reason}"))
-            sites = [other for other in sites if other is not site]
-            continue
+        except (NotOutlinable, *UNFORESEEN) as cause:
+            return None, [*failed, *((site, _reason(call, cause)) for site in sites)]
         used = set(_parts_used(outlined.graph))
         modules = {name: module for name, module in outlined.modules.items() if name in used}
         buffers = {name: value for name, value in outlined.constants.items() if name in used}
         read = {part for name in used for part in itertools.accumulate(name.split("."), "{}.{}".format)}
-        unused = [name for name in before if name not in read and _is_droppable(call, name, flow)]
-        noted = (outlined.handed_on, bool(outlined.passed_over()))
+        unused = [name for name in before if name not in read and _is_droppable(call, name, looks.first)]
+        noted = (outlined.handed_on, bool(outlined.passed_over()), any(map(_reads_image, modules.values())))
         return OwnerProgram(call, sites, program, modules, buffers, unused, tied, *noted), failed
     return None, failed
+
+
+def _outlined(
+    call: ModuleCall, sites: list[Site], flow: Dataflow, conversion_of: ConversionOf
+) -> tuple[Outlined, list[str]]:
+    """The call's graph with ``sites`` installed, and the parts of the module that its own graph used before."""
+    outlined = outline(call, flow, _opener(sites, conversion_of))
+    before = _parts_used(outlined.graph)
+    for site in sites:
+        try:
+            install(outlined, site, conversion_of(site))
+        except (NotOutlinable, *UNFORESEEN) as cause:
+            raise _NotInstalled(site) from cause
+    remove_dead_code(outlined.graph)
+    return outlined, before
+
+
+class _NotInstalled(Exception):
+    """One of several sites could not be installed, for the cause."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+
+
+def _outlined_again(
+    call: ModuleCall, sites: list[Site], looks: Looks, look: Look, conversion_of: ConversionOf
+) -> Outlined:
+    """The same on another look.
+
+    Raises:
+        LookupError, NotOutlinable: it is not the same there.
+    """
+    conversions: dict[int, Conversion] = {}
+    others: list[Site] = []
+    for site in sites:
+        if id(site) not in look.sites:
+            raise LookupError(look.differs[id(site)])
+        others.append(look.sites[id(site)])
+        conversions[id(others[-1])] = _at(look, others[-1], conversion_of(site), looks)
+    try:
+        outlined, _ = _outlined(look.call(call, looks.first), others, look.flow, lambda site: conversions[id(site)])
+    except _NotInstalled as failed:
+        assert failed.__cause__ is not None
+        raise failed.__cause__ from None
+    return outlined
+
+
+def _at(look: Look, site: Site, conversion: Conversion, looks: Looks) -> Conversion:
+    """The same conversion, of the site as another look shows it."""
+    if conversion.until is not None:
+        conversion = replace(conversion, until=look.counterpart(conversion.until, looks.first))
+    if conversion.on_tokens and site.grid is not None:
+        conversion = replace(conversion, sizes=(site.grid.height, site.grid.width, site.grid.prefix_tokens))
+    return conversion
+
+
+def _reads_image(module: nn.Module) -> bool:
+    """Whether it takes the sides of a map, or of the image, from the image that the model was given."""
+    held = [value for part in module.modules() for value in vars(part).values()]
+    return any(isinstance(value, ImageSize) or (isinstance(value, Grid) and value.image) for value in held)
+
+
+def _reason(call: ModuleCall, cause: BaseException | None) -> str:
+    kind = type(call.module).__name__
+    if isinstance(cause, NotOutlinable):
+        return f"{kind} cannot be rewritten: {cause}"
+    return f"{kind}: {unforeseen(cause)}"  # type: ignore[arg-type]  # it was raised
 
 
 def _parts_used(graph: fx.Graph) -> list[str]:

@@ -1,0 +1,98 @@
+"""Other looks at a model: captured again at other image sizes, aspects and batches, and in training mode.
+
+One capture is not the function. What moves between looks comes from the sizes; what does not is a constant.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .exported import Capture, capture_call
+
+Sides = tuple[int, int]
+
+_STEPS = (32, 14, 12)
+"""Sides grow by multiples of these: patches, strides and windows of nearly every model divide one of them."""
+
+
+def other_looks(first: Capture) -> list[Capture]:
+    """Captures at two other sizes, the second with sides that nothing divides if the model takes them, each of another
+    aspect and batch; none where the model takes no other size."""
+    batch, sides = first.batch, image_sides(first)
+    looks: list[Capture] = []
+    if sides is not None:
+        for step in dict.fromkeys((*_STEPS, *sides)):
+            grown = _look(first, _grown(sides, step, 1, 3), batch + 2)
+            if grown is not None:
+                odd = (sides[0] + 2 * step - 3, sides[1] + step - 5)
+                again = _look(first, odd, batch + 1) or _look(first, _grown(sides, step, 4, 2), batch + 1)
+                looks = [look for look in (grown, again) if look is not None]
+                break
+    return looks
+
+
+def same_size_look(first: Capture) -> Capture | None:
+    """The captured size with another batch; None if the model takes no other."""
+    return _look(first, image_sides(first), first.batch + 1)
+
+
+def training_look(first: Capture) -> Capture | None:
+    """The model in training mode, at the captured size; with more samples, for some norms need several."""
+    for batch in (first.batch + 1, first.batch):
+        found = _look(first, image_sides(first), batch, training=True)
+        if found is not None:
+            return found
+    return None
+
+
+def image_sides(look: Capture) -> Sides | None:
+    """Height and width of the first image ``[batch, ..., height, width]`` that the model is given."""
+    image = next((look.tensors[node] for node in look.inputs if is_image(look.tensors[node])), None)
+    return None if image is None else (int(image.shape[-2]), int(image.shape[-1]))
+
+
+def is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 4 and value.is_floating_point()
+
+
+def _grown(sides: Sides, step: int, rows: int, columns: int) -> Sides:
+    return sides[0] + rows * step, sides[1] + columns * step
+
+
+def _look(first: Capture, sides: Sides | None, batch: int, training: bool = False) -> Capture | None:
+    """None if the model takes no such input."""
+    if sides is not None and min(sides) < 1:
+        return None
+    inputs = tree_map(lambda leaf: _resized(leaf, first, sides, batch), first.example)
+    try:
+        return capture_call(first.model, inputs, training)
+    except Exception:  # whatever a model says to a size that it does not take
+        return None
+
+
+def _resized(leaf: Any, first: Capture, sides: Sides | None, batch: int) -> Any:
+    """An input of the same kind: of as many samples, and where it is an image of the captured sides, of these."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    shape = list(leaf.shape)
+    if shape and shape[0] == first.batch:
+        shape[0] = batch
+    if sides is not None and is_image(leaf) and tuple(shape[-2:]) == image_sides(first):
+        shape[-2:] = sides
+    if shape == list(leaf.shape):
+        return leaf
+    return _tiled(leaf, shape)
+
+
+def _tiled(value: Tensor, shape: list[int]) -> Tensor:
+    """``value`` repeated and cut to ``shape``: what is valid in it, such as an index, stays valid."""
+    for axis, size in enumerate(shape):
+        index = torch.arange(size, device=value.device) % value.shape[axis]
+        value = value.index_select(axis, index)
+    return value
+
+

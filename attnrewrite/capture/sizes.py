@@ -1,0 +1,245 @@
+"""Sizes as values: which of a forward's numbers and branches come from the shapes of its tensors.
+
+``tensor.shape`` gives integers, and a trace keeps what they were. While a ``SizeTracker`` is entered it gives integers
+that remember where they come from: arithmetic on them is noted as a ``Term``, and a comparison, which may decide the
+course of the forward, as a ``Decision``. Nothing else about them is special: they are ``int`` and ``float``.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.overrides import TorchFunctionMode
+
+Number = int | float
+
+_TORCH = f"{torch.__path__[0]}/"
+
+
+@dataclass(frozen=True)
+class Side:
+    """The extent of one axis of a traced value. ``node`` is that of the trace until ``SizeRecord.resolve``."""
+
+    node: Node
+    axis: int
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a forward computed from sizes: a Python operator and its operands."""
+
+    function: Callable[..., Any]
+    operands: tuple[Term | Number, ...]
+
+
+Term = Side | Arithmetic
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A comparison of sizes: ``function(*operands)`` was ``outcome``, at trace ``position``, in code at ``place``."""
+
+    function: Callable[..., Any]
+    operands: tuple[Term | Number, ...]
+    outcome: bool
+    position: int
+    place: tuple[str, int, int]
+
+    def __str__(self) -> str:
+        file, line, _ = self.place
+        return f"a comparison of sizes ({self.function.__name__}, {file.rpartition('/')[2]}:{line})"
+
+
+@dataclass
+class SizeRecord:
+    """Everything a forward computed from sizes, in order, each with the trace position at which it did."""
+
+    terms: list[tuple[int, Term]] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+
+    def resolve(self, final: Callable[[Node], Node | None]) -> SizeRecord:
+        """The record with the nodes of the final graph; what refers to values that it has not is left out."""
+        known: dict[Term, Term | None] = {}
+
+        def resolved(term: Term | Number) -> Term | Number | None:
+            if not isinstance(term, Side | Arithmetic):
+                return term
+            if term not in known:
+                known[term] = _resolved(term)
+            return known[term]
+
+        def _resolved(term: Term) -> Term | None:
+            if isinstance(term, Side):
+                node = final(term.node)
+                return None if node is None else Side(node, term.axis)
+            operands = tuple(resolved(operand) for operand in term.operands)
+            return None if None in operands else Arithmetic(term.function, operands)  # type: ignore[arg-type]  # no None
+
+        terms = [(position, resolved(term)) for position, term in self.terms]
+        decisions = [(each, tuple(resolved(operand) for operand in each.operands)) for each in self.decisions]
+        return SizeRecord(
+            [(position, term) for position, term in terms if isinstance(term, Side | Arithmetic)],
+            [
+                Decision(each.function, operands, each.outcome, each.position, each.place)  # type: ignore[arg-type]  # no None
+                for each, operands in decisions
+                if None not in operands
+            ],
+        )
+
+
+class SizeTracker(TorchFunctionMode):
+    """Gives integers with a memory for the shapes of traced tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record = SizeRecord()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _GETTERS:
+            return self._tracked(args[0], result, args[1:], kwargs or {})
+        if func is torch.Tensor.numel and (node := _node_of(args[0])) is not None:
+            count: Any = 1
+            for axis, extent in enumerate(args[0].shape):
+                count = _Extent(extent, Side(node, axis), self.record) * count
+            return count
+        return result
+
+    def _tracked(self, tensor: Tensor, sizes: Any, axis: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        node = _node_of(tensor)
+        if node is None:
+            return sizes
+        if isinstance(sizes, int):
+            along = int((*axis, *named.values())[0]) % tensor.ndim
+            return _Extent(sizes, Side(node, along), self.record)
+        return torch.Size([_Extent(size, Side(node, place), self.record) for place, size in enumerate(sizes)])
+
+
+_GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]  # a getter
+
+
+def plain(number: Any) -> Any:
+    """A tracked number as the number that it is; anything else as it is."""
+    if isinstance(number, _Extent):
+        return int.__index__(number)
+    return float.__float__(number) if isinstance(number, _Measure) else number
+
+
+def _node_of(tensor: Any) -> Node | None:
+    mode = get_proxy_mode()
+    if mode is None or not isinstance(tensor, Tensor):
+        return None
+    slot = get_proxy_slot(tensor, mode.tracer, None)
+    return None if slot is None else slot.proxy.node
+
+
+class _Tracked:
+    """What tracked numbers have in common. ``term`` says where the number comes from."""
+
+    term: Term
+    record: SizeRecord
+
+
+class _Extent(int, _Tracked):
+    def __new__(cls, value: int, term: Term, record: SizeRecord) -> _Extent:
+        made = int.__new__(cls, value)
+        made.term, made.record = term, record
+        return made
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int.__index__(self)
+
+    def __reduce__(self) -> Any:
+        return int, (int.__index__(self),)
+
+
+class _Measure(float, _Tracked):
+    def __new__(cls, value: float, term: Term, record: SizeRecord) -> _Measure:
+        made = float.__new__(cls, value)
+        made.term, made.record = term, record
+        return made
+
+    def __deepcopy__(self, memo: Any) -> float:
+        return float.__float__(self)
+
+    def __reduce__(self) -> Any:
+        return float, (float.__float__(self),)
+
+
+def _computed(function: Callable[..., Any], *operands: Any) -> Any:
+    """``function`` of plain numbers, with its term."""
+    result = function(*map(plain, operands))
+    record = next(operand.record for operand in operands if isinstance(operand, _Tracked))
+    term = Arithmetic(function, tuple(getattr(operand, "term", operand) for operand in operands))
+    if type(result) is int:
+        made: Any = _Extent(result, term, record)
+    elif type(result) is float:
+        made = _Measure(result, term, record)
+    else:
+        return result
+    record.terms.append((_position(), term))
+    return made
+
+
+def _decided(function: Callable[..., Any], *operands: Any) -> Any:
+    outcome = function(*map(plain, operands))
+    record = next(operand.record for operand in operands if isinstance(operand, _Tracked))
+    terms = tuple(getattr(operand, "term", operand) for operand in operands)
+    frame = sys._getframe(2)
+    if not frame.f_code.co_filename.startswith(_TORCH):  # what torch asks of its operands is the operator's affair
+        place = (frame.f_code.co_filename, frame.f_lineno, frame.f_lasti)
+        record.decisions.append(Decision(function, terms, bool(outcome), _position(), place))
+    return outcome
+
+
+def _position() -> int:
+    mode = get_proxy_mode()
+    return -1 if mode is None else len(mode.tracer.graph.nodes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _binary(function: Callable[..., Any], note: Callable[..., Any]) -> tuple[Any, Any]:
+    def forward(self: Any, other: Any) -> Any:
+        return note(function, self, other) if _is_number(other) else NotImplemented
+
+    def reflected(self: Any, other: Any) -> Any:
+        return note(function, other, self) if _is_number(other) else NotImplemented
+
+    return forward, reflected
+
+
+def _unary(function: Callable[..., Any]) -> Any:
+    return lambda self, *digits: _computed(function, self, *digits)
+
+
+def _divided(left: Number, right: Number) -> tuple[Number, Number]:
+    return left // right, left % right
+
+
+for _kind in (_Extent, _Measure):
+    for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
+        _forward, _reflected = _binary(getattr(operator, _name), _computed)
+        setattr(_kind, f"__{_name}__", _forward)
+        setattr(_kind, f"__r{_name}__", _reflected)
+    for _name in ("lt", "le", "eq", "ne", "gt", "ge"):
+        setattr(_kind, f"__{_name}__", _binary(getattr(operator, _name), _decided)[0])
+    for _name, _function in (
+        ("neg", operator.neg), ("abs", abs), ("round", round), ("ceil", math.ceil), ("floor", math.floor),
+        ("trunc", math.trunc),
+    ):  # fmt: skip
+        setattr(_kind, f"__{_name}__", _unary(_function))
+    _kind.__bool__ = lambda self: _decided(operator.ne, self, 0)  # type: ignore[method-assign]  # `if height % 7:`
+    _kind.__divmod__ = lambda self, other: (self // other, self % other)  # type: ignore[method-assign]
+    _kind.__hash__ = lambda self: hash(plain(self))  # type: ignore[method-assign]  # equality is a decision, not identity

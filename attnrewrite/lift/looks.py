@@ -1,0 +1,206 @@
+"""The sites of a model on several looks at it: what they have in common, and how their maps follow the image."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..capture import ModuleCall, image_sides
+from ..image_map import ImageMap, ImageSize, Sides
+from ..ir import AttentionSite, Grid, MapGroups, Projection, Reduced, Site
+from .dataflow import Dataflow
+from .values import is_call, operator_name
+
+
+@dataclass
+class Look:
+    """Another look at the model, and the counterparts of the first look's sites, by ``id``; what it shows otherwise is
+    missing, with the reason in ``differs``."""
+
+    flow: Dataflow
+    sites: dict[int, Site] = field(default_factory=dict)
+    differs: dict[int, str] = field(default_factory=dict)
+
+    def counterpart(self, node: Node, first: Dataflow) -> Node:
+        """The node that stands where ``node`` stands in the ``first`` graph: the same operator, as many before it in
+        the same call.
+
+        Raises:
+            LookupError: there is none.
+        """
+        call = first.capture.enclosing_call([node])
+        position = _like(node, _own_nodes(call, first)).index(node)
+        return _like(node, _own_nodes(self.call(call, first), self.flow))[position]
+
+    def call(self, call: ModuleCall, first: Dataflow) -> ModuleCall:
+        """The same call of the same module.
+
+        Raises:
+            LookupError: it was not called as often.
+        """
+        number = next(i for i, each in enumerate(_calls_of(call.path, first)) if each is call)
+        return _calls_of(call.path, self.flow)[number]
+
+
+Seen = tuple[Dataflow, list[Site]]
+"""A look at a model, and what was recognised on it."""
+
+
+class Looks:
+    """The ``first`` look at a model, and ``others`` at other sizes; the ``sites`` as all of them show them, with maps
+    that follow the image, whose ``size`` they share, and groups that explain every look.
+
+    Args:
+        sites: those of the first look.
+        others: the other looks.
+        other_batch: gives a look at the captured size and another batch, for what takes another course at other sizes;
+            None if the model takes none.
+    """
+
+    def __init__(
+        self, first: Dataflow, sites: list[Site], others: list[Seen], other_batch: Callable[[], Seen | None]
+    ) -> None:
+        self.first, self.size, self._other_batch = first, ImageSize(), other_batch
+        named = [_by_name(found) for _, found in others]
+        counterparts = [[found.get(name) for found in named] for name in _names(sites)]
+        images = [sides for sides in (image_sides(each.capture) for each in (first, *(f for f, _ in others))) if sides]
+        self.sites = [
+            _with_groups(_with_maps(site, theirs, images, self.size), theirs)
+            for site, theirs in zip(sites, counterparts, strict=True)
+        ]
+        self.others = [self._look(*seen) for seen in others]
+
+    @cached_property
+    def other_batch(self) -> Look | None:
+        seen = self._other_batch()
+        return None if seen is None else self._look(*seen)
+
+    def _look(self, flow: Dataflow, found: list[Site]) -> Look:
+        look, named = Look(flow), _by_name(found)
+        for name, site in zip(_names(self.sites), self.sites, strict=True):
+            other = named.get(name)
+            reason = "the site is not seen there" if other is None else _otherwise(site, other, self.first, flow)
+            if reason:
+                look.differs[id(site)] = reason
+            else:
+                look.sites[id(site)] = other  # type: ignore[assignment]  # there
+        return look
+
+
+def _names(sites: Iterable[Site]) -> list[tuple[str, str, int]]:
+    counted: dict[tuple[str, str], int] = defaultdict(int)
+    names = []
+    for site in sites:
+        names.append((site.name, site.kind, counted[site.name, site.kind]))
+        counted[site.name, site.kind] += 1
+    return names
+
+
+def _by_name(sites: list[Site]) -> dict[tuple[str, str, int], Site]:
+    return dict(zip(_names(sites), sites, strict=True))
+
+
+def _with_maps(site: Site, others: list[Site | None], images: list[Sides], size: ImageSize) -> Site:
+    """Its grid, and that of its reduced keys, with the image they are maps of."""
+    if any(other is None for other in others) or not images:
+        return site
+    grids = [each.grid for each in (site, *others)]  # type: ignore[union-attr]  # checked
+    if all(grid is not None for grid in grids) and len({grid.prefix_tokens for grid in grids}) == 1:  # type: ignore[union-attr]  # checked
+        site = replace(site, grid=replace(grids[0], image=_image_map(size, images, grids)))  # type: ignore[type-var]  # a grid
+    keys = [each.keys if isinstance(each, AttentionSite) else None for each in (site, *others)]
+    if isinstance(site, AttentionSite) and all(isinstance(key, Reduced) for key in keys):
+        site = replace(site, keys=replace(keys[0], image=_image_map(size, images, keys)))  # type: ignore[type-var, arg-type]  # reduced
+    return site
+
+
+def _image_map(size: ImageSize, images: list[Sides], maps: Iterable[Any]) -> ImageMap:
+    return ImageMap(size, tuple(images), tuple((each.height, each.width) for each in maps))
+
+
+def _with_groups(site: Site, others: list[Site | None]) -> Site:
+    """Windows of which one look shows more than another: whether they are shifted, and what stands beyond the border."""
+    if not isinstance(site, AttentionSite) or not isinstance(site.keys, MapGroups) or site.grid is None:
+        return site
+    seen = [(each.keys, each.grid) for each in (site, *others) if isinstance(each, AttentionSite)]
+    for keys in dict.fromkeys(keys for keys, _ in seen if isinstance(keys, MapGroups)):
+        if all(isinstance(own, MapGroups) and grid and _same_groups(keys, own, grid) for own, grid in seen):
+            return replace(site, keys=keys)
+    return site
+
+
+def _same_groups(one: MapGroups, other: MapGroups, grid: Grid) -> bool:
+    first, second = one.slots(grid), other.slots(grid)
+    return first.shape == second.shape and bool(torch.equal(_sorted(first), _sorted(second)))
+
+
+def _sorted(slots: Tensor) -> Tensor:
+    """Groups in an order of their own: a shift may make the last one the first."""
+    kept = slots[(slots >= 0).any(1)]
+    return kept[kept.max(1).values.argsort()]
+
+
+def _otherwise(site: Site, other: Site, first: Dataflow, flow: Dataflow) -> str:
+    """What a site is on another look that it is not on the first; an empty string if nothing."""
+    if not isinstance(site, AttentionSite) or not isinstance(other, AttentionSite):
+        same = site.describe().partition(" grid")[0] == other.describe().partition(" grid")[0]
+        return "" if same else f"it is {other.describe()} at another size"
+    facts = {
+        "its heads": lambda s: (s.heads, s.head_dim),
+        "its scale": lambda s: (round(s.scale, 12), round(s.scale_of_operands, 12), len(s.learned_scales)),
+        "what acts on its queries and keys": lambda s: (s.qk, *(_norm(norm) for norm in (s.query_norm, s.key_norm))),
+        "its dropout": lambda s: s.dropout,
+        "its bias": lambda s: None if s.bias is None else s.bias.kind,
+        "its mask": lambda s: s.mask is None,
+        "the kind of its keys": lambda s: type(s.keys),
+        "the tokens that query": lambda s: None if s.queries is None or len(s.queries) == s.source_tokens else len(s.queries),
+    }
+    for what, fact in facts.items():
+        if fact(site) != fact(other):
+            return f"{what} at another size"
+    if isinstance(site.keys, MapGroups) and not _same_groups(site.keys, other.keys, other.map_grid):  # type: ignore[arg-type]  # of one kind
+        return "its groups at another size"
+    for part in ("query", "key", "value", "output"):
+        if not _same_rows(getattr(site, part), getattr(other, part), first, flow):
+            return f"its {part} projection at another size"
+    return ""
+
+
+def _norm(norm: Any) -> Any:
+    return None if norm is None else (norm.kind, norm.place, norm.eps)
+
+
+def _same_rows(one: Projection | None, other: Projection | None, first: Dataflow, flow: Dataflow) -> bool:
+    if one is None or other is None:
+        return one is other
+    pairs = [(one.weight, other.weight), (one.bias, other.bias)]
+    if not torch.equal(one.rows, other.rows):
+        return False
+    return all(
+        a is b if a is None or b is None else _same_value(first.weights(a), flow.weights(b)) for a, b in pairs
+    )
+
+
+def _same_value(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and bool(torch.equal(one, other)))
+
+
+def _calls_of(path: str, flow: Dataflow) -> list[ModuleCall]:
+    return [call for call in flow.capture.root.walk() if call.path == path]
+
+
+def _own_nodes(call: ModuleCall, flow: Dataflow) -> list[Node]:
+    position = flow.capture.position
+    inside = [node for node, place in position.items() if is_call(node) and call.encloses(place)]
+    inside = [node for node in inside if not any(child.encloses(position[node]) for child in call.children)]
+    return sorted(inside, key=position.__getitem__)
+
+
+def _like(node: Node, nodes: list[Node]) -> list[Node]:
+    return [other for other in nodes if operator_name(other) == operator_name(node)]

@@ -1,0 +1,357 @@
+"""Numbers of an outlined graph that move with the sizes of its inputs, restated as expressions of them.
+
+The same graph was outlined from several looks at the model. A number that all looks have in common is a constant; one
+that moves is matched, as the vector of what it was on every look, with the extents of the graph's own values, with what
+the model itself computed from sizes, and with a few simple forms of both. What is not explained that way ties the graph
+to the sizes at which it was captured.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from ..capture.sizes import Arithmetic, Decision, Side, Term
+from ..errors import ConversionError
+from .outline import Outlined
+
+CHECK = "attnrewrite_check"
+"""Marks, in their ``meta``, nodes that are there for the error that they may raise."""
+
+Vector = tuple[float, ...]
+Emit = Callable[[], Any]
+"""Puts an expression into the graph, where it is being written, and gives its value."""
+
+
+def difference(first: Outlined, other: Outlined) -> str:
+    """Why two outlined graphs are not the same but for numbers; an empty string if they are."""
+    before, after = list(first.graph.nodes), list(other.graph.nodes)
+    if len(before) != len(after):
+        return "its operators"
+    place = {node: number for number, node in enumerate(after)}
+    twin = dict(zip(before, after, strict=True))
+    for one, two in twin.items():
+        if one.op != two.op or (one.op != "placeholder" and one.target != two.target):
+            return _name(one)
+        leaves, others = list(_leaves(one)), list(_leaves(two))
+        if len(leaves) != len(others):
+            return _name(one)
+        for leaf, counterpart in zip(leaves, others, strict=True):
+            if isinstance(leaf, Node):
+                if not isinstance(counterpart, Node) or place[counterpart] != place[twin[leaf]]:
+                    return _name(one)
+            elif type(leaf) is not type(counterpart) or (not _is_number(leaf) and leaf != counterpart):
+                return _name(one)
+        if one.op == "get_attr" and not _same_constant(first, other, str(one.target)):
+            return "a constant"
+    return ""
+
+
+def restate(
+    first: Outlined,
+    others: list[Outlined],
+    decisions: list[tuple[Decision, list[tuple[Any, ...]]]],
+    from_image: Callable[[Vector], Any],
+) -> list[str]:
+    """Restate, in place, what moves between ``first`` and the ``others``, all the same but for numbers.
+
+    Args:
+        decisions: comparisons of sizes that the graph's course hangs on, each with its operands' terms on the others.
+        from_image: a graph value for a number that follows the image, or None.
+
+    Returns:
+        The names of what could not be explained.
+    """
+    return _Restating(first, others, from_image).run(decisions)
+
+
+def expect_course(holds: Any, captured: bool, what: str) -> None:
+    """A comparison of sizes must turn out as it did at capture, for the rewritten forward has one course only.
+
+    Raises:
+        ConversionError: it does not.
+    """
+    if bool(holds) is not captured:
+        raise ConversionError(
+            f"{what} turns out otherwise at this size than when this module was converted, and the original then takes "
+            "another course; convert the model with example inputs of this size"
+        )
+
+
+class _Restating:
+    def __init__(self, first: Outlined, others: list[Outlined], from_image: Callable[[Vector], Any]) -> None:
+        self.graph, self.from_image = first.graph, from_image
+        self.nodes = list(first.graph.nodes)
+        self.twins = {n: list(t) for n, *t in zip(self.nodes, *(o.graph.nodes for o in others), strict=True)}
+        self.known: dict[Vector, Emit] = {}
+        self.donors: dict[Vector, list[tuple[Term, ...]]] = {}
+        for terms in self._own_terms(first, others):
+            self.donors.setdefault(self._vector(terms), []).append(terms)
+        self.tied: list[str] = []
+
+    def run(self, decisions: list[tuple[Decision, list[tuple[Any, ...]]]]) -> list[str]:
+        for node in self.nodes:
+            if node.op == "placeholder":
+                self._know(node)
+        self._expect(decisions)
+        for node in self.nodes:
+            if node.op == "placeholder":
+                continue
+            self._restate(node)
+            if node.op != "output":
+                self._know(node)
+        return self.tied
+
+    def _know(self, node: Node) -> None:
+        """Its extents can be asked for from now on; a number that the module is given can be used."""
+        number = node.meta.get("value")
+        if _is_number(number):
+            vector = (number, *(twin.meta.get("value", math.nan) for twin in self.twins[node]))
+            self._learn(vector, lambda: node)
+        values = [each.meta.get("val") for each in (node, *self.twins[node])]
+        if not all(isinstance(value, Tensor) and value.ndim == values[0].ndim for value in values):  # type: ignore[union-attr]  # checked
+            return
+        for axis, vector in enumerate(zip(*(value.shape for value in values), strict=True)):  # type: ignore[union-attr]  # checked
+            self._learn(vector, lambda axis=axis: self.graph.call_method("size", (node, axis)))
+
+    def _learn(self, vector: Vector, emit: Emit) -> None:
+        if len(set(vector)) > 1:
+            self.known.setdefault(vector, _once(emit))
+
+    def _restate(self, node: Node) -> None:
+        moving = [
+            vector
+            for vector in zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True)
+            if _is_number(vector[0]) and len(set(vector)) > 1
+        ]
+        if not moving:
+            return
+        with self.graph.inserting_before(node):
+            found = {vector: self._expression(vector) for vector in moving}
+        if None in found.values():
+            self.tied.append(_name(node))
+            return
+        changes = iter(zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True))
+
+        def changed(leaf: Any) -> Any:
+            vector = next(changes)
+            return found.get(vector, leaf) if _is_number(leaf) else leaf
+
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), changed)  # type: ignore[misc]  # a pair
+        node.args, node.kwargs = args, kwargs
+
+    def _expect(self, decisions: list[tuple[Decision, list[tuple[Any, ...]]]]) -> None:
+        """Guards of the course, before anything is computed."""
+        start = next(node for node in self.nodes if node.op != "placeholder")
+        for decision, others in decisions:
+            with self.graph.inserting_before(start):
+                operands = [
+                    self._operand(vector) for vector in zip(decision.operands, *others, strict=True)
+                ]
+                if None in operands:
+                    self.tied.append(str(decision))
+                    continue
+                if any(isinstance(operand, Node) for operand in operands):
+                    holds = self.graph.call_function(decision.function, tuple(operands))
+                    check = self.graph.call_function(expect_course, (holds, decision.outcome, str(decision)))
+                    check.meta[CHECK] = True
+
+    def _operand(self, terms: tuple[Any, ...]) -> Any:
+        """An operand of a comparison, as a value of the graph; None if it has none."""
+        vector = self._vector(terms)
+        if len(set(vector)) == 1:
+            return vector[0]
+        return self._expression(vector) or self._emitted(terms)
+
+    def _expression(self, vector: Vector) -> Any:
+        """A graph value that is ``vector[look]`` on every look, or None."""
+        if vector in self.known:
+            return self.known[vector]()
+        for terms in self.donors.get(vector, []):
+            emitted = self._emitted(terms)
+            if emitted is not None:
+                return emitted
+        return self._simple_form(vector)
+
+    def _emitted(self, terms: tuple[Any, ...]) -> Any:
+        """What the model computed, computed again from what the graph knows."""
+        vector = self._vector(terms)
+        if len(set(vector)) == 1:
+            return vector[0]
+        if vector in self.known:
+            return self.known[vector]()
+        if not all(isinstance(term, Arithmetic) for term in terms):
+            return None
+        operands = [self._emitted(each) for each in zip(*(term.operands for term in terms), strict=True)]
+        if any(operand is None for operand in operands):
+            return None
+        return self._learned(vector, self.graph.call_function(terms[0].function, tuple(operands)))
+
+    def _learned(self, vector: Vector, value: Any) -> Any:
+        self.known.setdefault(vector, lambda: value)
+        return value
+
+    def _simple_form(self, vector: Vector) -> Any:
+        """Of one known value: a sum, product or quotient with a constant, a whole root, its multiple of a constant from
+        above; for numbers with a fraction a root, logarithm or reciprocal too. Else a product of two or three."""
+        if any(isinstance(value, float) for value in vector):
+            return self._real_form(vector)
+        for known, emit in list(self.known.items()):
+            form = _whole_form(known, vector)
+            if form is not None:
+                return self._learned(vector, form(self.graph, emit()))
+        product = self._product(vector)
+        if product is not None:
+            return product
+        side = self.from_image(vector)
+        return None if side is None else self._learned(vector, side)
+
+    def _product(self, vector: Vector) -> Any:
+        known = [(extents, emit) for extents, emit in self.known.items() if min(extents) > 0][:40]
+        pairs = [
+            ((a, b), (m, n)) for i, (a, m) in enumerate(known) for (b, n) in known[i:]
+        ]
+        triples = [
+            ((a, *p), (m, *e)) for (p, e) in pairs[: 40 * 10] for a, m in known[:10]
+        ]
+        for extents, emits in (*pairs, *triples):
+            ratios = {Fraction(v, math.prod(each)) for v, *each in zip(map(int, vector), *extents, strict=True)}
+            if len(ratios) != 1:
+                continue
+            (ratio,) = ratios
+            product = emits[0]()
+            for emit in emits[1:]:
+                product = self.graph.call_function(operator.mul, (product, emit()))
+            if ratio.numerator != 1:
+                product = self.graph.call_function(operator.mul, (product, ratio.numerator))
+            if ratio.denominator != 1:
+                product = self.graph.call_function(operator.floordiv, (product, ratio.denominator))
+            return self._learned(vector, product)
+        return None
+
+    def _real_form(self, vector: Vector) -> Any:
+        sources = [*self.known.items()]
+        for known in list(self.donors):
+            emitted = self._expression(known) if all(isinstance(value, int) for value in known) else None
+            if emitted is not None:
+                sources.append((known, lambda emitted=emitted: emitted))  # type: ignore[misc]  # bound now
+        for known, emit in sources:
+            if min(known) <= 0:
+                continue
+            for function in (float, math.sqrt, math.log, _reciprocal, _reciprocal_root):
+                ratios = [value / function(extent) if function(extent) else math.nan for value, extent in zip(vector, known, strict=True)]
+                if max(ratios) - min(ratios) <= 1e-13 * abs(ratios[0]):
+                    value = self.graph.call_function(function, (emit(),))
+                    return self._learned(vector, self.graph.call_function(operator.mul, (value, ratios[0])))
+        return None
+
+    def _vector(self, terms: tuple[Any, ...]) -> Vector:
+        return tuple(_value(term) for term in terms)
+
+    @staticmethod
+    def _own_terms(first: Outlined, others: list[Outlined]) -> Iterator[tuple[Term, ...]]:
+        """What the module's own code, and that of what gave it its sizes, computed from sizes, on every look."""
+        records = [each.capture.sizes.terms for each in (first, *others)]
+        if len({len(record) for record in records}) == 1:
+            lists = [[term for _, term in record] for record in records]
+        else:
+            lists = [
+                [term for position, term in each.capture.sizes.terms if each.call.encloses(position)]
+                for each in (first, *others)
+            ]
+            if len({len(each) for each in lists}) != 1:
+                return
+        yield from dict.fromkeys(zip(*lists, strict=True))
+
+
+def _whole_form(known: Vector, vector: Vector) -> Callable[[fx.Graph, Any], Any] | None:
+    pairs = [(int(extent), int(value)) for extent, value in zip(known, vector, strict=True)]
+    (extent, value), *_ = pairs
+    if all(v - e == value - extent for e, v in pairs):
+        return lambda graph, node: graph.call_function(operator.add, (node, value - extent))
+    if extent and value % extent == 0 and all(e * (value // extent) == v for e, v in pairs):
+        return lambda graph, node: graph.call_function(operator.mul, (node, value // extent))
+    if all(e > 0 and math.isqrt(e) == v for e, v in pairs):
+        return lambda graph, node: graph.call_function(_whole_root, (node,))
+    for unit in range(2, 65):
+        for form in (_floor, _ceil, _up_to, _short_of):
+            if all(form(e, unit) == v for e, v in pairs):
+                return lambda graph, node, form=form, unit=unit: graph.call_function(form, (node, unit))  # type: ignore[misc]  # bound now
+    return None
+
+
+def _floor(extent: int, unit: int) -> int:
+    return extent // unit
+
+
+def _ceil(extent: int, unit: int) -> int:
+    return -(-extent // unit)
+
+
+def _up_to(extent: int, unit: int) -> int:
+    """The next multiple of ``unit``."""
+    return -(-extent // unit) * unit
+
+
+def _short_of(extent: int, unit: int) -> int:
+    """What is missing to the next multiple of ``unit``."""
+    return -extent % unit
+
+
+def _whole_root(extent: int) -> int:
+    return int(extent**0.5)
+
+
+def _reciprocal(extent: float) -> float:
+    return 1 / extent
+
+
+def _reciprocal_root(extent: float) -> float:
+    return float(extent**-0.5)
+
+
+def _value(term: Any) -> Any:
+    if isinstance(term, Side):
+        return term.node.meta["val"].shape[term.axis]
+    return term.function(*map(_value, term.operands)) if isinstance(term, Arithmetic) else term
+
+
+def _once(emit: Emit) -> Emit:
+    """The same graph value every time: it was written before whatever asks for it later."""
+    made: list[Any] = []
+
+    def value() -> Any:
+        if not made:
+            made.append(emit())
+        return made[0]
+
+    return value
+
+
+def _leaves(node: Node) -> Iterator[Any]:
+    found: list[Any] = []
+    fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: found.append(leaf) or leaf)
+    return iter(found)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _same_constant(first: Outlined, other: Outlined, name: str) -> bool:
+    one, two = first.constants.get(name), other.constants.get(name)
+    if one is None or two is None:
+        return one is two
+    return one is two or (one.shape == two.shape and one.dtype == two.dtype and bool(torch.equal(one, two)))
+
+
+def _name(node: Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name if schema is not None else getattr(node.target, "__name__", str(node.target))
