@@ -165,10 +165,10 @@ def backward(
 
 
 def _fits_fused_kernel(operands: Operands) -> bool:
-    """On a CPU, values as wide as queries, and no bias of -inf, with which a query might see nothing."""
+    """On a CPU, values as wide as queries, no empty axis, and no bias of -inf, with which a query might see nothing."""
     query, value, table = operands.query, operands.value, operands.table
-    bias = table[:, FIRST_BIAS:]
-    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not bias.isneginf().any()
+    fits = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.numel() > 0
+    return fits and not table[:, FIRST_BIAS:].isneginf().any()
 
 
 def _has_bias(table: Tensor) -> bool:
