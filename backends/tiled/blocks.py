@@ -110,7 +110,7 @@ def _run_length(block: Block, operands: Operands, held: int) -> int:
     keys = prod(axis.size for axis in block.keys) + block.extras
     numbers = heads * (points * keys + (points + keys) * (head_dim + value_dim))
     bytes_per_run = RUN_BYTES.get(operands.query.device.type, RUN_BYTES["cuda"])
-    return max(1, bytes_per_run // (held * numbers * operands.table.element_size()))
+    return max(1, bytes_per_run // max(1, held * numbers * operands.table.element_size()))
 
 
 def _with_extras(tiles: Tensor, extra: Tensor, block: Block, lead: tuple[int, ...], index: Index) -> Tensor:
