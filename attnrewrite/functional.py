@@ -152,7 +152,7 @@ def grouped_attention(
 
 
 def _scale(scale: float | None, query: Tensor) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else scale
+    return max(query.shape[-1], 1) ** -0.5 if scale is None else scale  # products of no channels are 0 at any scale
 
 
 def _backend_name(

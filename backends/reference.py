@@ -101,9 +101,8 @@ def _pad_row(pad: Tensor | None, query: Tensor) -> Tensor | None:
 def _slots(partition: AxisPartition) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per token and slot of its window: key, is it a token, is it present; and the token's own position."""
     tokens = [(block, token) for block in axis_blocks(partition) for token in range(block.tokens)]
-    origin = torch.tensor([[block.start - block.first_slot] for block, _ in tokens])
-    end = torch.tensor([[block.start + block.slots] for block, _ in tokens])
-    position = torch.tensor([[block.first_slot + token] for block, token in tokens])
+    found = [(block.start - block.first_slot, block.start + block.slots, block.first_slot + at) for block, at in tokens]
+    origin, end, position = torch.tensor(found, dtype=torch.long).view(-1, 3, 1).unbind(1)  # a row for each token
     keys = origin + torch.arange(partition.window)
     is_present = (keys >= 0) & (keys < end)
     return keys, is_present & (keys < partition.length), is_present, position

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..capture.boundaries import bind_arguments
+from ..private_kernels import private_kernel
 from .autocast_regions import off_on_meta
 from .cost import Cost, total
 from .definitions import defined_cost, is_defined
@@ -211,8 +212,8 @@ def _fused(
 ) -> Tensor:
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    output: Tensor = attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    arguments = (query, key, value, attn_mask, True, dropout_p, is_causal)
+    output: Tensor = private_kernel("_scaled_dot_product_efficient_attention", *arguments, scale=scale)[0]
     return output
 
 

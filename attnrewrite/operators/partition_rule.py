@@ -54,7 +54,8 @@ def axis_partitions(
 def axis_blocks(partition: AxisPartition) -> tuple[AxisBlock, ...]:
     """The blocks of an axis that hold tokens, in order."""
     origins = range(partition.shift - partition.window, partition.length, partition.window)
-    return tuple(_block(partition, origin) for origin in origins if origin + partition.window > 0)
+    blocks = (_block(partition, origin) for origin in origins)
+    return tuple(block for block in blocks if block.tokens > 0)
 
 
 def attended_slots(partition: AxisPartition) -> int:

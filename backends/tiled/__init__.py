@@ -60,7 +60,7 @@ def grouped_problem(
     """Attention inside windows as blocks; every padded slot is an extra key."""
     geometry = (tuple(query.shape[1:-2]), window_size, shift, pad_key is not None)
     blocks = partition_blocks(*geometry, bias is not None, query.device)
-    extras = max(block.extras for block in blocks)
+    extras = max((block.extras for block in blocks), default=0)  # a map without tokens has no blocks
     pads = (None if pad is None else pad.expand(len(query), extras, -1, -1) for pad in (pad_key, pad_value))
     return Problem(blocks, _operands(query, key, value, bias, *pads), scale)
 

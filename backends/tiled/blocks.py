@@ -110,7 +110,7 @@ def _run_length(block: Block, operands: Operands, held: int) -> int:
     keys = prod(axis.size for axis in block.keys) + block.extras
     numbers = heads * (points * keys + (points + keys) * (head_dim + value_dim))
     bytes_per_run = RUN_BYTES.get(operands.query.device.type, RUN_BYTES["cuda"])
-    return max(1, bytes_per_run // (held * numbers * operands.table.element_size()))
+    return max(1, bytes_per_run // max(1, held * numbers * operands.table.element_size()))
 
 
 def _with_extras(tiles: Tensor, extra: Tensor, block: Block, lead: tuple[int, ...], index: Index) -> Tensor:
@@ -165,10 +165,10 @@ def backward(
 
 
 def _fits_fused_kernel(operands: Operands) -> bool:
-    """On a CPU, values as wide as queries, and no bias of -inf, with which a query might see nothing."""
+    """On a CPU, values as wide as queries, no empty axis, and no bias of -inf, with which a query might see nothing."""
     query, value, table = operands.query, operands.value, operands.table
-    bias = table[:, FIRST_BIAS:]
-    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not bias.isneginf().any()
+    fits = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.numel() > 0
+    return fits and not table[:, FIRST_BIAS:].isneginf().any()
 
 
 def _has_bias(table: Tensor) -> bool:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...private_kernels import private_kernel
+
 LOG_2 = log(2)
 
 
@@ -49,11 +51,18 @@ class TileGradients(NamedTuple):
 def fused(tile: Tile) -> tuple[Tensor, Tensor]:
     """Mixed values, and the log-sum-exp `[tiles, heads, points, 1]`.
 
-    Values must be as wide as queries. A query whose terms are all -inf gets zeros instead of NaN.
+    Values must be as wide as queries, and no axis empty. A query whose terms are all -inf gets zeros instead of NaN.
     """
     terms = None if tile.terms is None else tile.terms[None]
-    mixed, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        tile.query, tile.key, tile.value, 0.0, False, attn_mask=terms, scale=tile.scale
+    mixed, lse = private_kernel(
+        "_scaled_dot_product_flash_attention_for_cpu",
+        tile.query,
+        tile.key,
+        tile.value,
+        0.0,
+        False,
+        attn_mask=terms,
+        scale=tile.scale,
     )
     return mixed, lse[..., None]
 
@@ -70,9 +79,10 @@ def explicit(tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def fused_backward(tile: Tile, outcome: Outcome) -> TileGradients:
-    """Gradients where none arrives at the log-sum-exp."""
+    """Gradients where none arrives at the log-sum-exp; for the tiles that `fused` takes."""
     terms = None if tile.terms is None else tile.terms[None]
-    query, key, value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    query, key, value = private_kernel(
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
         outcome.grad_output,
         tile.query,
         tile.key,

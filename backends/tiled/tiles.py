@@ -79,7 +79,8 @@ def read(view: Tensor, index: Index) -> Tensor:
     """Copy a run of tiles to `[tiles, heads, points, channels]`."""
     chosen = view[index] if index else view
     rank = view.dim() // 3 - 1
-    return chosen.reshape(-1, chosen.shape[-rank - 2], prod(chosen.shape[-rank - 1 : -1]), chosen.shape[-1])
+    *lead, heads = chosen.shape[: -rank - 1]
+    return chosen.reshape(prod(lead), heads, prod(chosen.shape[-rank - 1 : -1]), chosen.shape[-1])
 
 
 def write(view: Tensor, index: Index, tiles: Tensor) -> None:

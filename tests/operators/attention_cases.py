@@ -1,10 +1,26 @@
-"""Random operands, and results together with gradients."""
+"""Random geometry and operands, and results together with gradients."""
 
 from __future__ import annotations
 
 from math import prod
 
 import torch
+from hypothesis import strategies as st
+
+
+@st.composite
+def local_axes(draw, longest):
+    """Length, kernel size, stride, dilation and causality along one axis."""
+    kernel, dilation = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+    length = draw(st.integers(kernel * dilation, max(longest, kernel * dilation)))
+    return length, kernel, draw(st.integers(1, kernel)), dilation, draw(st.booleans())
+
+
+@st.composite
+def grouped_axes(draw, longest, shortest=1):
+    """Length, window size and shift along one axis."""
+    window = draw(st.integers(1, 4))
+    return draw(st.integers(shortest, longest)), window, draw(st.integers(0, window - 1))
 
 
 def local_operands(grid, kernel, *, batch=1, heads=2, dim=3, value_dim=2, bias=False, additional=0):

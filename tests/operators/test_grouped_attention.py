@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import assert_same, grouped_operands, random, results
+from attention_cases import assert_same, grouped_axes, grouped_operands, random, results
 from attention_oracle import windows
 from attnrewrite.backends.tiled import blocks
 from hypothesis import given, settings
@@ -18,15 +18,9 @@ BACKENDS = ["reference", "tiled"]
 
 
 @st.composite
-def axes(draw, longest):
-    window = draw(st.integers(1, 4))
-    return draw(st.integers(1, longest)), window, draw(st.integers(0, window - 1))
-
-
-@st.composite
 def cases(draw, longest):
     rank = draw(st.integers(1, 3))
-    grid, window, shift = zip(*(draw(axes(longest[rank])) for _ in range(rank)), strict=True)
+    grid, window, shift = zip(*(draw(grouped_axes(longest[rank])) for _ in range(rank)), strict=True)
     torch.manual_seed(draw(st.integers(0, 1000)))
     operands = grouped_operands(
         grid,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import assert_same, local_operands, random, results
+from attention_cases import assert_same, local_axes, local_operands, random, results
 from attention_oracle import neighborhood
 from attnrewrite.backends.tiled import blocks, cheapest_tile
 from attnrewrite.backends.tiled.cost import Work
@@ -20,19 +20,11 @@ BACKENDS = ["reference", "tiled"]
 
 
 @st.composite
-def axes(draw, longest):
-    kernel = draw(st.integers(1, 4))
-    dilation = draw(st.integers(1, 2))
-    length = draw(st.integers(kernel * dilation, max(longest, kernel * dilation)))
-    return length, kernel, draw(st.integers(1, kernel)), dilation, draw(st.booleans())
-
-
-@st.composite
 def cases(draw, longest):
     """Operands and geometry of a random call on a map of one to three axes."""
     rank = draw(st.integers(1, 3))
     grid, kernel, stride, dilation, causal = zip(
-        *(draw(axes(longest[rank])) for _ in range(rank)), strict=True
+        *(draw(local_axes(longest[rank])) for _ in range(rank)), strict=True
     )
     torch.manual_seed(draw(st.integers(0, 1000)))
     operands = local_operands(
@@ -225,17 +217,6 @@ def test_an_empty_batch_is_no_special_case(backend):
     output, _, *gradients = results(on(backend, ((3, 3), (1, 1), (1, 1), (False, False), 1.0)), operands)
     assert output.shape == (0, 6, 6, 2, 2)
     assert gradients[3].eq(0).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_layout_of_the_operands_does_not_matter(backend):
-    geometry = ((3, 3), (1, 1), (2, 1), (False, False), 0.5)
-    operands = local_operands((7, 8), (3, 3), batch=2, value_dim=3)
-    strided = [None if x is None else x.movedim(-2, 1).contiguous().movedim(1, -2) for x in operands]
-    assert_same(on(backend, geometry)(*strided), on(backend, geometry)(*operands))
-    shared = [None if x is None else x[:1].expand_as(x) for x in operands]
-    copied = [None if x is None else x.contiguous() for x in shared]
-    assert_same(on(backend, geometry)(*shared), on(backend, geometry)(*copied))
 
 
 def test_small_maps_are_one_tile_and_large_ones_are_not():
