@@ -32,7 +32,8 @@ def load_official(
     Args:
         checkpoint: a file (safetensors, or one that ``torch.load`` reads with ``weights_only``), or what such a file
             holds. Wrappers (``model``, ``state_dict``, ``state_dict_ema``, …) and prefixes of parallel training are
-            taken off, and old buffers that are recomputed are left out.
+            taken off, and old buffers that are recomputed are left out. Stored positions (T2T-ViT's) of another map
+            than the model's are resampled.
         model: to load into, or a name to build; None finds the variant by its shapes.
         options: for building, over what the checkpoint tells (``num_classes``, the code generation, …).
 
@@ -123,18 +124,21 @@ def _told(family: Family, state: State, told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _variant(family: Family, state: State, options: dict[str, Any]) -> str:
-    shapes = {name: tensor.shape for name, tensor in state.items()}
     fitting = []
     for name in family.variants:
         with torch.device("meta"):
-            expected = _build(name, options).state_dict()
-        if {key: tensor.shape for key, tensor in expected.items()} == shapes:
+            model = _build(name, options)
+        if _shapes(model.state_dict()) == _shapes(model.fit_state(state)):
             fitting.append(name)
     if len(fitting) == 1:
         return fitting[0]
     known = ", ".join(fitting or family.variants)
     problem = "fits several models" if fitting else f"fits no variant of {family.model.__name__}"
     raise CheckpointError(f"the checkpoint {problem}; pass model= with one of: {known}")
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _build(name: str, options: dict[str, Any]) -> VisionModel:
@@ -145,7 +149,7 @@ def _build(name: str, options: dict[str, Any]) -> VisionModel:
 
 
 def _load(model: VisionModel, state: State, expected: str) -> VisionModel:
-    own = model.state_dict()
+    own, state = model.state_dict(), model.fit_state(state)
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not in the model" for name in state if name not in own]
     problems += [

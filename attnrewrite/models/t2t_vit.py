@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..errors import ArgumentError, CheckpointError
 from ..modules.drop_path import drop_path_rates
 from ..modules.initialization import initialize_linear
-from ..modules.tokens_to_token import TokensToToken, sinusoid_table
+from ..modules.tokens_to_token import SMALLEST_SIDE, TokensToToken, resample_positions, sinusoid_table
 from ..modules.transformer_block import TransformerBlock
 from .registry import Family, State, register_family
 from .vision_model import VisionModel
@@ -24,14 +26,15 @@ class T2TViT(VisionModel):
 
     ``forward_features`` gives the normalised tokens ``[B, 1 + N, embed_dim]``, the class token first.
 
-    Positions are sine and cosine codes of the raster index, not of row and column. They are not trained; the state
-    holds them for ``img_size``. An image with another number of tokens gets the codes of its own length, computed
-    when it comes. (The official code resizes them when it fine-tunes; weights saved after that hold theirs.)
+    Positions start as sine and cosine codes of the raster index, not of row and column, and are not trained. The state
+    holds them for the map of ``img_size``. To an image with another map they are resampled over rows and columns, as
+    the official loader does it before fine-tuning.
 
     Args:
         num_classes: 0 for none.
         in_chans: channels of the image.
-        img_size: whose positions the state holds, in pixels: one side or height and width.
+        img_size: whose positions the state holds, in pixels: one side or height and width. Images of any size are
+            taken all the same.
         kind, token_dims: as in `TokensToToken`.
         embed_dim, depth, num_heads, mlp_ratio: of the transformer.
         qkv_bias: whether its query, key and value have a bias.
@@ -39,6 +42,10 @@ class T2TViT(VisionModel):
             (the official code takes ``embed_dim ** -0.5`` only when asked for pretrained weights by name).
         drop_path_rate: of the last block.
         global_pool: ``"token"``, or ``""`` for none.
+
+    Attributes:
+        position_grid: rows and columns of the map whose positions ``pos_embed`` ``[1, 1 + rows * columns, embed_dim]``
+            holds, the class token's first. Whoever replaces them by those of another map sets it too.
 
     Raises:
         ArgumentError: for arguments that do not fit each other.
@@ -67,9 +74,11 @@ class T2TViT(VisionModel):
         self.num_features = self.head_hidden_size = embed_dim
         self.feature_info = [{"num_chs": embed_dim, "reduction": REDUCTION, "module": "norm"}]
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        tokens = math.prod(TokensToToken.grid(height, width))
+        if min(height, width) < SMALLEST_SIDE:
+            raise ArgumentError(f"img_size: sides of at least {SMALLEST_SIDE} pixels are needed, got {img_size}")
+        self.position_grid = TokensToToken.grid(height, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        positions = sinusoid_table(1 + tokens, embed_dim).unsqueeze(0).to(self.cls_token)
+        positions = sinusoid_table(1 + math.prod(self.position_grid), embed_dim).unsqueeze(0).to(self.cls_token)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.tokens_to_token = TokensToToken(in_chans, embed_dim, kind, token_dims)
         self.blocks = nn.ModuleList(
@@ -83,7 +92,7 @@ class T2TViT(VisionModel):
         self.reset_classifier(num_classes, global_pool)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        return self._encode(self.tokens_to_token(image).flatten(1, 2))
+        return self._encode(self.tokens_to_token(image))
 
     def pool(self, features: Tensor) -> Tensor:
         return features[:, 0]
@@ -91,20 +100,47 @@ class T2TViT(VisionModel):
     def feature_maps(self, image: Tensor) -> list[Tensor]:
         """One level: the normalised tokens of the map."""
         tokens = self.tokens_to_token(image)
-        features = self._encode(tokens.flatten(1, 2))[:, 1:]
+        features = self._encode(tokens)[:, 1:]
         return [features.unflatten(1, tokens.shape[1:3]).permute(0, 3, 1, 2)]
 
+    def fit_state(self, state: State) -> State:
+        """With the positions of another square map resampled to this model's, as the official loader does.
+
+        As many positions as the model has are taken for those of its map, whatever its sides.
+
+        Raises:
+            CheckpointError: there are others than the model has, and not of a square map: their rows and columns are
+                unknown.
+        """
+        positions = state.get("pos_embed")
+        if positions is None or positions.ndim != 3 or positions.shape[1] == self.pos_embed.shape[1]:
+            return state
+        side = _square_side(positions)
+        if side is None:
+            rows, columns = self.position_grid
+            raise CheckpointError(
+                f"pos_embed: the {positions.shape[1] - 1} positions after the class token's are neither those of the "
+                f"model's {rows} x {columns} map nor of a square one; pass img_size=(height, width) of the images that "
+                "they are for"
+            )
+        return {**state, "pos_embed": resample_positions(positions, (side, side), self.position_grid)}
+
     def _encode(self, tokens: Tensor) -> Tensor:
-        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
-        tokens = tokens + self._positions(tokens.shape[1])
+        """``[B, H', W', embed_dim]`` to the normalised tokens, the class token before them."""
+        positions = self._positions(tokens.shape[1], tokens.shape[2])
+        class_token = self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        tokens = torch.cat([class_token, tokens.flatten(1, 2)], dim=1) + positions
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
 
-    def _positions(self, length: int) -> Tensor:
-        if length == self.pos_embed.shape[1]:
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        held = self.position_grid
+        # Asked without a guard, so that a graph of dynamic sides takes the stored ones too; it resamples there, which
+        # changes no bit.
+        if statically_known_true(rows == held[0]) and statically_known_true(columns == held[1]):
             return self.pos_embed
-        return sinusoid_table(length, self.num_features).unsqueeze(0).to(self.pos_embed)
+        return resample_positions(self.pos_embed, held, (rows, columns))
 
 
 def _variants() -> dict[str, Mapping[str, Any]]:
@@ -128,11 +164,16 @@ def _variants() -> dict[str, Mapping[str, Any]]:
 
 def _prepare(state: State) -> tuple[State, dict[str, Any]]:
     """The positions tell for which square image the weights are."""
-    told: dict[str, Any] = {}
-    tokens = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else 0
-    if tokens > 0 and math.isqrt(tokens) ** 2 == tokens:
-        told["img_size"] = REDUCTION * math.isqrt(tokens)
+    side = _square_side(state["pos_embed"]) if "pos_embed" in state else None
+    told = {} if side is None else {"img_size": REDUCTION * side}
     return state, told
+
+
+def _square_side(positions: Tensor) -> int | None:
+    """Of the square map whose positions ``[1, 1 + side ** 2, dim]`` may be; None if it cannot be square."""
+    tokens = positions.shape[1] - 1 if positions.ndim == 3 else 0
+    side = math.isqrt(max(tokens, 0))
+    return side if side > 0 and side**2 == tokens else None
 
 
 def _owns(state: State) -> bool:

@@ -44,6 +44,14 @@ class VisionModel(nn.Module):
         """One map ``[B, channels, H / reduction, W / reduction]`` a level."""
         raise NotImplementedError  # every subclass has its own
 
+    def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official weights with what depends on the image's size brought to this model's; the rest as it is.
+
+        Raises:
+            CheckpointError: they do not tell for which size they are.
+        """
+        return state
+
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of the features; with ``pre_logits`` what the classifier would read."""
         pooled = self.pool(features) if self.global_pool else features

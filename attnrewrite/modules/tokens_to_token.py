@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, nearest
+from ..operators.precision import accumulation_dtype
 from .patch_projection import PatchGrid, project_patches
 from .token_layers import TokenLayer, TokenPerformer, TokenTransformer
 
@@ -91,3 +93,32 @@ def sinusoid_table(length: int, dim: int) -> Tensor:
     wavelengths = 10000 ** (2 * (channels // 2) / dim)
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] / wavelengths
     return torch.where(channels % 2 == 0, angles.sin(), angles.cos())
+
+
+def resample_positions(positions: Tensor, stored: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Codes of a map's positions for a map of another size, as the official loader resizes them.
+
+    Bicubic over rows and columns, corners not aligned, not antialiased. The class token keeps its code.
+
+    Args:
+        positions: ``[1, 1 + rows * columns, dim]`` of any floating dtype, the class token's first.
+        stored: rows and columns of the map they are of.
+        wanted: rows and columns of the map they are for.
+
+    Returns:
+        ``[1, 1 + rows * columns, dim]`` of the wanted map, in the dtype of ``positions``; half precision is
+        interpolated in float32. Between equal maps all weights are exactly 0 or 1, and so it is ``positions``.
+
+    Raises:
+        ArgumentError: ``positions`` are not of the stored map.
+    """
+    rows, columns = stored
+    if positions.shape[1] != 1 + rows * columns:
+        raise ArgumentError(
+            f"positions: a class token and a map of {rows} x {columns} have {1 + rows * columns} of them, "
+            f"got {positions.shape[1]}"
+        )
+    token, codes = positions[:, :1], positions[:, 1:].to(accumulation_dtype(positions.dtype))
+    codes = codes.unflatten(1, stored).permute(0, 3, 1, 2)
+    codes = F.interpolate(codes, size=wanted, mode="bicubic", align_corners=False)
+    return torch.cat([token, codes.flatten(2).mT.to(positions.dtype)], dim=1)

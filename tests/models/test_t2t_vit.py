@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnrewrite.errors import ArgumentError, CheckpointError
 from attnrewrite.models import T2TViT, create_model, list_models, load_official
-from attnrewrite.modules.tokens_to_token import sinusoid_table
+from attnrewrite.modules.tokens_to_token import TokensToToken, sinusoid_table
 
 SIZES = {
     "t2t_vit_7": (4_310_222, 4_255_694, 1.147),
@@ -97,22 +98,76 @@ def test_the_stored_positions_are_those_of_the_index():
     assert not model.pos_embed.requires_grad
 
 
-def test_another_size_gets_the_positions_of_its_length():
-    model = small(img_size=64)
-    other = small(img_size=(48, 80))
-    other.load_state_dict({**model.state_dict(), "pos_embed": other.pos_embed})
+def codes_at(model, height, width):
+    """The codes that the model adds to its tokens for an image of these sides."""
+    seen = {}
+    hooks = [
+        model.tokens_to_token.register_forward_hook(lambda part, inputs, output: seen.update(tokens=output)),
+        model.blocks[0].register_forward_pre_hook(lambda part, inputs: seen.update(coded=inputs[0])),
+    ]
+    with torch.no_grad():
+        model(torch.randn(1, 3, height, width))
+    for hook in hooks:
+        hook.remove()
+    tokens = torch.cat([model.cls_token, seen["tokens"].flatten(1, 2)], dim=1)
+    return (seen["coded"] - tokens).detach()
+
+
+def resized(positions, stored, wanted):
+    """As the official loader does it, written out for maps of any sides."""
+    grid = positions[:, 1:].reshape(1, *stored, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=wanted, mode="bicubic")
+    return torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).reshape(1, wanted[0] * wanted[1], -1)], dim=1)
+
+
+@pytest.mark.parametrize("stored", [(64, 64), (48, 80)])
+@pytest.mark.parametrize("size", [(96, 96), (48, 112), (80, 48), (48, 48), (67, 35)])
+def test_another_map_gets_the_stored_positions_resampled(stored, size):
+    model = small(img_size=stored)
+    model.pos_embed.data.normal_()
+    expected = resized(model.pos_embed, TokensToToken.grid(*stored), TokensToToken.grid(*size))
+    torch.testing.assert_close(codes_at(model, *size), expected, rtol=0, atol=1e-5)
+
+
+def test_the_published_224_at_384():
+    model = create_model("t2t_vit_7", num_classes=0).eval()
+    expected = resized(model.pos_embed, (14, 14), (24, 24))
+    similarity = F.cosine_similarity(codes_at(model, 384, 384), expected, dim=-1)
+    assert similarity.min() > 1 - 1e-5
+
+
+def test_an_image_of_as_many_tokens_is_another_map():
+    """The raster index of 4 x 6 tokens is not that of 6 x 4."""
+    model = small(img_size=(64, 96))
+    expected = resized(model.pos_embed, (4, 6), (6, 4))
+    torch.testing.assert_close(codes_at(model, 96, 64), expected, rtol=0, atol=1e-5)
+
+
+def test_resampling_once_or_at_every_image_is_the_same():
+    model, other = small(img_size=64), small(img_size=(48, 80))
+    other.load_state_dict({**model.state_dict(), "pos_embed": resized(model.pos_embed, (4, 4), (3, 5))})
     image = torch.randn(1, 3, 48, 80)
     torch.testing.assert_close(model(image), other(image))
 
 
-def test_stored_positions_are_used_at_their_size_alone():
-    """Weights that were fine-tuned hold resized ones."""
-    model, images = small(), [torch.randn(1, 3, side, side) for side in (64, 80)]
-    before = [model(image) for image in images]
+@pytest.mark.parametrize("size", [(64, 64), (80, 80), (64, 96), (35, 77)])
+def test_tuned_positions_have_an_effect_at_every_size(size):
+    model, image = small(), torch.randn(1, 3, *size)
+    before = model(image)
     model.pos_embed.data.neg_()
-    after = [model(image) for image in images]
-    assert not torch.allclose(before[0], after[0])
-    assert torch.equal(before[1], after[1])
+    assert not torch.allclose(before, model(image), atol=1e-3)
+
+
+def test_positions_can_be_tuned_at_another_size():
+    model = small()
+    model.pos_embed.requires_grad_()
+    model(torch.randn(2, 3, 80, 96)).square().sum().backward()
+    assert (model.pos_embed.grad.abs().sum(-1) > 0).all()
+
+
+def test_the_stored_map_gets_the_stored_positions_themselves():
+    model = small()
+    assert model._positions(4, 4) is model.pos_embed
 
 
 def test_the_default_scale_is_of_the_head():
@@ -148,6 +203,29 @@ def test_export_with_any_batch(kind):
 
 
 @KINDS
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (80, 112)])
+def test_one_exported_graph_takes_every_size(kind, size):
+    """The stored one too, whichever it was exported with."""
+    model, sides = small(kind=kind), {axis: Dim(name, min=32, max=256) for axis, name in ((2, "height"), (3, "width"))}
+    exported = torch.export.export(model, (torch.randn(2, 3, *size),), dynamic_shapes=(sides,)).module()
+    for other in ((64, 64), (64, 80), (96, 64), (35, 77)):
+        image = torch.randn(2, 3, *other)
+        torch.testing.assert_close(exported(image), model(image))
+
+
+def test_one_compiled_graph_takes_every_size():
+    model, graphs = small(), []
+    compiled = torch.compile(
+        model, dynamic=True, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward
+    )
+    with torch.no_grad():
+        for size in ((64, 96), (64, 80), (112, 80), (96, 64)):
+            image = torch.randn(2, 3, *size)
+            torch.testing.assert_close(compiled(image), model(image))
+    assert len(graphs) == 1
+
+
+@KINDS
 @HALF
 def test_half_precision_and_autocast(kind, dtype):
     model, image = small(kind=kind), torch.randn(2, 3, 64, 96)
@@ -179,6 +257,33 @@ def test_positions_tell_the_image_size():
     assert load_official(state, "t2t_vit_7", **options).pos_embed.shape[1] == 37
 
 
+@pytest.mark.parametrize("given", ["name", "model", "shapes"])
+def test_positions_of_another_size_are_resampled_as_they_are_loaded(given):
+    """What the official loader does for fine-tuning."""
+    options = {"num_classes": 3, "img_size": (64, 96)}
+    state = create_model("t2t_vit_7", **{**options, "img_size": 64}).state_dict()
+    state["pos_embed"] = torch.randn_like(state["pos_embed"])
+    if given == "model":
+        loaded = load_official(state, create_model("t2t_vit_7", **options))
+    else:
+        loaded = load_official(state, "t2t_vit_7" if given == "name" else None, **options)
+    assert loaded.position_grid == (4, 6)
+    torch.testing.assert_close(loaded.pos_embed.data, resized(state["pos_embed"], (4, 4), (4, 6)), rtol=0, atol=1e-5)
+
+
+def test_positions_of_a_map_that_is_not_square():
+    state = create_model("t2t_vit_7", img_size=(64, 96)).state_dict()
+    state["pos_embed"] = torch.randn_like(state["pos_embed"])
+    for name in (None, "t2t_vit_7"):
+        loaded = load_official(state, name, img_size=(64, 96))
+        assert loaded.position_grid == (4, 6)
+        assert torch.equal(loaded.pos_embed, state["pos_embed"])
+        with pytest.raises(CheckpointError, match=r"24 positions .* 14 x 14 map .*; pass img_size=\(height, width\)"):
+            load_official(state, name)
+    with pytest.raises(CheckpointError, match=r"24 positions .* 4 x 4 map"):
+        load_official(state, create_model("t2t_vit_7", img_size=64))
+
+
 def test_weights_of_another_model_are_refused():
     state = small().state_dict()
     with pytest.raises(CheckpointError, match=r"blocks\.2\.norm1\.weight is missing"):
@@ -191,7 +296,8 @@ def test_weights_of_another_model_are_refused():
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"num_heads": 5}, "num_heads"), ({"kind": "none"}, "kind"), ({"num_classes": -1}, "num_classes")],
+    [({"num_heads": 5}, "num_heads"), ({"kind": "none"}, "kind"), ({"num_classes": -1}, "num_classes"),
+     ({"img_size": (64, 2)}, "img_size")],
 )
 def test_bad_arguments(options, reason):
     with pytest.raises(ArgumentError, match=reason):

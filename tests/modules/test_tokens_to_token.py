@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attnrewrite.errors import ArgumentError
 from attnrewrite.modules.patch_projection import PatchGrid, project_patches
 from attnrewrite.modules.token_layers import TokenPerformer, TokenTransformer
-from attnrewrite.modules.tokens_to_token import TokensToToken, sinusoid_table
+from attnrewrite.modules.tokens_to_token import TokensToToken, resample_positions, sinusoid_table
 
 KINDS = pytest.mark.parametrize("kind", ["transformer", "performer"])
 
@@ -213,6 +213,39 @@ def test_sinusoids():
     angle = position / 10000 ** (4 / 6)
     assert table[position, channel] == pytest.approx(math.sin(angle), abs=1e-14)
     assert table[position, channel + 1] == pytest.approx(math.cos(angle), abs=1e-14)
+
+
+def test_resampled_positions_of_the_same_map_keep_every_bit():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        positions = torch.randn(1, 1 + 5 * 7, 6, dtype=dtype)
+        assert torch.equal(resample_positions(positions, (5, 7), (5, 7)), positions)
+
+
+def test_resampled_positions_lie_on_the_map():
+    """Row and column as codes say where a token is read: at its centre, but near the border and for the small ripple
+    of the cubic. The class token keeps its own."""
+    rows, columns = torch.arange(8.0)[:, None], torch.arange(12.0)
+    codes = torch.stack([rows + 0 * columns, columns + 0 * rows], dim=-1).flatten(0, 1)
+    positions = torch.cat([torch.full((1, 2), 99.0), codes]).unsqueeze(0)
+    found = resample_positions(positions, (8, 12), (16, 36))
+    torch.testing.assert_close(found[:, 0], positions[:, 0])
+    inner = found[0, 1:].unflatten(0, (16, 36))[4:-4, 6:-6]
+    row, column = (torch.arange(4, 12) + 0.5) / 2 - 0.5, (torch.arange(6, 30) + 0.5) / 3 - 0.5
+    torch.testing.assert_close(inner[..., 0], row[:, None].expand(8, 24), rtol=0, atol=0.06)
+    torch.testing.assert_close(inner[..., 1], column.expand(8, 24), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_positions_in_half_precision_are_resampled_in_float32(dtype):
+    positions = torch.randn(1, 1 + 4 * 4, 6, dtype=dtype)
+    found = resample_positions(positions, (4, 4), (7, 5))
+    assert found.dtype == dtype
+    assert torch.equal(found, resample_positions(positions.float(), (4, 4), (7, 5)).to(dtype))
+
+
+def test_positions_of_another_map_are_refused():
+    with pytest.raises(ArgumentError, match="4 x 6 have 25 of them, got 17"):
+        resample_positions(torch.randn(1, 17, 6), (4, 6), (8, 8))
 
 
 @pytest.mark.parametrize(
