@@ -94,12 +94,9 @@ def places(captured, others):
     yield "captured size after training", images(2, captured), False
 
 
-def judge(make, captured, others, targets=TARGETS, **options):
-    """All findings on the model that ``make`` gives, converted at one size to each of the targets."""
-    findings = []
-    for target in targets:
-        findings += judge_target(make, captured, others, target, **TARGETS.get(target, {}), **options)
-    return findings
+def judge(make, captured, others, targets=TARGETS):
+    """All findings on the model that ``make`` gives, converted at one size to each target with its options."""
+    return [one for to, options in targets.items() for one in judge_target(make, captured, others, to, **options)]
 
 
 def judge_target(make, captured, others, target, **options):

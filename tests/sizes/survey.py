@@ -15,11 +15,11 @@ from dataclasses import fields, replace
 
 import generated_models
 from generated_models import Recipe, Step, build, other_sizes, recipe_by
-from judging import FAULTS, fate, faults, judge, told
+from judging import FAULTS, TARGETS, fate, faults, judge, told
 
 
-def findings_of(recipe):
-    return judge(lambda: build(recipe), recipe.image, other_sizes(recipe))
+def findings_of(recipe, targets=TARGETS):
+    return judge(lambda: build(recipe), recipe.image, other_sizes(recipe), targets)
 
 
 def simpler(recipe):
@@ -31,11 +31,17 @@ def simpler(recipe):
             yield replace(recipe, **{choice.name: choice.default})
 
 
-def simplest(recipe, verdict):
+def simplest(recipe, fault):
+    """The recipe with all choices left out that the target and the kind of its fault do without."""
     for one in simpler(recipe):
-        if fate(findings_of(one)) == verdict:
-            return simplest(one, verdict)
+        found = faults(findings_of(one, {fault.target: TARGETS[fault.target]}))
+        if found and kind(found[0]) == kind(fault):
+            return simplest(one, fault)
     return recipe
+
+
+def kind(fault):
+    return fault.verdict, fault.where == "conversion", "training" in fault.where
 
 
 def drawn(seed):
@@ -50,9 +56,11 @@ def survey(seeds, simplify=False):
         verdict = fate(found)
         counts[verdict] += 1
         if verdict in FAULTS:
-            shown = simplest(recipe, verdict) if simplify else recipe
-            shortened = findings_of(shown) if simplify else found
-            print(f"{seed}: {verdict} {told(shown, faults(shortened)[:3])}", flush=True)
+            found_faults = faults(found)
+            if simplify:
+                recipe = simplest(recipe, found_faults[0])
+                found_faults = faults(findings_of(recipe))
+            print(f"{seed}: {verdict} {told(recipe, found_faults[:3])}", flush=True)
         comparisons.update(finding.verdict for finding in found)
     seconds = time.perf_counter() - start
     print(f"recipes: {dict(counts)}; comparisons: {dict(comparisons)}; {seconds / len(seeds):.2f} s a recipe")

@@ -29,7 +29,7 @@ def recipes(draw, block=None):
 
 
 def check(recipe, target):
-    found = faults(judge(lambda: build(recipe), recipe.image, other_sizes(recipe), (target,)))
+    found = faults(judge(lambda: build(recipe), recipe.image, other_sizes(recipe), {target: TARGETS[target]}))
     assert not found, told(recipe, found)
 
 
@@ -104,7 +104,7 @@ def test_the_judge_finds_what_stays_as_it_was_at_capture(monkeypatch, step, wher
     monkeypatch.setattr(attnrewrite, "convert", traced)
     monkeypatch.setattr(attnrewrite, "report", lambda model: Nothing)
     recipe = Recipe(steps=(step,))
-    found = judge(lambda: build(recipe), recipe.image, other_sizes(recipe), ["identity"])
+    found = judge(lambda: build(recipe), recipe.image, other_sizes(recipe), {"identity": {}})
     assert fate(found) in ("WRONG", "FOREIGN")
     assert any(finding.where.startswith(where) for finding in faults(found)), told(recipe, found)
 
