@@ -23,11 +23,14 @@ def lively(make, seed=0):
 
 
 class Classifier(nn.Module):
-    """A map of patches of 4 pixels, what a subclass does with it, and a head. A plain model as it stands."""
+    """A map of patches of 4 pixels, what a subclass does with it, and a head. A plain model as it stands.
 
-    def __init__(self, attention=None, dim=16):
+    With ``inline``, its attention runs in its own forward, so that all it does itself stands beside the attention.
+    """
+
+    def __init__(self, attention=None, dim=16, inline=False):
         super().__init__()
-        self.stem, self.head = nn.Conv2d(3, dim, 4, 4), nn.Linear(dim, 5)
+        self.inline, self.stem, self.head = inline, nn.Conv2d(3, dim, 4, 4), nn.Linear(dim, 5)
         self.attn = Attention(dim) if attention is None else attention
 
     def forward(self, x):
@@ -38,7 +41,10 @@ class Classifier(nn.Module):
 
     def mixed(self, x):
         x = x.permute(0, 2, 3, 1)
-        return x + self.attn(x)
+        return x + self.attended(x)
+
+    def attended(self, *given):
+        return (self.attn.forward if self.inline else self.attn)(*given)
 
     def pooled(self, x):
         return self.head(x.mean((1, 2)))
@@ -75,7 +81,7 @@ class Tokens(Classifier):
         return x + self.through(x, h, w)
 
     def through(self, x, h, w):
-        return self.attn(x.unflatten(1, (h, w))).flatten(1, 2)
+        return self.attended(x.unflatten(1, (h, w))).flatten(1, 2)
 
     def pooled(self, x):
         return self.head(x.mean(1))
@@ -96,8 +102,8 @@ class SincosPositions(Classifier):
 class KeptPositions(Classifier):
     """Made once a size and kept."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self.made = {}
 
     def placed(self, x):
@@ -108,8 +114,8 @@ class KeptPositions(Classifier):
 
 
 class ResizedPositions(Classifier):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self.positions = nn.Parameter(torch.randn(1, 16, 4, 4))
 
     def placed(self, x):
@@ -168,8 +174,8 @@ class WeighedRowByRow(Classifier):
 
 
 class PaddedToFour(Classifier):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self.mix = nn.Conv2d(16, 16, 3, padding=1, groups=16)
 
     def placed(self, x):
@@ -326,13 +332,13 @@ class MasksItself(Attention):
 
 
 class GivesAMask(Classifier):
-    def __init__(self, mask):
-        super().__init__()
+    def __init__(self, mask, **options):
+        super().__init__(**options)
         self.mask = mask
 
     def mixed(self, x):
         x = x.permute(0, 2, 3, 1)
-        return x + self.attn(x, self.mask(2, *x.shape[1:3]))
+        return x + self.attended(x, self.mask(2, *x.shape[1:3]))
 
 
 # --- windows that are the whole map at capture ---
@@ -523,7 +529,7 @@ class Sequence(Tokens):
         super().__init__(SequenceAttention(dim) if attention is None else attention, dim)
 
     def through(self, x, h, w):
-        return self.attn(x)
+        return self.attended(x)
 
 
 class SetsSides(Tokens):
@@ -542,9 +548,6 @@ class LeavesTokensOut(Tokens):
         super().__init__(SequenceAttention(dim))
         self.how, self.keep = how, keep
 
-    def through(self, x, h, w):
-        return self.attn(x)
-
     def mixed(self, x):
         x = x.flatten(2).transpose(1, 2)
         if self.training:
@@ -555,7 +558,7 @@ class LeavesTokensOut(Tokens):
                 weight = torch.rand(x.shape[:2]) if self.how == "chance" else x.norm(dim=-1)
                 chosen = weight.argsort(1, descending=True)[:, :kept]
                 x = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
-        return x + self.attn(x)
+        return x + self.attended(x)
 
 
 class SequenceAttention(nn.Module):
@@ -592,8 +595,8 @@ class NoiseInTraining(Classifier):
 
 
 class NormOfTheBatch(Classifier):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self.norm = nn.BatchNorm2d(16)
 
     def placed(self, x):

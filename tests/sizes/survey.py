@@ -12,6 +12,9 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import fields, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the library of this checkout, whichever is installed
 
 import generated_models
 from generated_models import Recipe, Step, build, other_sizes, recipe_by
