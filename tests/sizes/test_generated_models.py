@@ -1,0 +1,118 @@
+"""Models that use their sizes and modes in ways drawn by chance: converted, they are their donors or refuse."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from generated_models import BLOCKS, Recipe, Step, build, other_sizes, recipe_by
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from judging import TARGETS, error, fate, faults, images, judge, outputs, places, told
+
+import attnrewrite
+
+RUN = {
+    "derandomize": True,
+    "database": None,
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "phases": (Phase.explicit, Phase.generate),  # shrinking would judge hundreds more: survey.py simplifies
+    "report_multiple_bugs": False,
+}
+
+
+@st.composite
+def recipes(draw, block=None):
+    return recipe_by(lambda options: draw(st.sampled_from(options)), block)
+
+
+def check(recipe, target):
+    found = faults(judge(lambda: build(recipe), recipe.image, other_sizes(recipe), {target: TARGETS[target]}))
+    assert not found, told(recipe, found)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_generated_models_are_their_donors_or_refuse(block):
+    @settings(max_examples=38, **RUN)
+    @given(recipes(block), st.sampled_from(list(TARGETS)))
+    def judged(recipe, target):
+        check(recipe, target)
+
+    judged()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", range(20))
+def test_many_generated_models_are_their_donors_or_refuse(part):
+    """250 a part; recipes by a seed, which spread wider than what hypothesis draws."""
+    wrong = []
+    for seed in range(1000 + 250 * part, 1250 + 250 * part):
+        recipe = recipe_by(random.Random(seed).choice)
+        found = faults(judge(lambda recipe=recipe: build(recipe), recipe.image, other_sizes(recipe)))
+        if found:
+            wrong.append(told(f"{seed}: {recipe}", found[:3]))
+    assert not wrong, "\n".join([f"{len(wrong)} of 250 recipes", *wrong])
+
+
+def test_a_donor_is_equal_to_itself():
+    """Else the judge would find faults of its own."""
+    judged = 0
+    for seed in range(150):
+        recipe = recipe_by(random.Random(seed).choice)
+        one, other = build(recipe), build(recipe)
+        for _, batch, train in places(recipe.image, other_sizes(recipe)):
+            try:
+                expected = outputs(one.train(train), batch, train)
+            except Exception:  # this donor does not take this size
+                continue
+            assert error(outputs(other.train(train), batch, train), expected) == 0, recipe
+            judged += 1
+    assert judged > 1000
+
+
+def test_a_recipe_is_printed_as_it_is_written():
+    for seed in range(50):
+        recipe = recipe_by(random.Random(seed).choice)
+        assert eval(repr(recipe), {"Recipe": Recipe, "Step": Step}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("step", "where"),
+    [
+        (Step("map", "doubled_if", "h > 5"), "24x24"),
+        (Step("map", "doubled_if", "b > 1"), "captured size, batch 3"),
+        (Step("map", "doubled_if", "self.training"), "captured size, training"),
+        (Step("map", "table_interpolated"), "8x32"),
+        (Step("logits", "plus", "h * w"), "16x20"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_the_judge_finds_what_stays_as_it_was_at_capture(monkeypatch, step, where):
+    """A trace at one size, in eval mode, stands for a wrong conversion."""
+
+    def traced(model, to, example, **options):
+        program = torch.export.export(model, (example,)).module(check_guards=False)
+        program.train = program.eval = lambda mode=True: program
+        return program
+
+    class Nothing:
+        converted = ()
+
+    monkeypatch.setattr(attnrewrite, "convert", traced)
+    monkeypatch.setattr(attnrewrite, "report", lambda model: Nothing)
+    recipe = Recipe(steps=(step,))
+    found = judge(lambda: build(recipe), recipe.image, other_sizes(recipe), {"identity": {}})
+    assert fate(found) in ("WRONG", "FOREIGN")
+    assert any(finding.where.startswith(where) for finding in faults(found)), told(recipe, found)
+
+
+def test_a_plain_model_runs_at_every_size():
+    """A refusal everywhere would pass all other tests."""
+    recipe = Recipe(pool="mean")
+    converted = attnrewrite.convert(build(recipe), "identity", images(1, recipe.image), progress=False)
+    donor = build(recipe)
+    for _, batch, train in places(recipe.image, other_sizes(recipe)):
+        assert error(outputs(converted.train(train), batch, train), outputs(donor.train(train), batch, train)) < 1e-9
