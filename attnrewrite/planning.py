@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .calibration.keep import Budget, keep_the_worst, require_budget
-from .capture import Capture, ModuleCall, NodeRef, capture, other_looks, same_size_look
+from .capture import Capture, ModuleCall, NodeRef, capture, other_looks, same_size_look, training_look
 from .certify import certify, collect_values
 from .certify.certificate import TOLERANCE, relative_error, wanted_nodes
 from .certify.forms import operand_heads_last
@@ -27,6 +27,7 @@ from .plan import Plan, PlannedSite, matching
 from .product_cost import macs_after, macs_before
 from .rewrite.check import misbehaviour
 from .rewrite.owners import OwnerProgram, build_program
+from .rewrite.training import steps_of_training
 from .targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, recognise_all, target_of
 
 Selector = str | Iterable[str] | Callable[[Site], bool]
@@ -64,6 +65,7 @@ def plan(
     made.build()
     if max_rewrites is not None:
         made.limit(max_rewrites)
+    _check_training(made)
     _check_behaviour(made, flow)
     if automatic:
         keep_the_worst(made, budget, measure)
@@ -234,6 +236,18 @@ def _match(conversion: Conversion, site: Site) -> None:
     for core in conversion.core if isinstance(conversion.core, list) else [conversion.core]:
         if core is not None:
             core.to(device=value.device, dtype=value.dtype)
+
+
+def _check_training(made: Plan) -> None:
+    """Refuse what is another function in training mode, or is given what is no map there."""
+    look = training_look(made.capture) if made.programs else None
+    reasons = [(owner, steps_of_training(owner, made.capture, look)) for owner in made.programs]
+    planned = {id(p.site): p for p in made.converting}
+    for owner, reason in reasons:
+        for site in owner.sites if reason else ():
+            planned[id(site)].refuse(reason)
+    if any(reason for _, reason in reasons):
+        made.build()
 
 
 def _check_behaviour(made: Plan, flow: Dataflow) -> None:

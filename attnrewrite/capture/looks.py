@@ -41,12 +41,8 @@ def same_size_look(first: Capture) -> Capture | None:
 
 
 def training_look(first: Capture) -> Capture | None:
-    """The model in training mode, at the captured size; with more samples, for some norms need several."""
-    for batch in (first.batch + 1, first.batch):
-        found = _look(first, image_sides(first), batch, training=True)
-        if found is not None:
-            return found
-    return None
+    """The captured call in training mode; None if it cannot be traced, as where chance decides what is computed."""
+    return _look(first, image_sides(first), first.batch, training=True)
 
 
 def image_sides(look: Capture) -> Sides | None:

@@ -35,7 +35,8 @@ class OwnerProgram:
     ``dropped`` are children and parameters that nothing uses any more, and ``lost`` the sizes of those parameters by
     identity. ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its
     own hands its input on in eval mode; ``passes_over`` whether it is given a constant that it no longer uses, and
-    ``reads_image`` whether it asks for the image that the model was given.
+    ``reads_image`` whether it asks for the image that the model was given. ``live`` are the paths of children that are
+    still called.
     """
 
     call: ModuleCall
@@ -48,6 +49,7 @@ class OwnerProgram:
     handed_on: bool = False
     passes_over: bool = False
     reads_image: bool = False
+    live: frozenset[str] = frozenset()
     donor_class: type = field(init=False)
     lost: dict[int, int] = field(init=False)
 
@@ -111,7 +113,8 @@ def build_program(
         read = {part for name in used for part in itertools.accumulate(name.split("."), "{}.{}".format)}
         unused = [name for name in before if name not in read and _is_droppable(call, name, looks.first)]
         noted = (outlined.handed_on, bool(outlined.passed_over()), any(map(_reads_image, modules.values())))
-        return OwnerProgram(call, sites, program, modules, buffers, unused, tied, *noted), failed
+        live = frozenset(child.path for child in outlined.live)
+        return OwnerProgram(call, sites, program, modules, buffers, unused, tied, *noted, live), failed
     return None, failed
 
 
