@@ -17,6 +17,7 @@ from .capture import Capture, ModuleCall, NodeRef, capture, other_looks, same_si
 from .certify import certify, collect_values
 from .certify.certificate import TOLERANCE, relative_error, wanted_nodes
 from .certify.forms import operand_heads_last
+from .cores.exactness import hold_exact
 from .cores.head_norm import scale_heads
 from .errors import ArgumentError, ConversionError
 from .ir import AttentionSite, Global, Reduced, Refused, Site
@@ -215,6 +216,9 @@ def _classify(chosen: list[PlannedSite], least: Exactness, flow: Dataflow) -> No
             planned.keep(f"{conversion.exactness.name} is below fidelity={least.name.lower()!r}: {conversion.why}")
             continue
         _match(conversion, planned.site)
+        if least is Exactness.EXACT:
+            for core in _cores(conversion):
+                hold_exact(core)
         planned.status, planned.conversion = "convert", conversion
         converted[id(planned.target)] = index + 1
 
@@ -233,9 +237,13 @@ def _fit(made: Plan, flow: Dataflow) -> None:
 def _match(conversion: Conversion, site: Site) -> None:
     """Give the new core the device and dtype of what the site computes."""
     value = (site.nodes.output.node if isinstance(site, AttentionSite) else site.result).meta["val"]
-    for core in conversion.core if isinstance(conversion.core, list) else [conversion.core]:
-        if core is not None:
-            core.to(device=value.device, dtype=value.dtype)
+    for core in _cores(conversion):
+        core.to(device=value.device, dtype=value.dtype)
+
+
+def _cores(conversion: Conversion) -> list[nn.Module]:
+    cores = conversion.core if isinstance(conversion.core, list) else [conversion.core]
+    return [core for core in cores if core is not None]
 
 
 def _check_training(made: Plan) -> None:

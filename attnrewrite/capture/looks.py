@@ -28,7 +28,7 @@ def other_looks(first: Capture) -> list[Capture]:
         for step in dict.fromkeys((*_STEPS, *sides)):
             grown = _look(first, _grown(sides, step, 1, 3), batch + 2)
             if grown is not None:
-                odd = (sides[0] + 2 * step - 3, sides[1] + step - 5)
+                odd = (sides[0] + 2 * step + 2, sides[1] + step + 1)  # remainders 2 and 1 are told from their complements
                 again = _look(first, odd, batch + 1) or _look(first, _grown(sides, step, 4, 2), batch + 1)
                 looks = [look for look in (grown, again) if look is not None]
                 break

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,12 +60,42 @@ class Decision:
         return f"a comparison of sizes ({self.function.__name__}, {file.rpartition('/')[2]}:{line})"
 
 
+@dataclass(frozen=True)
+class Given:
+    """The numbers that one operator was given, each with its term if it comes from sizes; its nodes are those from
+    trace position ``start`` to ``stop``."""
+
+    start: int
+    stop: int
+    numbers: tuple[tuple[Number, Term | None], ...]
+
+    def terms_of(self, numbers: list[Any]) -> list[Term | None]:
+        """Of the ``numbers`` of one of the nodes, the terms: by their order where that is the same, else by value."""
+        if [number for number, _ in self.numbers] == numbers:
+            return [term for _, term in self.numbers]
+        by_value: dict[Number, set[Term | None]] = {}
+        for number, term in self.numbers:
+            by_value.setdefault(number, set()).add(term)
+        found = [by_value.get(number, {None}) for number in numbers]
+        return [next(iter(terms)) if len(terms) == 1 else None for terms in found]
+
+
 @dataclass
 class SizeRecord:
-    """Everything a forward computed from sizes, in order, each with the trace position at which it did."""
+    """Everything a forward computed from sizes, in order, each with the trace position at which it did; and where it
+    used what it computed."""
 
     terms: list[tuple[int, Term]] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
+    given: list[Given] = field(default_factory=list)
+
+    def given_at(self, position: int) -> Given | None:
+        """What the operator that made the node at a trace position was given, where that comes from sizes."""
+        return self._places.get(position)
+
+    @cached_property
+    def _places(self) -> dict[int, Given]:
+        return {place: each for each in self.given for place in range(each.start, each.stop)}
 
     def resolve(self, final: Callable[[Node], Node | None]) -> SizeRecord:
         """The record with the nodes of the final graph; what refers to values that it has not is left out."""
@@ -93,6 +124,10 @@ class SizeRecord:
                 for each, operands in decisions
                 if None not in operands
             ],
+            [
+                Given(each.start, each.stop, tuple((n, None if t is None else resolved(t)) for n, t in each.numbers))  # type: ignore[misc]  # terms
+                for each in self.given
+            ],
         )
 
 
@@ -104,7 +139,9 @@ class SizeTracker(TorchFunctionMode):
         self.record = SizeRecord()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = _position()
         result = func(*args, **(kwargs or {}))
+        self._note(start, args, kwargs)
         if func in _GETTERS:
             return self._tracked(args[0], result, args[1:], kwargs or {})
         if func is torch.Tensor.numel and (node := _node_of(args[0])) is not None:
@@ -113,6 +150,15 @@ class SizeTracker(TorchFunctionMode):
                 count = _Extent(extent, Side(node, axis), self.record) * count
             return count
         return result
+
+    def _note(self, start: int, args: Any, kwargs: Any) -> None:
+        stop = _position()
+        if stop == start:
+            return
+        numbers = [leaf for leaf in _flat((args, kwargs or {})) if _is_number(leaf)]
+        if any(isinstance(number, _Tracked) for number in numbers):
+            terms = tuple((plain(number), getattr(number, "term", None)) for number in numbers)
+            self.record.given.append(Given(start, stop, terms))
 
     def _tracked(self, tensor: Tensor, sizes: Any, axis: tuple[Any, ...], named: dict[str, Any]) -> Any:
         node = _node_of(tensor)
@@ -204,6 +250,19 @@ def _decided(function: Callable[..., Any], *operands: Any) -> Any:
 def _position() -> int:
     mode = get_proxy_mode()
     return -1 if mode is None else len(mode.tracer.graph.nodes)
+
+
+def _flat(arguments: Any) -> Iterator[Any]:
+    """The leaves of an operator's arguments, those of slices too, in order."""
+    if isinstance(arguments, slice):
+        arguments = (arguments.start, arguments.stop, arguments.step)
+    if isinstance(arguments, tuple | list):
+        for argument in arguments:
+            yield from _flat(argument)
+    elif isinstance(arguments, dict):
+        yield from _flat(tuple(arguments.values()))
+    else:
+        yield arguments
 
 
 def _is_number(value: Any) -> bool:

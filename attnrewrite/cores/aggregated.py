@@ -10,6 +10,7 @@ from ..ir import Grid, Window
 from ..modules.adaptive_pool import adaptive_average, cell_bounds
 from ..modules.local_window import inside_map, window_average, window_scores
 from .neighborhood import reached_table
+from .exactness import ExactWhereHeld
 from .sequence import attend, grid_of, join_map, split_map
 from .window import require_same_border
 
@@ -41,7 +42,7 @@ class LocalBranch(nn.Module):
         return f"window_size={self.window_size}, {state}"
 
 
-class AggregatedCore(nn.Module):
+class AggregatedCore(ExactWhereHeld):
     """One softmax over a token's window, the pooled map and the prefix, for ``[prefix, map]`` sequences.
 
     A cell of the pooled map has the mean of its tokens' keys and values, which are the projections of their mean, and
@@ -75,6 +76,7 @@ class AggregatedCore(nn.Module):
         prefix = grid.prefix_tokens
         (first, maps), (keys, key_map), (values, value_map) = (split_map(part, grid) for part in (query, key, value))
         cells = (max(1, grid.height // self.pool[0]), max(1, grid.width // self.pool[1]))
+        self.hold(cells == (grid.height, grid.width) and (bias is None or cells == self.window), grid)
         pooled = [adaptive_average(part.flatten(3), cells) for part in (key_map, value_map)]
         shared = [
             torch.cat([own, cell.flatten(1, 2).unflatten(-1, own.shape[2:])], dim=1)

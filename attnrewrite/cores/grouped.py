@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ir import Grid
+from .exactness import ExactWhereHeld
 from .sequence import attend, grid_of, join_map, split_map
 
 Pair = tuple[int, int]
 
 
-class GroupedCore(nn.Module):
+class GroupedCore(ExactWhereHeld):
     """Attention inside groups of ``group`` tokens that lie ``interval`` apart (Wang et al. 2022, CrossFormer, section
     3.2; interval 1 is short distance), for ``[prefix, map]`` sequences. Every group also sees the prefix tokens, and
     prefix tokens see everything. Padded slots are not attended to.
@@ -44,6 +45,7 @@ class GroupedCore(nn.Module):
         """Heads-last ``[batch, tokens, heads, dim]``; ``bias`` ``[1, heads, n, n]`` by places in a group."""
         grid = grid_of(query.shape[1], self.grid)
         group, interval = fitted(self.group, self.interval, grid)
+        self.hold(group == (grid.height, grid.width) or grid in self.grid.seen, grid)
         (first, query_map), (keys, key_map), (values, value_map) = (
             split_map(part, grid) for part in (query, key, value)
         )

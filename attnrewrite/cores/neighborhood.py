@@ -12,11 +12,12 @@ from ..errors import ConversionError
 from ..functional import neighborhood_attention
 from ..ir import Grid
 from ..operators.index_rule import AxisRule
+from .exactness import ExactWhereHeld
 
 Pair = tuple[int, int]
 
 
-class NeighborhoodAttention(nn.Module):
+class NeighborhoodAttention(ExactWhereHeld):
     """Neighborhood attention (Hassani et al. 2023; dilated: Hassani and Shi 2022) for ``[prefix, map]`` sequences.
 
     Map tokens see their neighbourhood and all prefix tokens; prefix tokens see everything. Where the kernel covers the
@@ -49,6 +50,7 @@ class NeighborhoodAttention(nn.Module):
         """Heads-last ``[batch, tokens, heads, dim]``; ``bias`` ``[1, heads, tokens, tokens]``."""
         grid = grid_of(query.shape[1], self.grid)
         kernel = clamped_kernel(self.kernel_size, self.dilation, grid)
+        self.hold(covers(kernel, self.dilation, grid), grid)
         if covers(kernel, self.dilation, grid) or (self.training and self.dropout > 0.0):
             return self._dense(query, key, value, bias, kernel, grid)
         prefix = grid.prefix_tokens
@@ -96,7 +98,7 @@ class NeighborhoodAttention(nn.Module):
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, grid={self.grid}, scale={self.scale:.4g}"
 
 
-class SlidingAttention(nn.Module):
+class SlidingAttention(ExactWhereHeld):
     """Neighborhood attention on a map, with the bias that was learned inside windows.
 
     Args:
@@ -136,7 +138,11 @@ class SlidingAttention(nn.Module):
 
         What windows hold in padded slots is not attended to: a neighbourhood never leaves the map.
         """
-        kernel = clamped_kernel(self.kernel_size, self.dilation, Grid(query.shape[1], query.shape[2]))
+        grid = Grid(query.shape[1], query.shape[2])
+        kernel = clamped_kernel(self.kernel_size, self.dilation, grid)
+        sides = (grid.height, grid.width)
+        whole = kernel == self.window and all(k * d == side for k, d, side in zip(kernel, self.dilation, sides, strict=True))
+        self.hold(whole or (covers(kernel, self.dilation, grid) and self.window == sides), grid)
         table = None
         if bias is not None:
             assert isinstance(self.entries, Tensor)
@@ -151,7 +157,7 @@ class SlidingAttention(nn.Module):
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, scale={self.scale:.4g}"
 
 
-class ReducedNeighborhoodAttention(nn.Module):
+class ReducedNeighborhoodAttention(ExactWhereHeld):
     """Every query sees the ``kernel_size`` nearest cells of a reduced key map (PVT's spatial reduction kept).
 
     The cell above a query is ``floor(position * reduced side / side)``; windows slide inward at the border as in
@@ -171,6 +177,7 @@ class ReducedNeighborhoodAttention(nn.Module):
         """Heads-last ``[batch, tokens, heads, dim]`` queries and keys of their own maps."""
         grid, reduced = grid_of(query.shape[1], self.grid), grid_of(key.shape[1], self.reduced)
         mask = bias
+        self.hold(covers(self.kernel_size, (1, 1), reduced), reduced)
         if any(k < side for k, side in zip(self.kernel_size, (reduced.height, reduced.width), strict=True)):
             mask = reduced_mask(self.kernel_size, grid, reduced).to(query.device)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))

@@ -103,7 +103,7 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     chain = score_chain(softmax.scores, flow.constants, flow.learned)
     product, scores = chain.product, shape_of(chain.product.node)
     weights = path_after[-1] if path_after else anchor
-    laid_out = _layout(path_after, product.out_axes, scores, flow)
+    laid_out = _layout(path_after, weights, product.out_axes, scores, flow)
     moves = [step for step in chain.path if flow.is_movement(step) and not flow.is_copy(step)]
     if laid_out is None or any(operator_name(step) not in _ROW_MAJOR for step in moves):
         raise NotAffine("the scores are rearranged between their product and the product with the values")
@@ -122,11 +122,11 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     )
 
 
-def _layout(steps: list[Node], axes: str, scores: tuple[int, ...], flow: Dataflow) -> str | None:
-    """The axes of the weights after ``steps`` of movement from the layout of the scores; None if not known."""
+def _layout(steps: list[Node], weights: Node, axes: str, scores: tuple[int, ...], flow: Dataflow) -> str | None:
+    """The axes of ``weights``, after ``steps`` of movement from the layout of the scores; None if not known."""
     moves = [step for step in steps if not flow.is_copy(step)]
     if all(operator_name(step) in _ROW_MAJOR for step in moves):
-        return axes if not steps or shape_of(steps[-1]) == scores else None
+        return axes if shape_of(weights) == scores else None
     for step in moves:
         order = permutation(step)
         if order is None:

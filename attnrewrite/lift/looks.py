@@ -29,24 +29,34 @@ class Look:
     differs: dict[int, str] = field(default_factory=dict)
 
     def counterpart(self, node: Node, first: Dataflow) -> Node:
-        """The node that stands where ``node`` stands in the ``first`` graph: the same operator, as many before it in
-        the same call.
-
-        Raises:
-            LookupError: there is none.
-        """
-        call = first.capture.enclosing_call([node])
-        position = _like(node, _own_nodes(call, first)).index(node)
-        return _like(node, _own_nodes(self.call(call, first), self.flow))[position]
+        """As ``counterpart``, of a node of the ``first`` graph."""
+        return counterpart(node, first, self.flow)
 
     def call(self, call: ModuleCall, first: Dataflow) -> ModuleCall:
-        """The same call of the same module.
+        """As ``same_call``, of a call on the ``first`` look."""
+        return same_call(call, first, self.flow)
 
-        Raises:
-            LookupError: it was not called as often.
-        """
-        number = next(i for i, each in enumerate(_calls_of(call.path, first)) if each is call)
-        return _calls_of(call.path, self.flow)[number]
+
+def counterpart(node: Node, one: Dataflow, other: Dataflow) -> Node:
+    """The node that stands in the ``other`` graph where ``node`` stands in ``one``: the same operator, as many before
+    it in the same call.
+
+    Raises:
+        LookupError: there is none.
+    """
+    call = one.capture.enclosing_call([node])
+    position = next(i for i, each in enumerate(_like(node, _own_nodes(call, one))) if each is node)
+    return _like(node, _own_nodes(same_call(call, one, other), other))[position]
+
+
+def same_call(call: ModuleCall, one: Dataflow, other: Dataflow) -> ModuleCall:
+    """The same call of the same module.
+
+    Raises:
+        LookupError: it was not called as often.
+    """
+    number = next(i for i, each in enumerate(_calls_of(call.path, one)) if each is call)
+    return _calls_of(call.path, other)[number]
 
 
 Seen = tuple[Dataflow, list[Site]]
@@ -71,8 +81,9 @@ class Looks:
         named = [_by_name(found) for _, found in others]
         counterparts = [[found.get(name) for found in named] for name in _names(sites)]
         images = [sides for sides in (image_sides(each.capture) for each in (first, *(f for f, _ in others))) if sides]
+        flows = [flow for flow, _ in others]
         self.sites = [
-            _with_groups(_with_maps(site, theirs, images, self.size), theirs)
+            self._with_result(_with_groups(_with_maps(site, theirs, images, self.size), theirs), theirs, flows)
             for site, theirs in zip(sites, counterparts, strict=True)
         ]
         self.others = [self._look(*seen) for seen in others]
@@ -81,6 +92,24 @@ class Looks:
     def other_batch(self) -> Look | None:
         seen = self._other_batch()
         return None if seen is None else self._look(*seen)
+
+    def _with_result(self, site: Site, others: list[Site | None], flows: list[Dataflow]) -> Site:
+        """Of one window that is the map, what puts several windows together again is not told from what follows; where
+        there are several, it is. The certificate shows that it is the result here too."""
+        if not isinstance(site, AttentionSite) or not isinstance(site.keys, MapGroups):
+            return site
+        for other, flow in zip(others, flows, strict=True):
+            if not isinstance(other, AttentionSite) or other.owner.path != site.owner.path or other.nodes.result is None:
+                continue
+            try:
+                result = counterpart(other.nodes.result, flow, self.first)
+            except (LookupError, StopIteration):
+                continue
+            position = self.first.capture.position
+            later = position.get(result, -1) > position.get(site.result, -1)
+            if later and result.meta["val"].shape == site.result.meta["val"].shape:
+                return replace(site, nodes=replace(site.nodes, result=result))
+        return site
 
     def _look(self, flow: Dataflow, found: list[Site]) -> Look:
         look, named = Look(flow), _by_name(found)

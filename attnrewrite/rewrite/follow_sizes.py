@@ -32,7 +32,7 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
         Why the graph holds for the captured sizes only, if it does: on other images it then stops.
     """
     agreeing: list[Outlined] = []
-    tied: list[str] = []
+    tied: list[str] = list(outlined.tied)
     live = {child.path for child in outlined.live}
     own = _decisions(outlined.capture, outlined.call, live)
     for look in looks.others:
@@ -41,17 +41,33 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
             agreeing.append(twin)
         elif not _decides_otherwise(own, outlined.call, live, look, looks):
             tied.append(reason)
-    if not any(_is_of_other_size(twin, outlined) for twin in agreeing):
-        tied += ["no other size was seen to take the same course"] if not tied else []
-        same = looks.other_batch
-        twin, _ = (None, "") if same is None else _again(outlined, same, again)
-        agreeing += [twin] if twin is not None else []
-    guards = _guards(own, agreeing, live) if not tied else []
-    reader = _ImageReader(outlined, agreeing, looks.size)
-    tied += restate(outlined, agreeing, guards, reader.side)
+    if not tied and not any(_is_of_other_size(twin, outlined) for twin in agreeing):
+        tied.append("no other size was seen to take the same course")
+    batches = []
+    if tied and looks.other_batch is not None:
+        twin, _ = _again(outlined, looks.other_batch, again)
+        batches = [] if twin is None else [twin]
+    guards = _guards(own, [*agreeing, *batches], live)
+    reader = _ImageReader(outlined, [*agreeing, *batches], looks.size)
+    tied += restate(outlined, [*agreeing, *batches], guards, reader.side)
+    outlined.fixed = _fixed(outlined, batches if tied else agreeing)
     if tied:
         _hold_to_image(outlined, looks.size)
     return tied
+
+
+def _fixed(outlined: Outlined, free: list[Outlined]) -> dict[fx.Node, Any]:
+    """What the graph is given and what has to stay as it was: numbers, and of tensors the extents that did not move
+    between ``free`` looks (None for those that did)."""
+    fixed: dict[fx.Node, Any] = {}
+    for leaf, *others in zip(outlined.leaves, *(each.leaves for each in free), strict=True):
+        value, number = leaf.meta.get("val"), leaf.meta.get("value")
+        if isinstance(value, Tensor):
+            shapes = [value.shape, *(other.meta["val"].shape for other in others)]
+            fixed[leaf] = tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
+        elif all(other.meta.get("value") == number for other in others):
+            fixed[leaf] = number
+    return fixed
 
 
 def _again(outlined: Outlined, look: Look, again: Callable[[Look], Outlined]) -> tuple[Outlined | None, str]:

@@ -29,19 +29,22 @@ class Outlined:
     """``graph`` restates the module of ``call``.
 
     ``made[node]`` are the values that stand for captured ``node``, in the order they were made: a child that hands its
-    input on (an inactive DropPath) makes a second one. ``constants`` and ``modules`` are to be added to the module;
+    input on (an inactive DropPath) makes a second one; ``restated`` are the captured nodes whose operator and arguments
+    stand here again. ``constants`` and ``modules`` are to be added to the module;
     ``tied`` says what holds for the captured size only; ``tables`` are the shapes of the parameters that make biases;
     ``given`` are the ``leaves`` that were constants, such as masks, and their values; ``live`` the calls of children
-    that stay calls.
+    that stay calls; ``fixed`` what of the ``leaves`` has to stay as it was: a value, or a tensor's extents.
     """
 
     call: ModuleCall
     graph: fx.Graph
     capture: Capture
     made: dict[Node, list[Node]] = field(default_factory=dict)
+    restated: dict[Node, Node] = field(default_factory=dict)
     leaves: list[Node] = field(default_factory=list)
     given: dict[Node, Tensor] = field(default_factory=dict)
     live: list[ModuleCall] = field(default_factory=list)
+    fixed: dict[Node, Any] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     tied: list[str] = field(default_factory=list)
@@ -186,7 +189,9 @@ class _Outliner:
             return
         self._require(not self.capture.is_uncast(node), "its own code turns autocast off, which a graph does not")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
-        self._made(node, self.graph.call_function(self._target(node), args, kwargs))
+        made = self.graph.call_function(self._target(node), args, kwargs)
+        self.result.restated[made] = node
+        self._made(node, made)
 
     def _target(self, node: Node) -> Any:
         """What to call for ``node``: it writes into memory of the module's callers as it did, and into no other."""

@@ -98,9 +98,9 @@ def build_program(
         try:
             outlined, before = _outlined(call, sites, looks.first, conversion_of)
             again = partial(_outlined_again, call, sites, looks, conversion_of=conversion_of)
-            tied = outlined.tied + follow_sizes(outlined, looks, again)
+            tied = follow_sizes(outlined, looks, again)
             remove_dead_code(outlined.graph)
-            program = program_of(outlined, tied)
+            program = program_of(outlined)
         except _NotInstalled as without:
             failed.append((without.site, _reason(call, without.__cause__)))
             sites = [other for other in sites if other is not without.site]

@@ -49,9 +49,9 @@ class Program:
         self.__post_init__()
 
 
-def program_of(outlined: Outlined, fixed_to: list[str]) -> Program:
-    """Generate the program of ``outlined``; ``fixed_to`` names the operators that tie it to the captured sizes."""
-    code = _ForwardCode(outlined, fixed_to)
+def program_of(outlined: Outlined) -> Program:
+    """Generate the program of ``outlined``."""
+    code = _ForwardCode(outlined)
     outlined.graph.set_codegen(code)
     generated = outlined.graph.python_code("self")
     return Program(generated.src, {**generated.globals, **code.names})
@@ -124,16 +124,17 @@ def expect_alias(what: str, first: Any, other: Any) -> None:
         )
 
 
-def expect_shape(what: str, shape: torch.Size, captured: tuple[int, ...]) -> None:
-    """A graph that could not be freed of its sizes takes the captured ones only (any batch).
+def expect_extents(what: str, shape: torch.Size, captured: tuple[int | None, ...]) -> None:
+    """Extents that were the same on every look at the model must be so again (None: any).
 
     Raises:
         ConversionError: naming the argument.
     """
-    if tuple(shape[1:]) != captured[1:]:
+    if len(shape) != len(captured) or any(now != then for now, then in zip(shape, captured, strict=True) if then is not None):
+        wanted = ", ".join("any" if then is None else str(then) for then in captured)
         raise ConversionError(
-            f"{what} has shape {list(shape)}, but this module could only be converted for {list(captured)} (any "
-            "batch); convert the model again with example inputs of the new size"
+            f"{what} has shape {list(shape)}, but this module could only be converted for [{wanted}]; convert the model "
+            "again with example inputs of the new size"
         )
 
 
@@ -153,12 +154,12 @@ def expect_table(what: str, shape: torch.Size, captured: tuple[int, ...]) -> Non
 class _ForwardCode(CodeGen):
     """Writes the donor's signature, unpacks its arguments, and packs the result as the donor does."""
 
-    def __init__(self, outlined: Outlined, fixed_to: list[str]) -> None:
+    def __init__(self, outlined: Outlined) -> None:
         super().__init__()
-        self.outlined, self.fixed_to = outlined, fixed_to
+        self.outlined = outlined
         self.names: dict[str, Any] = {
             "expect_same": expect_same, "expect_no_more": expect_no_more, "expect_alias": expect_alias,
-            "expect_shape": expect_shape, "expect_table": expect_table, "expect_constant": expect_constant,
+            "expect_extents": expect_extents, "expect_table": expect_table, "expect_constant": expect_constant,
         }  # fmt: skip
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
@@ -167,7 +168,7 @@ class _ForwardCode(CodeGen):
         seen: dict[Any, str] = {}
         passed_over = self.outlined.passed_over()
         leaves = tree_flatten_with_path(call.arguments)[0]
-        for number, (placeholder, (path, leaf)) in enumerate(zip(self.outlined.leaves, leaves, strict=True)):
+        for placeholder, (path, leaf) in zip(self.outlined.leaves, leaves, strict=True):
             spelled = _spelled(path)
             if isinstance(leaf, NodeRef):
                 lines.append(f"    {placeholder.name} = {spelled}")
@@ -175,16 +176,18 @@ class _ForwardCode(CodeGen):
                     lines.append(
                         f"    expect_alias({f'{seen[leaf.node]} and {spelled}'!r}, {seen[leaf.node]}, {spelled})"
                     )
-                elif self.fixed_to and placeholder.users:
-                    shape = tuple(leaf.node.meta["val"].shape)  # type: ignore[union-attr]  # required when outlined
-                    lines.append(f"    expect_shape({spelled!r}, {spelled}.shape, {shape})")
+                elif placeholder.users:
+                    extents = self.outlined.fixed.get(placeholder, ())
+                    if any(extent is not None for extent in extents):
+                        lines.append(f"    expect_extents({spelled!r}, {spelled}.shape, {extents})")
                 elif placeholder in passed_over:
                     captured = self._constant(passed_over[placeholder])
                     lines.append(f"    expect_constant({spelled!r}, {spelled}, {captured})")
                 seen[leaf.node] = spelled
-            elif placeholder.users:
+                continue
+            if placeholder.users:
                 lines.append(f"    {placeholder.name} = {spelled}")
-            elif self.fixed_to or not self._is_side(number):
+            if placeholder in self.outlined.fixed:
                 lines.append(f"    expect_same({spelled!r}, {spelled}, {self._constant(leaf)})")
         lines += [
             f"    expect_table({name!r}, {_attribute(name)}.shape, {shape})"
@@ -192,12 +195,6 @@ class _ForwardCode(CodeGen):
         ]
         lines += [f"    expect_no_more({name!r}, {name}, {sorted(call.arguments[name])})" for name in _keywords(call)]
         return "\n".join(lines)
-
-    def _is_side(self, number: int) -> bool:
-        """One of two numbers in a row: the sides of a map, which a graph freed of sizes need not ask for."""
-        near = (self.outlined.leaves[i] for i in (number - 1, number + 1) if 0 <= i < len(self.outlined.leaves))
-        here = self.outlined.leaves[number]
-        return any(type(leaf.meta.get("value")) is int is type(here.meta.get("value")) for leaf in near)
 
     def generate_output(self, output_args: Any, *args: Any, **options: Any) -> str:
         structure = self.outlined.call.output

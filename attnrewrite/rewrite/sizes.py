@@ -88,11 +88,14 @@ def expect_course(holds: Any, captured: bool, what: str) -> None:
 class _Restating:
     def __init__(self, first: Outlined, others: list[Outlined], from_image: Callable[[Vector], Any]) -> None:
         self.graph, self.from_image = first.graph, from_image
+        self.outlined = [first, *others]
         self.nodes = list(first.graph.nodes)
         self.twins = {n: list(t) for n, *t in zip(self.nodes, *(o.graph.nodes for o in others), strict=True)}
         self.known: dict[Vector, Emit] = {}
         self.donors: dict[Vector, list[tuple[Term, ...]]] = {}
-        for terms in self._own_terms(first, others):
+        own = list(self._own_terms(first, others))
+        steps = {operand for terms in own for operand in terms[0].operands if not _is_number(operand)}
+        for terms in sorted(own, key=lambda terms: terms[0] in steps):  # what nothing more was computed of comes first
             self.donors.setdefault(self._vector(terms), []).append(terms)
         self.tied: list[str] = []
 
@@ -126,26 +129,37 @@ class _Restating:
             self.known.setdefault(vector, _once(emit))
 
     def _restate(self, node: Node) -> None:
-        moving = [
-            vector
-            for vector in zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True)
-            if _is_number(vector[0]) and len(set(vector)) > 1
-        ]
-        if not moving:
+        vectors = list(zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True))
+        moving = [_is_number(vector[0]) and len(set(vector)) > 1 for vector in vectors]
+        if not any(moving):
             return
+        terms = self._given_terms(node)
         with self.graph.inserting_before(node):
-            found = {vector: self._expression(vector) for vector in moving}
-        if None in found.values():
+            found = [
+                self._expression(vector, own) if moves else vector[0]
+                for vector, own, moves in zip(vectors, terms, moving, strict=True)
+            ]
+        if any(value is None and moves for value, moves in zip(found, moving, strict=True)):
             self.tied.append(_name(node))
             return
-        changes = iter(zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True))
-
-        def changed(leaf: Any) -> Any:
-            vector = next(changes)
-            return found.get(vector, leaf) if _is_number(leaf) else leaf
-
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), changed)  # type: ignore[misc]  # a pair
+        changes = iter(found)
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: next(changes))  # type: ignore[misc]  # a pair
         node.args, node.kwargs = args, kwargs
+
+    def _given_terms(self, node: Node) -> list[tuple[Term, ...] | None]:
+        """For every leaf of its arguments what the model's own code put there, look by look, if that comes from sizes."""
+        counts = len(list(_leaves(node)))
+        looks = []
+        for each, outlined in zip((node, *self.twins[node]), self.outlined, strict=True):
+            captured = outlined.restated.get(each)
+            position = None if captured is None else outlined.capture.position.get(captured)
+            given = None if position is None else outlined.capture.sizes.given_at(position)
+            if given is None:
+                return [None] * counts
+            leaves = list(_leaves(each))
+            terms = iter(given.terms_of([leaf for leaf in leaves if _is_number(leaf)]))
+            looks.append([next(terms) if _is_number(leaf) else None for leaf in leaves])
+        return [None if None in terms else terms for terms in zip(*looks, strict=True)]
 
     def _expect(self, decisions: list[tuple[Decision, list[tuple[Any, ...]]]]) -> None:
         """Guards of the course, before anything is computed."""
@@ -170,8 +184,13 @@ class _Restating:
             return vector[0]
         return self._expression(vector) or self._emitted(terms)
 
-    def _expression(self, vector: Vector) -> Any:
-        """A graph value that is ``vector[look]`` on every look, or None."""
+    def _expression(self, vector: Vector, given: tuple[Term, ...] | None = None) -> Any:
+        """A graph value that is ``vector[look]`` on every look, or None; as the model itself computes it if that is
+        ``given``."""
+        if given is not None and self._vector(given) == vector:
+            emitted = self._emitted(given)
+            if emitted is not None:
+                return emitted
         if vector in self.known:
             return self.known[vector]()
         for terms in self.donors.get(vector, []):

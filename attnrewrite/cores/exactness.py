@@ -1,0 +1,35 @@
+"""What is exact on one map need not be on a larger one: a kernel that covered the first leaves keys out of the second."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import ConversionError
+from ..ir import Grid
+
+
+class ExactWhereHeld(nn.Module):
+    """Mixin of cores that keep the function of what they replace on some maps only.
+
+    ``exact``: the user asked for nothing less, so that other maps are refused.
+    """
+
+    exact = False
+
+    def hold(self, keeps_function: bool, grid: Grid) -> None:
+        """
+        Raises:
+            ConversionError: the function would not be kept on a map on which it has to be.
+        """
+        if self.exact and not keeps_function:
+            raise ConversionError(
+                f"on a {grid} map {type(self).__name__} leaves out keys that the original attends to, and the conversion "
+                "was asked to be exact; convert with fidelity='projected', or with example inputs of this size"
+            )
+
+
+def hold_exact(core: nn.Module) -> None:
+    """From now on ``core`` refuses maps on which it would not keep the function."""
+    for part in core.modules():
+        if isinstance(part, ExactWhereHeld):
+            part.exact = True
