@@ -26,7 +26,7 @@ from .lift.looks import Looks, Seen
 from .lift.values import Values
 from .plan import Plan, PlannedSite, matching
 from .product_cost import macs_after, macs_before
-from .rewrite.check import misbehaviour
+from .rewrite.check import misbehaviour, misbehaviour_in_model
 from .rewrite.owners import OwnerProgram, build_program
 from .rewrite.training import steps_of_training
 from .targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, recognise_all, target_of
@@ -259,24 +259,37 @@ def _check_training(made: Plan) -> None:
 
 
 def _check_behaviour(made: Plan, flow: Dataflow) -> None:
-    """Run one rewritten module of every structure beside its donor; an inexact one with cores that change nothing."""
+    """Run one rewritten module of every structure beside its donor; an inexact one with cores that change nothing.
+    Those that do not run alone, such as a block whose parent tells it the sides of its map, run inside the model."""
     planned = {id(p.site): p for p in made.converting}
     unseen = {node for owner in made.programs for node in _arguments(owner.call)} - made.values.keys()
     if unseen:  # of modules around those that were certified
         made.values |= collect_values(flow, unseen)
     inputs = {node: made.capture.tensors[node] for node in made.capture.inputs}
     given = (made.capture.root, made.values | inputs, flow.constants, made.capture.batch)
-    verdicts: dict[str, str] = {}
+    verdicts: dict[str, str | None] = {}
+    unrun: list[tuple[OwnerProgram, OwnerProgram]] = []
     for owner in made.programs:
         owned = [planned[id(site)] for site in owner.sites]
         structure = f"{type(owner.call.module)} {owner.program.source} {list(owner.modules.values())}"
-        if structure not in verdicts:
-            kept = all(p.conversion and p.conversion.keeps_function for p in owned)
+        kept = all(p.conversion and p.conversion.keeps_function for p in owned)
+        twin: OwnerProgram | None = None
+        if structure not in verdicts or verdicts[structure] is None:
             twin = owner if kept else _with_own_function(owner, made)
+        if structure not in verdicts:
             verdicts[structure] = misbehaviour(twin, *given) if twin else ""
+        if verdicts[structure] is None and twin is not None:
+            unrun.append((owner, twin))
         for each in owned if verdicts[structure] else ():
-            each.refuse(verdicts[structure])
-    if any(verdicts.values()):
+            each.refuse(str(verdicts[structure]))
+    reason = ""
+    if unrun:
+        twins = [twin for _, twin in unrun]
+        reason = misbehaviour_in_model(twins, made.model, made.capture.example, made.capture.batch)
+    for owner, _ in unrun if reason else ():
+        for site in owner.sites:
+            planned[id(site)].refuse(f"rewritten, the model differs from the original ({reason})")
+    if reason or any(verdicts.values()):
         made.build()
 
 

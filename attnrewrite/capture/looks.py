@@ -5,6 +5,10 @@ One capture is not the function. What moves between looks comes from the sizes; 
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,9 +69,25 @@ def _look(first: Capture, sides: Sides | None, batch: int, training: bool = Fals
         return None
     inputs = tree_map(lambda leaf: _resized(leaf, first, sides, batch), first.example)
     try:
-        return capture_call(first.model, inputs, training)
+        with _unlogged():
+            return capture_call(first.model, inputs, training)
     except Exception:  # whatever a model says to a size that it does not take
         return None
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """What torch logs, in this thread, of a size that a model does not take is no error of anybody's."""
+    thread, logger = threading.get_ident(), logging.getLogger("torch._subclasses.fake_tensor")
+
+    def elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(elsewhere)
 
 
 def _resized(leaf: Any, first: Capture, sides: Sides | None, batch: int) -> Any:

@@ -139,6 +139,8 @@ class SizeTracker(TorchFunctionMode):
         self.record = SizeRecord()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _EXTREMES and any(isinstance(number, _Tracked) for number in args):
+            return _computed(func, *args)
         start = _position()
         result = func(*args, **(kwargs or {}))
         self._note(start, args, kwargs)
@@ -171,6 +173,9 @@ class SizeTracker(TorchFunctionMode):
 
 
 _GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]  # a getter
+
+_EXTREMES = {torch.sym_max, torch.sym_min}
+"""What an exporter puts in the place of ``max`` and ``min``."""
 
 
 def plain(number: Any) -> Any:

@@ -1,7 +1,11 @@
-"""Does a rewritten module behave as its donor where capture did not look: another batch, and training mode?"""
+"""Does a rewritten module behave as its donor on values, at another batch and in training mode?
+
+Alone where it runs alone, else inside the model. A check that could not run has failed.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import OrderedDict
 from typing import Any
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..capture import ModuleCall, NodeRef
+from ..capture import Inputs, ModuleCall, NodeRef
 from ..capture.snapshot import untouched
 from ..certify.certificate import relative_error
 from ..errors import first_line
@@ -23,37 +27,78 @@ TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Else 1e-3, relative to the largest value: float32 leaves 1e-6, a wrong axis or a swapped batch far more."""
 
 
-def misbehaviour(owner: OwnerProgram, root: ModuleCall, captured: Values, constants: Values, batch: int) -> str:
+def misbehaviour(owner: OwnerProgram, root: ModuleCall, captured: Values, constants: Values, batch: int) -> str | None:
     """Compare donor and twin on two different samples, in training where that tells more, else in eval mode.
 
     It does where a child hands its input on in eval mode (an inactive DropPath), because the graph does not show for
     sure which later use takes the child's result, and where nothing is random by element. ``owner`` must hold cores
-    that keep the function; ``root`` is the call of the model. Returns the reason, or an empty string.
+    that keep the function; ``root`` is the call of the model. Returns the reason, an empty string, or None where the
+    donor does not run alone on two samples: then nothing was compared.
     """
+    compared = False
     donor = owner.call.module
     twin = twin_of(donor)
     rewrite_module(twin, owner.program, owner.modules, owner.buffers)
     with torch.no_grad():
         for training in (True, False) if owner.handed_on and not _is_random(donor) else (False,):
             found = _donor_at_two_samples(owner, root, captured, constants, batch, training)
-            if found is None:  # the donor itself takes no other batch: there is nothing to compare with
+            if found is None:
                 continue
             arguments, expected = found
+            compared = True
+            where = "in training" if training else f"at a batch of {2 * batch}"
             try:
                 actual = _run(twin, donor, arguments, training)
             except Exception as cause:
-                return f"it does not take a batch of {2 * batch}: {first_line(cause)}"
-            if len(actual) != len(expected):
-                return f"it has other results at a batch of {2 * batch}"
-            pairs = [pair for pair in zip(actual, expected, strict=True) if _is_compared(*pair)]
-            if any(getattr(a, "shape", None) != e.shape for a, e in pairs):
-                return f"its results have other shapes at a batch of {2 * batch}"
-            error = max((relative_error(a, e) for a, e in pairs), default=0.0)
-            if pairs and not error <= TOLERANCE.get(pairs[0][1].dtype, 1e-3):
-                mode = "in training" if training else f"at a batch of {2 * batch}"
-                return f"the rewritten module differs from the original {mode} (error {error:.0e})"
+                return f"the rewritten module does not run {where}: {first_line(cause)}"
+            reason = _difference(actual, expected)
+            if reason:
+                return f"the rewritten module differs from the original {where} ({reason})"
             break
-    return ""
+    return "" if compared else None
+
+
+def misbehaviour_in_model(owners: list[OwnerProgram], model: nn.Module, example: Inputs, batch: int) -> str:
+    """The same for modules that do not run alone, all at once: the model, and a copy with these modules rewritten.
+
+    On two samples, or on the example inputs where the model takes no other batch.
+    """
+    twin = copy.deepcopy(model)
+    for owner in owners:
+        owner.install(twin.get_submodule(owner.path))
+    doubled = tree_map(lambda leaf: _with_another_sample(leaf, batch), example)
+    for args, kwargs in (doubled, example):
+        try:
+            expected = _outputs(model, args, kwargs)
+        except Exception:  # another batch is not for this model
+            continue
+        try:
+            return _difference(_outputs(twin, args, kwargs), expected)
+        except Exception as cause:
+            return f"the model does not run with it: {first_line(cause)}"
+    return "the model did not run again"
+
+
+def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    with torch.no_grad(), untouched(model):
+        torch.manual_seed(0)
+        return tree_leaves(model.eval()(*args, **kwargs))
+
+
+def _with_another_sample(leaf: Any, batch: int) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != batch:
+        return leaf
+    return torch.cat([leaf, leaf.flip(-1)])
+
+
+def _difference(actual: list[Any], expected: list[Any]) -> str:
+    if len(actual) != len(expected):
+        return "it has other results"
+    pairs = [pair for pair in zip(actual, expected, strict=True) if _is_compared(*pair)]
+    if any(getattr(a, "shape", None) != e.shape for a, e in pairs):
+        return "its results have other shapes"
+    error = max((relative_error(a, e) for a, e in pairs), default=0.0)
+    return f"error {error:.0e}" if pairs and not error <= TOLERANCE.get(pairs[0][1].dtype, 1e-3) else ""
 
 
 def _donor_at_two_samples(

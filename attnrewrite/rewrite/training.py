@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _steps(call: ModuleCall, capture: Capture, live: set[str] | frozenset[str]) 
     for node, position in capture.position.items():
         inside = call.encloses(position) and not any(child.encloses(position) for child in outer)
         if inside and is_call(node) and operator_name(node) not in _DROPPING:
-            events.append((position, (operator_name(node), *_numbers(node))))
+            events.append((position, (operator_name(node), *_numbers(node, capture))))
     return [step for _, step in sorted(events, key=lambda event: event[0])]
 
 
@@ -88,13 +89,33 @@ def _holds(outer: ModuleCall, inner: ModuleCall) -> bool:
     return call is outer
 
 
-def _numbers(node: fx.Node) -> Iterator[Any]:
+@dataclass(frozen=True, eq=False)
+class _Constant:
+    """A tensor that the model holds, equal to another of the same values."""
+
+    value: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Constant):
+            return False
+        one, two = self.value, other.value
+        return one is two or (one.shape == two.shape and one.dtype == two.dtype and bool(torch.equal(one, two)))
+
+
+def _numbers(node: fx.Node, capture: Capture) -> Iterator[Any]:
     """What an operator is given but for values and rates of dropout."""
+
+    def told(leaf: Any) -> Any:
+        if not isinstance(leaf, fx.Node):
+            return leaf
+        value = None if leaf in capture.inputs else capture.tensors.get(leaf)
+        return _Constant(value) if isinstance(value, Tensor) else None
+
     rate = _RATE.get(operator_name(node))
     kept = [value for place, value in enumerate(node.args) if place != rate]
     named = {name: value for name, value in node.kwargs.items() if name != "dropout_p"}
     found: list[Any] = []
-    fx.node.map_aggregate((kept, named), lambda leaf: found.append(None if isinstance(leaf, fx.Node) else leaf) or leaf)
+    fx.node.map_aggregate((kept, named), lambda leaf: found.append(told(leaf)) or leaf)
     while found and found[-1] is None:
         found.pop()
     return iter(found)
