@@ -23,6 +23,10 @@ _STEPS = (32, 14, 12)
 """Sides grow by multiples of these: patches, strides and windows of nearly every model divide one of them."""
 
 
+_ODD = (26, 13)
+"""Leaves, of patches and windows of 4, 7, 8 and 16, remainders that are told from each other and from what they lack."""
+
+
 def other_looks(first: Capture) -> list[Capture]:
     """Captures at two other sizes, the second with sides that nothing divides if the model takes them, each of another
     aspect and batch; none where the model takes no other size."""
@@ -32,7 +36,7 @@ def other_looks(first: Capture) -> list[Capture]:
         for step in dict.fromkeys((*_STEPS, *sides)):
             grown = _look(first, _grown(sides, step, 1, 3), batch + 2)
             if grown is not None:
-                odd = (sides[0] + 2 * step + 2, sides[1] + step + 1)  # remainders 2 and 1 are told from their complements
+                odd = (sides[0] + 2 * step + _ODD[0], sides[1] + step + _ODD[1])
                 again = _look(first, odd, batch + 1) or _look(first, _grown(sides, step, 4, 2), batch + 1)
                 looks = [look for look in (grown, again) if look is not None]
                 break

@@ -92,6 +92,7 @@ class _Restating:
         self.nodes = list(first.graph.nodes)
         self.twins = {n: list(t) for n, *t in zip(self.nodes, *(o.graph.nodes for o in others), strict=True)}
         self.known: dict[Vector, Emit] = {}
+        self.written: dict[tuple[Any, ...], Node] = {}
         self.donors: dict[Vector, list[tuple[Term, ...]]] = {}
         own = list(self._own_terms(first, others))
         steps = {operand for terms in own for operand in terms[0].operands if not _is_number(operand)}
@@ -130,10 +131,13 @@ class _Restating:
 
     def _restate(self, node: Node) -> None:
         vectors = list(zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True))
-        moving = [_is_number(vector[0]) and len(set(vector)) > 1 for vector in vectors]
+        terms = self._given_terms(node)
+        moving = [
+            _is_number(vector[0]) and (len(set(vector)) > 1 or (own is not None and self._moves(own)))
+            for vector, own in zip(vectors, terms, strict=True)
+        ]
         if not any(moving):
             return
-        terms = self._given_terms(node)
         with self.graph.inserting_before(node):
             found = [
                 self._expression(vector, own) if moves else vector[0]
@@ -179,10 +183,7 @@ class _Restating:
 
     def _operand(self, terms: tuple[Any, ...]) -> Any:
         """An operand of a comparison, as a value of the graph; None if it has none."""
-        vector = self._vector(terms)
-        if len(set(vector)) == 1:
-            return vector[0]
-        return self._expression(vector) or self._emitted(terms)
+        return self._emitted(terms) if self._moves(terms) else self._vector(terms)[0]
 
     def _expression(self, vector: Vector, given: tuple[Term, ...] | None = None) -> Any:
         """A graph value that is ``vector[look]`` on every look, or None; as the model itself computes it if that is
@@ -191,6 +192,8 @@ class _Restating:
             emitted = self._emitted(given)
             if emitted is not None:
                 return emitted
+        if len(set(vector)) == 1:  # it comes from sizes that move: that it did not move proves nothing
+            return None
         if vector in self.known:
             return self.known[vector]()
         for terms in self.donors.get(vector, []):
@@ -200,18 +203,26 @@ class _Restating:
         return self._simple_form(vector)
 
     def _emitted(self, terms: tuple[Any, ...]) -> Any:
-        """What the model computed, computed again from what the graph knows."""
+        """What the model computed, computed again from what the graph knows; None if that is not enough."""
         vector = self._vector(terms)
-        if len(set(vector)) == 1:
+        if not self._moves(terms):
             return vector[0]
-        if vector in self.known:
-            return self.known[vector]()
         if not all(isinstance(term, Arithmetic) for term in terms):
-            return None
-        operands = [self._emitted(each) for each in zip(*(term.operands for term in terms), strict=True)]
-        if any(operand is None for operand in operands):
-            return None
-        return self._learned(vector, self.graph.call_function(terms[0].function, tuple(operands)))
+            return self._expression(vector)
+        if terms not in self.written:
+            operands = [self._emitted(each) for each in zip(*(term.operands for term in terms), strict=True)]
+            if any(operand is None for operand in operands):
+                return None
+            self.written[terms] = self.graph.call_function(terms[0].function, tuple(operands))
+            self._learn(vector, lambda: self.written[terms])
+        return self.written[terms]
+
+    def _moves(self, terms: tuple[Any, ...]) -> bool:
+        """Whether any extent that they are computed from moves."""
+        first = terms[0]
+        if isinstance(first, Arithmetic) and all(isinstance(term, Arithmetic) for term in terms):
+            return any(self._moves(each) for each in zip(*(term.operands for term in terms), strict=True))
+        return len(set(self._vector(terms))) > 1
 
     def _learned(self, vector: Vector, value: Any) -> Any:
         self.known.setdefault(vector, lambda: value)
