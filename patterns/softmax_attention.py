@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..capture import ModuleCall, training_dropout
 from ..errors import UNFORESEEN, unforeseen
-from ..ir import AttentionNodes, AttentionSite, Bias, Global, Grid, KeySet, Projection, Refused, Site, Tokens
+from ..ir import AttentionNodes, AttentionSite, Bias, Global, Grid, KeySet, Placement, Projection, Refused, Site, Tokens
 from ..lift.contraction import canonical
 from ..lift.cores import Core, find_cores
 from ..lift.dataflow import Dataflow
@@ -60,8 +60,9 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     keys = _whole_map_keys(query, key, grouped, flow)
     linears = (query.linear, key.linear, value.linear)
     nodes = _nodes(
-        core, _head_groups(core, query, key, value), query.source, key.source, merged, grouped.batch_axis, linears
-    )
+        core, _head_groups(core, query, key, value), query.source, key.source, merged, grouped.batch_axis, linears,
+        grouped.placement,
+    )  # fmt: skip
     return AttentionSite(
         name=_path(flow, [*linears, *core.nodes]),
         owner=flow.capture.enclosing_call(list(core.nodes)),
@@ -106,7 +107,7 @@ def _windowed(
         bias = replace(bias, kind=bias.kind if bias.kind != "dense" else "table", shape=tuple(table[0].shape[1:]))
     region = [n for n in needed_nodes([merged.result], {source: 0}) if n not in flow.constants]
     linears = (query.linear, key.linear, value.linear)
-    nodes = _nodes(core, _head_groups(core, *parts), source, source, merged, 0, linears)
+    nodes = _nodes(core, _head_groups(core, *parts), source, source, merged, 0, linears, grouped.placement)
     return AttentionSite(
         name=_path(flow, [*linears, *core.nodes, merged.linear]),
         owner=flow.capture.enclosing_call(region),
@@ -347,10 +348,12 @@ def _nodes(
     merged: _Merged | None,
     batch_axis: int,
     linears: tuple[Node, ...],
+    placement: Placement | None = None,
 ) -> AttentionNodes:
     return AttentionNodes(
         core.query, core.key, core.value, core.output, core.product, core.groups, head_groups, source, key_source,
         merged.linear if merged else None, merged.result if merged else None, batch_axis, linears,
+        placement,
     )  # fmt: skip
 
 
