@@ -228,22 +228,19 @@ def _merge(
     found = flow.provenance(input_of(linear), stop=lambda node: node is core.output.node)
     if found.source is not core.output.node or bool((found.address < 0).any()):
         return None
-    shape = shape_of(core.output.node)
-    element = canonical(torch.arange(math.prod(shape)).view(shape), core.output.axes, core.groups + "xe").flatten(0, -3)
-    place = torch.empty(element.numel(), dtype=torch.long)
-    place[element.flatten()] = torch.arange(element.numel())
-    place = place[found.address.reshape(-1, found.address.shape[-1])]
-    positions, dims = element.shape[1:]
-    heads = len(grouped.group_of_head)
-    slot = place // dims
-    head_of_slot = _heads_of_groups(query, grouped.group_of_head).repeat_interleave(positions)
-    column = head_of_slot[slot] * dims + place - slot * dims
-    token = query.token.flatten()[slot]
-    if bool((column != column[:1]).any()) or bool((token != token[:, :1]).any()) or column.shape[1] != heads * dims:
+    extents = dict(zip(core.output.axes, shape_of(core.output.node), strict=True))
+    heads, dims = len(grouped.group_of_head), extents["e"]
+    width = heads * dims
+    head = _heads_of_groups(query, grouped.group_of_head)
+    number = (query.token * width)[..., None] + (head * dims)[:, None, None] + torch.arange(dims)
+    number = number.view(*(extents[axis] for axis in core.groups), *number.shape[1:])
+    number = canonical(number, core.groups + "xe", core.output.axes).flatten()
+    number = number[found.address.reshape(-1, found.address.shape[-1])]  # token and column of every channel
+    token, column = number[:, 0] // width, number[0] % width
+    if len(column) != width or not torch.equal(number, (token * width)[:, None] + column):
         return None
-    columns = torch.argsort(column[0]).view(heads, dims)
-    places = token[:, 0] if ranks is None else ranks[token[:, 0]]
-    result = _in_source_order(linear, places, source_shape, flow)
+    columns = torch.argsort(column).view(heads, dims)
+    result = _in_source_order(linear, token if ranks is None else ranks[token], source_shape, flow)
     output = Projection(argument(linear, 1), argument(linear, 2), columns)
     return None if result is None else _Merged(linear, result, output)
 

@@ -26,6 +26,9 @@ from .gaussian import gaussian
 from .placing import heads_of_groups, hidden_keys, in_groups, misplaced, result_rows
 from .query_rows import QueryRows, captured_mixture, cut, extents, sample_of, sampled_rows
 
+_TELLING = 2**16
+"""Elements that tell by which number an operand was multiplied: it is one for all of them."""
+
 
 @dataclass(frozen=True)
 class AttentionCheck:
@@ -160,12 +163,13 @@ class AttentionCheck:
         site, placement = self.site, self.site.nodes.placement
         assert placement is not None
         mixture, rows = _at(in_groups(mixed, site.nodes.output, site.nodes), places), _at(result_rows(site), places)
-        asks = rows >= 0
-        seen, token = rows[asks].unique(return_inverse=True)
-        heads = placement.heads[:, None].expand_as(rows)[asks]
-        merged = mixture.new_zeros(len(seen), site.heads, mixture.shape[-1])
-        merged[token, heads] = mixture[asks]
-        return relative_error(forms.merge(site, merged, self._weights(merged)), result.flatten(0, -2)[seen])
+        expected = result.flatten(0, -2)
+        if places is not None:
+            seen, rows = rows.unique(return_inverse=True)
+            rows, expected = rows - int(seen[0] < 0), expected[seen[seen >= 0]]
+        merged = mixture.new_zeros(len(expected) + 1, site.heads, mixture.shape[-1])
+        merged[rows, placement.heads[:, None]] = mixture  # what padded slots attend to is written to the last row
+        return relative_error(forms.merge(site, merged[:-1], self._weights(merged)), expected)
 
 
 def _tokens(value: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,9 +185,11 @@ def _at(value: Tensor, places: Tensor | None) -> Tensor:
 
 
 def _factor(part: Tensor, known: Tensor) -> float:
-    """The number that ``part`` must be multiplied with to come nearest to ``known``."""
-    total = torch.sum(part * part, dtype=torch.float64)
-    return float(torch.sum(part * known, dtype=torch.float64) / total) if bool(total != 0.0) else 1.0
+    """The number that ``part`` must be multiplied with to come nearest to ``known``, told by some of its elements."""
+    step = -(-part.numel() // _TELLING)
+    part, known = (value.flatten()[::step].double() for value in (part, known))
+    total = float(part @ part)
+    return float(part @ known) / total if total != 0.0 else 1.0
 
 
 __all__ = ["AttentionCheck"]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.fx import Node
 
+from ..capture.snapshot import same_draws
 from ..errors import UNFORESEEN, first_line
 from ..ir import AttentionSite, HeadNorm, Site
 from ..lift.dataflow import Dataflow
@@ -77,6 +82,40 @@ def certify(site: Site, flow: Dataflow, captured: Values) -> Certificate:
     return Certificate(random_error, captured_error, dtype, random_dtype, sampled=check.sampled)
 
 
+def certify_running(
+    sites: Sequence[Site], flow: Dataflow, kept: set[Node], certified: Callable[[int, Certificate], None]
+) -> Values:
+    """Certify ``sites`` during one run of the captured graph, each as soon as its values are known.
+
+    ``certified`` is told the place in ``sites`` and the certificate. Values are dropped as soon as no site needs them,
+    but for those of the nodes in ``kept``, which are returned.
+    """
+    wanted = [wanted_nodes([site]) for site in sites]
+    missing = [set(nodes) for nodes in wanted]
+    needing = Counter(node for nodes in wanted for node in nodes) + Counter(kept)
+    of_node: dict[Node, list[int]] = {}
+    for place, nodes in enumerate(wanted):
+        for node in nodes:
+            of_node.setdefault(node, []).append(place)
+    values: Values = {}
+
+    def found(node: Node, value: Any) -> None:
+        values[node] = value
+        for place in of_node.get(node, ()):
+            missing[place].discard(node)
+            if missing[place]:
+                continue
+            with same_draws(flow.capture.model):  # the run goes on with its own
+                certified(place, certify(sites[place], flow, values))
+            needing.subtract(wanted[place])
+            for used in wanted[place]:
+                if not needing[used]:
+                    del values[used]
+
+    run_through(flow, set(needing), found)
+    return values
+
+
 def _norm_error(norm: HeadNorm, flow: Dataflow) -> float:
     """A norm alone on head vectors of all magnitudes: on Gaussian ones nothing tells its eps."""
     given = probe_vectors(norm.vectors, shape_of(norm.source), (-16.0, 3.0)).to(norm.source.meta["val"].device)
@@ -85,4 +124,6 @@ def _norm_error(norm: HeadNorm, flow: Dataflow) -> float:
     return relative_error(actual, made.flatten()[norm.vectors])
 
 
-__all__ = ["TOLERANCE", "Certificate", "certify", "collect_values", "relative_error", "run_through", "wanted_nodes"]
+__all__ = [
+    "TOLERANCE", "Certificate", "certify", "certify_running", "collect_values", "relative_error", "wanted_nodes",
+]  # fmt: skip

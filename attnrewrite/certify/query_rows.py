@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ _SIZED = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::expand"}
 """Operators whose second argument is the shape of their result."""
 
 _RESHAPING = {*_SIZED, "aten::unsqueeze", "aten::squeeze"}
-_FUSED = "aten::scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,10 @@ class QueryRows:
     places: Tensor
     count: int
     axes: Mapping[Node, int]
+
+    def with_first(self, count: int) -> QueryRows:
+        """These, and the first ``count`` queries."""
+        return replace(self, places=torch.cat([torch.arange(count), self.places]).unique())
 
     def __str__(self) -> str:
         return f"{len(self.places)} of {self.count} queries"
