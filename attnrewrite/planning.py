@@ -312,8 +312,8 @@ def _measure_attention(planned: PlannedSite, site: AttentionSite, conversion: Co
 
 def _measured_from(site: Site) -> list[Node]:
     """What a site that may be measured is computed from."""
-    attends = isinstance(site, AttentionSite)
-    return inputs_of(site) if not attends or isinstance(site.keys, Global | Reduced) else []
+    unmeasured = isinstance(site, AttentionSite) and not isinstance(site.keys, Global | Reduced)
+    return [] if unmeasured else inputs_of(site)
 
 
 def _value(made: Plan, node: Node) -> Tensor:

@@ -95,11 +95,11 @@ def _misplaced_in_groups(site: AttentionSite, groups: MapGroups, placement: Plac
     if slots.shape[1] != queries.shape[1] or not torch.equal(slot[queries[asks]], places[asks]):
         return "its tokens lie in other slots than it names"
     group = torch.arange(len(queries))[:, None].expand_as(queries)
-    seen = torch.stack([group[asks], block[queries[asks]]], dim=1).unique(dim=0)
-    claimed = slots[seen[:, 1]]
-    own = _sample_of_each(flat)[placement.queries.amax(1)][seen[:, 0]]
+    pairs = (group[asks] * len(slots) + block[queries[asks]]).unique()
+    group, claimed = pairs // len(slots), slots[pairs % len(slots)]
+    own = _sample_of_each(flat)[placement.queries.amax(1)][group]
     named = torch.where(claimed < 0, -1, flat[own[:, None], claimed.clamp(min=0)])
-    wrong = (named != placement.keys[seen[:, 0]]) & (claimed != Window.ABSENT)
+    wrong = (named != placement.keys[group]) & (claimed != Window.ABSENT)
     return "its groups hold other keys than it names" if bool(wrong.any()) else ""
 
 

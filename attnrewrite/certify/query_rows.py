@@ -61,7 +61,10 @@ def sampled_rows(site: AttentionSite, flow: Dataflow) -> QueryRows | None:
 
 
 def sample_of(count: int) -> Tensor:
-    """``SAMPLE`` of ``count`` places, ascending and the same every time, the first and the last among them."""
+    """``SAMPLE`` of ``count`` places, ascending and the same every time, the first and the last among them; all if they
+    are no more."""
+    if count <= SAMPLE:
+        return torch.arange(count)
     inner = torch.randperm(count - 2, generator=torch.Generator().manual_seed(0))[: SAMPLE - 2] + 1
     return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([count - 1])])
 
