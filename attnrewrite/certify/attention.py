@@ -126,24 +126,23 @@ class AttentionCheck:
         shared = site.scale / site.scale_of_operands
         if placement is None:
             return abs(shared - 1.0)
-        nodes = site.nodes
-        wanted = (_at(placement.queries, queries), _at(placement.keys, keys))
-        given = (values[site.source], values[nodes.key_source or site.source])
-        (x, query_token), (y, key_token) = (_tokens(part, which) for part, which in zip(given, wanted, strict=True))
-        lifted = forms.operands(site, x, y, self._weights(x))
-        tokens, places = (query_token, key_token, key_token), (queries, keys, keys)
-        parts = [part[token, placement.heads[:, None]] for part, token in zip(lifted, tokens, strict=True)]
-        expected = [
-            _at(in_groups(values[operand.node], operand, nodes), where)
-            for operand, where in zip(self._operands, places, strict=True)
-        ]
-        factors = [_factor(part, known) for part, known in zip(parts[:2], expected[:2], strict=True)]
-        errors = [
-            relative_error(part * factor, known)
-            for part, factor, known in zip(parts, (*factors, 1.0), expected, strict=True)
-        ]
-        scaled = all(bool(part.any()) for part in parts[:2])  # nothing tells the factor of zeros
-        return worst(*errors, abs(factors[0] * factors[1] / shared - 1.0) if scaled else 0.0)
+        parts = (
+            (site.source, site.nodes.query, site.query, site.query_norm, placement.queries, queries),
+            (site.nodes.key_source or site.source, site.nodes.key, site.key, site.key_norm, placement.keys, keys),
+            (site.nodes.key_source or site.source, site.nodes.value, site.value, None, placement.keys, keys),
+        )
+        errors, factors = [], []
+        for source, operand, projection, norm, tokens, places in parts:  # one at a time: each is as large as its source
+            assert projection is not None
+            given, token = _tokens(values[source], _at(tokens, places))
+            weights = self._weights(given)
+            lifted = forms.normalised(forms.project(given, projection, weights), norm, weights)
+            lifted = lifted[token, placement.heads[:, None]]
+            expected = _at(in_groups(values[operand.node], operand, site.nodes), places)
+            factors.append(_factor(lifted, expected) if operand is not site.nodes.value else 1.0)
+            errors.append(relative_error(lifted * factors[-1], expected))
+        scale = factors[0] * factors[1]
+        return worst(*errors, abs(scale / shared - 1.0) if scale != 0.0 else 0.0)
 
     def _mixture_error(self, values: Values, mixture: Tensor) -> float:
         """The attention of given operands beside that of the captured graph, at the queries that are looked at."""
@@ -176,6 +175,8 @@ def _tokens(value: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens of ``value`` at the flat positions ``wanted``, each once (-1: zeros), and where each of them is."""
     seen, where = wanted.unique(return_inverse=True)
     rows = value.flatten(0, -2)
+    if len(seen) == len(rows) and int(seen[0]) == 0:
+        return rows, where
     return torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])[seen], where
 
 
@@ -185,11 +186,12 @@ def _at(value: Tensor, places: Tensor | None) -> Tensor:
 
 
 def _factor(part: Tensor, known: Tensor) -> float:
-    """The number that ``part`` must be multiplied with to come nearest to ``known``, told by some of its elements."""
+    """The number that ``part`` must be multiplied with to come nearest to ``known``, told by some of its elements; zero
+    where nothing tells it, for they are all zero."""
     step = -(-part.numel() // _TELLING)
     part, known = (value.flatten()[::step].double() for value in (part, known))
     total = float(part @ part)
-    return float(part @ known) / total if total != 0.0 else 1.0
+    return float(part @ known) / total if total != 0.0 else 0.0
 
 
 __all__ = ["AttentionCheck"]

@@ -1,6 +1,6 @@
 """What each site means, computed from the site's data alone: weights by row, tokens by index, no captured code.
 
-An attention is three forms: its operands, the attention of given operands, and the output projection.
+An attention is three forms: projections, normalised or not, the attention of given operands, and the last projection.
 
 These forms are the reference that a recognition is certified against; clarity counts, speed does not.
 """
@@ -37,21 +37,6 @@ class ScoresOf:
         """What is added to the scores, ``[heads or 1, queries, keys]``, for the groups and rows."""
         term = term if self.rows is None else term[:, self.rows]
         return term if len(term) == 1 else term[self.heads]
-
-
-def operands(
-    site: AttentionSite, source: Tensor, key_source: Tensor, weights: Weights
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query of given tokens ``[tokens, channels]``, key and value of others, each ``[tokens, heads, dim]``.
-
-    A padded slot is a token of zeros: it is padded before the projection.
-    """
-    assert site.query is not None
-    assert site.key is not None
-    assert site.value is not None
-    query = normalised(project(source, site.query, weights), site.query_norm, weights)
-    key = normalised(project(key_source, site.key, weights), site.key_norm, weights)
-    return query, key, project(key_source, site.value, weights)
 
 
 def attend(
