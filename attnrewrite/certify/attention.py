@@ -1,7 +1,7 @@
 """An attention in three comparisons, each from given values to the next: operands, their attention, the projection.
 
 Softmax hides a key's bias, and a window that covers its map the order of its tokens; operands hide nothing. Operands
-and projection are compared on all tokens, or on captured values at the queries that are looked at.
+and projection are compared on all tokens of random values, and on a sample of the captured ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .ends import compared_of, inputs_of, operands_of
 from .error import relative_error, worst
 from .gaussian import gaussian
 from .placing import heads_of_groups, hidden_keys, in_groups, misplaced, result_rows
-from .query_rows import QueryRows, captured_mixture, cut, extents, sample_of, sampled_rows
+from .query_rows import SAMPLE, QueryRows, captured_mixture, cut, extents, sample_of, sampled_rows
 
 _TELLING = 2**16
 """Elements that tell by which number an operand was multiplied: it is one for all of them."""
@@ -78,8 +78,9 @@ class AttentionCheck:
         return worst(*errors)
 
     def captured_error(self, captured: Values, dtype: torch.dtype) -> float:
-        """In ``dtype`` on the values that the example input gave, at the queries that are looked at.
+        """In ``dtype`` on the values that the example input gave.
 
+        Its projections, which are certified on all tokens of the random values, are looked at on a sample of them here.
         What the model computed is compared with as it is, unless it is to be compared in another dtype: then it is
         computed anew from the captured sources and the captured output.
         """
@@ -92,8 +93,7 @@ class AttentionCheck:
             mixture = captured_mixture(site, self.flow, self._only_operands(values), self.rows, dtype)
         else:
             mixture = cut(captured[output.node], output.axes.index("x"), self.rows)
-        places = None if self.rows is None else self.rows.places
-        keys = None if self.rows is None else sample_of(extents(site)[1])
+        places, keys = (sample_of(count) if count > SAMPLE else None for count in extents(site))
         errors = [self._operand_error(values, places, keys), self._mixture_error(values, mixture)]
         if site.nodes.merged is not None:
             mixed = cast(captured[output.node], dtype)

@@ -175,4 +175,4 @@ def _beside(node: Node, values: Values, rows: QueryRows, flow: Dataflow) -> Valu
     }
 
 
-__all__ = ["QueryRows", "captured_mixture", "cut", "extents", "sample_of", "sampled_rows"]
+__all__ = ["FEW", "SAMPLE", "QueryRows", "captured_mixture", "cut", "extents", "sample_of", "sampled_rows"]
