@@ -79,6 +79,19 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """What lies where in the operands of a product, whose group axes are flattened in the order of ``groups``.
+
+    ``heads[group]`` is a group's head; ``queries[group, place]`` and ``keys[group, place]`` are the tokens, by their
+    flat positions among those of ``source`` and ``key_source`` (-1: a padded slot).
+    """
+
+    heads: Tensor
+    queries: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
 class AttentionNodes:
     """Where a site lies in the captured graph.
 
@@ -86,7 +99,7 @@ class AttentionNodes:
     with the values; ``result`` is the first value after the output projection whose tokens lie as those of ``source``.
     ``groups`` are the letters of the operands' batch-like axes, and ``head_groups`` those of them that run over heads.
     ``merged`` is the output projection and ``linears`` the others; ``batch_axis`` is the axis of ``source`` that counts
-    samples.
+    samples; ``placement`` is known where the projections are.
     """
 
     query: Operand
@@ -102,6 +115,7 @@ class AttentionNodes:
     result: Node | None = None
     batch_axis: int = 0
     linears: tuple[Node, ...] = ()
+    placement: Placement | None = field(default=None, repr=False)
 
     @property
     def batch_groups(self) -> str:
@@ -315,5 +329,6 @@ def line(index: int, site: Site, certificate: Any = None) -> str:
 
 __all__ = [
     "AttentionNodes", "AttentionSite", "Bias", "Global", "Grid", "HeadNorm", "Interleaved", "KeySet", "MapGroups",
-    "MlpSite", "Operand", "Projection", "Reduced", "Refused", "Site", "Stage", "StemSite", "Tokens", "Window", "line",
+    "MlpSite", "Operand", "Placement", "Projection", "Reduced", "Refused", "Site", "Stage", "StemSite", "Tokens",
+    "Window", "line",
 ]  # fmt: skip

@@ -7,23 +7,26 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .calibration.keep import Budget, keep_the_worst, require_budget
 from .capture import Capture, ModuleCall, NodeRef, capture, other_looks, same_size_look, training_look
-from .certify import certify, collect_values
-from .certify.certificate import TOLERANCE, relative_error, wanted_nodes
+from .certify import Certificate, certify_running, collect_values
+from .certify.certificate import TOLERANCE
+from .certify.ends import inputs_of, operands_of
+from .certify.error import relative_error
 from .certify.forms import operand_heads_last
+from .certify.query_rows import captured_mixture, sampled_rows
 from .cores.exactness import hold_exact
 from .cores.head_norm import scale_heads
 from .errors import ArgumentError, ConversionError
 from .ir import AttentionSite, Global, Reduced, Refused, Site
 from .lift.dataflow import Dataflow
 from .lift.looks import Looks, Seen
-from .lift.values import Values
+from .lift.values import evaluate
 from .plan import Plan, PlannedSite, matching
 from .product_cost import macs_after, macs_before
 from .rewrite.check import misbehaviour, misbehaviour_in_model
@@ -185,16 +188,21 @@ def _selector(selector: Selector | None, made: Plan, argument: str) -> Callable[
 
 
 def prove(made: Plan, chosen: list[PlannedSite], flow: Dataflow, progress: bool) -> None:
-    """Certify the chosen sites, from one run of the captured graph; sites that fail are refused."""
-    wanted = wanted_nodes(planned.site for planned in chosen)
-    wanted |= {node for planned in chosen for node in (*_arguments(planned.site.owner), *_operands(planned.site))}
-    wanted |= _references(made.capture.root.output)
-    made.values = collect_values(flow, wanted)
-    with torch.no_grad():
-        for planned in tqdm(chosen, desc="certify", disable=None if progress else True, leave=False):
-            planned.certificate = certify(planned.site, flow, made.values)
-            if not planned.certificate.passed:
-                planned.refuse(f"{planned.certificate}: its lifted form does not reproduce the model")
+    """Certify the chosen sites during one run of the captured graph; sites that fail are refused.
+
+    What the sites and their modules are given stays in ``made.values``, to run and to measure what replaces them.
+    """
+    kept = {node for planned in chosen for node in (*_arguments(planned.site.owner), *_measured_from(planned.site))}
+    kept |= _references(made.capture.root.output)
+    with torch.no_grad(), tqdm(total=len(chosen), desc="certify", disable=not progress or None, leave=False) as bar:
+
+        def certified(place: int, certificate: Certificate) -> None:
+            chosen[place].certificate = certificate
+            if not certificate.passed:
+                chosen[place].refuse(f"{certificate}: its lifted form does not reproduce the model")
+            bar.update()
+
+        made.values = certify_running([planned.site for planned in chosen], flow, kept, certified)
 
 
 def _classify(chosen: list[PlannedSite], least: Exactness, flow: Dataflow) -> None:
@@ -228,7 +236,7 @@ def _fit(made: Plan, flow: Dataflow) -> None:
     for planned in made.converting:
         assert planned.target is not None
         assert planned.conversion is not None
-        fitted = planned.target.fit(planned.conversion, planned.site, flow.weights, made.values.__getitem__)
+        fitted = planned.target.fit(planned.conversion, planned.site, flow.weights, lambda node: _value(made, node))
         if fitted is not planned.conversion:
             _match(fitted, planned.site)
             planned.conversion = fitted
@@ -323,41 +331,54 @@ def _measure(made: Plan) -> None:
             if conversion.exactness is Exactness.EXACT:
                 continue
             if isinstance(site, AttentionSite):
-                _measure_attention(planned, site, conversion, made.flow.constants | made.values)
+                _measure_attention(planned, site, conversion, made)
             elif conversion.whole and conversion.until is None:
                 core, source = conversion.core.eval(), made.values[site.source]
                 actual = core(source) if conversion.run is None else conversion.run(core, source, *conversion.sizes)
-                planned.measured["error"] = relative_error(actual, made.values[site.result])
+                planned.measured["error"] = relative_error(actual, _value(made, site.result))
 
 
-def _measure_attention(planned: PlannedSite, site: AttentionSite, conversion: Conversion, values: Values) -> None:
+def _measure_attention(planned: PlannedSite, site: AttentionSite, conversion: Conversion, made: Plan) -> None:
+    """On all queries, or on those that certification looks at, and the prefix tokens."""
     if not isinstance(site.keys, Global | Reduced) or "local" in conversion.extras or conversion.whole:
         return
-    nodes = site.nodes
-    parts = [operand_heads_last(values[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
+    nodes, flow = site.nodes, made.flow
+    operands = evaluate(operands_of(site), made.values, made.capture, flow.constants)
+    parts = [operand_heads_last(operands[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
     for scale in site.learned_scales:
-        parts[0] = scale_heads(parts[0], values[scale])
-    expected = operand_heads_last(values[nodes.output.node], nodes.output, site)
+        parts[0] = scale_heads(parts[0], flow.constants[scale])
+    prefix = 0 if site.grid is None else site.grid.prefix_tokens
+    rows = sampled_rows(site, flow)
+    rows = None if rows is None else rows.with_first(prefix)
+    places = torch.arange(parts[0].shape[1]) if rows is None else rows.places
+    exact = torch.float64 if parts[0].dtype == torch.float64 else None
+    expected = operand_heads_last(captured_mixture(site, flow, operands, rows, exact), nodes.output, site)
+    core = conversion.core.eval()
     if "pixels" in conversion.extras:
-        actual = conversion.core.eval()(parts[0], pixels=values[site.source])
-        planned.measured["error"] = relative_error(actual, expected)
+        actual = core(parts[0], pixels=made.values[site.source])
+        planned.measured["error"] = relative_error(actual[:, places], expected)
         return
     bias = () if site.bias is None else (site.bias.values[None].to(parts[0].dtype),)
-    actual = conversion.core.eval()(*parts, *bias)
+    actual = core(*parts, *bias)[:, places]
     planned.measured["error"] = relative_error(actual, expected)
-    if site.grid is not None and site.grid.prefix_tokens:
-        prefix = slice(site.grid.prefix_tokens)
-        moved = relative_error(actual[:, prefix], expected[:, prefix])
+    if prefix:
+        moved = relative_error(actual[:, :prefix], expected[:, :prefix])
         planned.keeps_prefix = moved <= TOLERANCE.get(expected.dtype, 8 * torch.finfo(expected.dtype).eps)
     assert planned.target is not None
-    planned.measured |= planned.target.measure(conversion, site, (parts[0], parts[1], parts[2]))
+    seen = (parts[0][:, places], parts[1], parts[2])
+    planned.measured |= planned.target.measure(conversion, site, seen, places)
 
 
-def _operands(site: Site) -> list[Node]:
-    if not isinstance(site, AttentionSite) or not isinstance(site.keys, Global | Reduced):
-        return []
-    nodes = site.nodes
-    return [operand.node for operand in (nodes.query, nodes.key, nodes.value, nodes.output)]
+def _measured_from(site: Site) -> list[Node]:
+    """What a site that may be measured is computed from."""
+    unmeasured = isinstance(site, AttentionSite) and not isinstance(site.keys, Global | Reduced)
+    return [] if unmeasured else inputs_of(site)
+
+
+def _value(made: Plan, node: Node) -> Tensor:
+    """A value of the example input that was kept, or that is computed from such."""
+    found: Tensor = evaluate([node], made.values, made.capture, made.flow.constants)[node]
+    return found
 
 
 def _arguments(call: ModuleCall) -> set[Node]:

@@ -78,8 +78,9 @@ class SiteReport:
     holds; ``parameters`` how many were ``moved`` (they serve as before), are ``new`` or were ``dropped``; ``macs``
     the multiply-adds of its two products before and after, on the example input; ``error`` the measured local error
     of the new core on the example input (None: not measured); ``dropped_mass`` the share of attention per head that
-    is lost. ``read`` says which of its tokens can reach an output of the captured call: "all", the "prefix" tokens
-    alone, or "none"; ``dead`` that its conversion can change no output, for what it changes is not read.
+    is lost, both at the queries that the certificate names, where it names a part of them. ``read`` says which of its
+    tokens can reach an output of the captured call: "all", the "prefix" tokens alone, or "none"; ``dead`` that its
+    conversion can change no output, for what it changes is not read.
     """
 
     name: str

@@ -93,8 +93,13 @@ class Target:
         """
         return conversion
 
-    def measure(self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
-        """What can be said of an inexact conversion from heads-last query, key and value of the example input."""
+    def measure(
+        self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor
+    ) -> dict[str, Any]:
+        """What can be said of an inexact conversion from heads-last query, key and value of the example input.
+
+        Of the query tokens only those at ``queries`` are given: a sample where they are many.
+        """
         return {}
 
     def __str__(self) -> str:

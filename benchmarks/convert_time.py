@@ -1,4 +1,5 @@
-"""What `convert`, certification included, costs beside its own `torch.export` call, in time and memory.
+"""What `convert`, certification included, costs beside its own `torch.export` call and beside the model, in time and
+memory.
 
     python benchmarks/convert_time.py --output docs/benchmarks/convert_time.md
 """
@@ -11,6 +12,7 @@ import platform
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -22,7 +24,11 @@ import attnrewrite
 from attnrewrite.capture import capture
 from attnrewrite.loading import load_model
 
-MODELS = ("timm:swin_tiny_patch4_window7_224", "timm:vit_base_patch16_224")
+MODELS = (
+    ("timm:swin_tiny_patch4_window7_224", 224),
+    ("timm:vit_base_patch16_224", 224),
+    ("timm:vit_small_patch16_224", 1024),
+)
 
 
 def main() -> None:
@@ -31,12 +37,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
-        print(peak_over_model(arguments.memory_of))
+        print(*peaks_over_model(arguments.memory_of, arguments.size))
         return
-    rows = [row(name, arguments.repeats) for name in MODELS]
+    rows = [row(name, size, arguments.repeats) for name, size in MODELS]
     text = "\n".join(["# convert beside torch.export", "", heading(arguments), "", *TABLE, *rows, ""])
     print(text)
     if arguments.output:
@@ -44,48 +51,61 @@ def main() -> None:
 
 
 TABLE = (
-    "| model | plain export s | own export s | convert s | convert / own | convert / plain | peak memory / model |",
-    "|---|---|---|---|---|---|---|",
+    "| model | pixels | forward s | plain export s | own export s | convert s | convert / own "
+    "| (convert - own) / forward | peak memory / model | forward's |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
 def heading(arguments: argparse.Namespace) -> str:
     return (
         f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, "
-        f"{date.today()}; medians of {arguments.repeats} interleaved repeats. Own export: with every module's boundary "
-        "recorded. Memory: peak resident memory, model and copy included, over the weights."
+        f"{date.today()}; medians of {arguments.repeats} interleaved repeats, one image. Own export: with every "
+        "module's boundary recorded. Memory: peak resident memory of a conversion, model and copy included, over the "
+        "weights, and that of a forward pass of the model, model included."
     )
 
 
-def row(name: str, repeats: int) -> str:
-    model, image = loaded(name)
+def row(name: str, size: int, repeats: int) -> str:
+    model, image = loaded(name, size)
     calls = {
+        "forward": lambda: model(image),
         "plain": lambda: torch.export.export(model, (image,), strict=False),
         "own": lambda: capture(model, image),
         "convert": lambda: attnrewrite.convert(model, "neighborhood", image, progress=False),
     }
     with torch.no_grad():
         timings = interleaved(calls, repeats, "cpu")
-    plain, own, convert = (timings[key].median for key in ("plain", "own", "convert"))
-    script = [sys.executable, __file__, "--memory-of", name]
-    memory = float(subprocess.run(script, check=True, capture_output=True, text=True).stdout.split()[-1])
-    ratios = f"{convert / own:.2f} | {convert / plain:.2f}"
-    return f"| {name} | {plain:.2f} | {own:.2f} | {convert:.2f} | {ratios} | {memory:.2f} |"
+    forward, plain, own, convert = (timings[key].median for key in ("forward", "plain", "own", "convert"))
+    script = [sys.executable, __file__, "--memory-of", name, "--size", str(size)]
+    printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout.split()
+    passing, converting = (float(peak) for peak in printed[-2:])
+    seconds = f"{forward:.2f} | {plain:.2f} | {own:.2f} | {convert:.2f}"
+    ratios = f"{convert / own:.2f} | {(convert - own) / forward:.2f}"
+    return f"| {name} | {size} | {seconds} | {ratios} | {converting:.2f} | {passing:.2f} |"
 
 
-def loaded(name: str) -> tuple[nn.Module, Tensor]:
+def loaded(name: str, size: int = 224) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return load_model(name).eval(), torch.randn(1, 3, 224, 224)
+    return load_model(name, img_size=size).eval(), torch.randn(1, 3, size, size)
 
 
-def peak_over_model(name: str) -> float:
-    """Peak resident memory of a conversion, model and converted copy included, over the weights."""
+def peaks_over_model(name: str, size: int) -> tuple[float, float]:
+    """Peak resident memory of a forward pass, and of a conversion with its copy, model included, over the weights."""
     warm, image = loaded("timm:vit_tiny_patch16_224")
     attnrewrite.convert(warm, "neighborhood", image, progress=False)
     before = resident_bytes()
-    model, image = loaded(name)
+    model, image = loaded(name, size)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak, done = [0], threading.Event()
+    with torch.no_grad():
+        passing = peak_bytes(lambda: model(image))
+    converting = peak_bytes(lambda: attnrewrite.convert(model, "neighborhood", image, progress=False))
+    return (passing - before) / weights, (converting - before) / weights
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The largest resident memory while ``call`` runs."""
+    peak, done = [resident_bytes()], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
@@ -93,10 +113,10 @@ def peak_over_model(name: str) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    attnrewrite.convert(model, "neighborhood", image, progress=False)
+    call()
     done.set()
     watcher.join()
-    return (peak[0] - before) / weights
+    return peak[0]
 
 
 def resident_bytes() -> int:

@@ -15,7 +15,7 @@ from ..cores.cross_scale import CrossScaleConv, CrossScalePatches
 from ..cores.published import merge_of_image, patches_to_image, patches_to_map, patches_to_tokens
 from ..cores.stem import GatherPatches
 from ..errors import ArgumentError
-from ..ir import Grid, Site, StemSite
+from ..ir import Site, StemSite
 from ..lift.values import operator_name, shape_of
 from ..modules.cross_scale import CrossScaleMerge, CrossScaleStem, scale_widths
 from ..targets import Conversion, Exactness, NotConvertible, Target, Weights, register_target
@@ -225,7 +225,7 @@ def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights)
     shape = (site.kernel[0], stride, site.padding[0])
     form: dict[str, Any] = {"run": merge_of_image, "sizes": shape}
     if site.patches is not None:
-        sides, order = _geometry(site)
+        _, order = _geometry(site)
         norm = _norm(site.norm_node, weights, weight)
         if norm is not None:
             bias, weight = bias + weight @ norm.bias.detach(), weight * norm.weight.detach()

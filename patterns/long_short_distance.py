@@ -159,22 +159,25 @@ class LongShortDistance(Target):
         interval = as_pair(self.interval) if self.interval is not None else widest
         return fitted(group, interval if long else (1, 1), grid)
 
-    def measure(self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
+    def measure(
+        self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor
+    ) -> dict[str, Any]:
         """Dropped softmax mass of every head."""
         assert isinstance(site, AttentionSite)
-        return dropped_mass(site, operands, group_mask(conversion.core))
+        return dropped_mass(site, operands, queries, group_mask(conversion.core, queries))
 
 
-def group_mask(core: GroupedCore) -> Tensor:
-    """``[tokens, tokens]``: which keys each query sees, prefix tokens included."""
+def group_mask(core: GroupedCore, queries: Tensor) -> Tensor:
+    """``[queries, tokens]``: which keys each of some queries sees, prefix tokens included."""
     grid = core.grid
     place = torch.arange(1, grid.height * grid.width + 1).view(1, grid.height, grid.width, 1, 1)
     members = into_groups(place, core.group, core.interval)[0, :, :, 0, 0] - 1
     group_of = torch.empty(grid.height * grid.width, dtype=torch.long)
     number = torch.arange(len(members))[:, None].expand_as(members)
     group_of[members[members >= 0]] = number[members >= 0]
-    seen = group_of[:, None] == group_of
-    return torch.nn.functional.pad(seen, (grid.prefix_tokens, 0, grid.prefix_tokens, 0), value=True)
+    own = group_of[(queries - grid.prefix_tokens).clamp(min=0)]
+    seen = torch.nn.functional.pad(own[:, None] == group_of, (grid.prefix_tokens, 0), value=True)
+    return seen | (queries < grid.prefix_tokens)[:, None]
 
 
 def _why(group: Pair, interval: Pair) -> str:

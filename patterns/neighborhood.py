@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..cores import NeighborhoodAttention, ReducedNeighborhoodAttention, SlidingAttention, WindowAttention
-from ..cores.neighborhood import clamped_kernel, covers, neighborhood_mask, reduced_mask
+from ..cores.neighborhood import clamped_kernel, covers
 from ..errors import ArgumentError
 from ..ir import AttentionSite, Global, Grid, Interleaved, Reduced, Site, Window
 from ..layout import as_pair
@@ -22,6 +22,7 @@ from .geometry import (
     relative_bias,
     require_one_of,
     require_positive,
+    seen_neighbours,
     text_of,
     window_bias_entries,
 )
@@ -218,14 +219,16 @@ class Neighborhood(Target):
             )
         return kernel, f" (clamped from {text_of(wanted)})"
 
-    def measure(self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
+    def measure(
+        self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor
+    ) -> dict[str, Any]:
         """Dropped softmax mass of every head."""
         assert isinstance(site, AttentionSite)
         core = conversion.core
-        if isinstance(core, ReducedNeighborhoodAttention):
-            return dropped_mass(site, operands, reduced_mask(core.kernel_size, core.grid, core.reduced))
-        kernel = clamped_kernel(core.kernel_size, core.dilation, core.grid)
-        return dropped_mass(site, operands, neighborhood_mask(kernel, core.dilation, core.grid))
+        reduced = isinstance(core, ReducedNeighborhoodAttention)
+        keys, dilation = (core.reduced, (1, 1)) if reduced else (core.grid, core.dilation)
+        kernel = clamped_kernel(core.kernel_size, dilation, keys)
+        return dropped_mass(site, operands, queries, seen_neighbours(queries, core.grid, keys, kernel, dilation))
 
 
 @register_target

@@ -39,8 +39,10 @@ class Recipe(Target):
     def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
         return self.choose(site).fit(conversion, site, weights, values)
 
-    def measure(self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
-        return self.choose(site).measure(conversion, site, operands)
+    def measure(
+        self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor
+    ) -> dict[str, Any]:
+        return self.choose(site).measure(conversion, site, operands, queries)
 
 
 def _alone(part: str) -> NothingToDo:

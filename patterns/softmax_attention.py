@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..capture import ModuleCall, training_dropout
 from ..errors import UNFORESEEN, unforeseen
-from ..ir import AttentionNodes, AttentionSite, Bias, Global, Grid, KeySet, Projection, Refused, Site, Tokens
+from ..ir import AttentionNodes, AttentionSite, Bias, Global, Grid, KeySet, Placement, Projection, Refused, Site, Tokens
 from ..lift.contraction import canonical
 from ..lift.cores import Core, find_cores
 from ..lift.dataflow import Dataflow
@@ -60,8 +60,9 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     keys = _whole_map_keys(query, key, grouped, flow)
     linears = (query.linear, key.linear, value.linear)
     nodes = _nodes(
-        core, _head_groups(core, query, key, value), query.source, key.source, merged, grouped.batch_axis, linears
-    )
+        core, _head_groups(core, query, key, value), query.source, key.source, merged, grouped.batch_axis, linears,
+        grouped.placement,
+    )  # fmt: skip
     return AttentionSite(
         name=_path(flow, [*linears, *core.nodes]),
         owner=flow.capture.enclosing_call(list(core.nodes)),
@@ -106,7 +107,7 @@ def _windowed(
         bias = replace(bias, kind=bias.kind if bias.kind != "dense" else "table", shape=tuple(table[0].shape[1:]))
     region = [n for n in needed_nodes([merged.result], {source: 0}) if n not in flow.constants]
     linears = (query.linear, key.linear, value.linear)
-    nodes = _nodes(core, _head_groups(core, *parts), source, source, merged, 0, linears)
+    nodes = _nodes(core, _head_groups(core, *parts), source, source, merged, 0, linears, grouped.placement)
     return AttentionSite(
         name=_path(flow, [*linears, *core.nodes, merged.linear]),
         owner=flow.capture.enclosing_call(region),
@@ -227,22 +228,19 @@ def _merge(
     found = flow.provenance(input_of(linear), stop=lambda node: node is core.output.node)
     if found.source is not core.output.node or bool((found.address < 0).any()):
         return None
-    shape = shape_of(core.output.node)
-    element = canonical(torch.arange(math.prod(shape)).view(shape), core.output.axes, core.groups + "xe").flatten(0, -3)
-    place = torch.empty(element.numel(), dtype=torch.long)
-    place[element.flatten()] = torch.arange(element.numel())
-    place = place[found.address.reshape(-1, found.address.shape[-1])]
-    positions, dims = element.shape[1:]
-    heads = len(grouped.group_of_head)
-    slot = place // dims
-    head_of_slot = _heads_of_groups(query, grouped.group_of_head).repeat_interleave(positions)
-    column = head_of_slot[slot] * dims + place - slot * dims
-    token = query.token.flatten()[slot]
-    if bool((column != column[:1]).any()) or bool((token != token[:, :1]).any()) or column.shape[1] != heads * dims:
+    extents = dict(zip(core.output.axes, shape_of(core.output.node), strict=True))
+    heads, dims = len(grouped.group_of_head), extents["e"]
+    width = heads * dims
+    head = _heads_of_groups(query, grouped.group_of_head)
+    number = (query.token * width)[..., None] + (head * dims)[:, None, None] + torch.arange(dims)
+    number = number.view(*(extents[axis] for axis in core.groups), *number.shape[1:])
+    number = canonical(number, core.groups + "xe", core.output.axes).flatten()
+    number = number[found.address.reshape(-1, found.address.shape[-1])]  # token and column of every channel
+    token, column = number[:, 0] // width, number[0] % width
+    if len(column) != width or not torch.equal(number, (token * width)[:, None] + column):
         return None
-    columns = torch.argsort(column[0]).view(heads, dims)
-    places = token[:, 0] if ranks is None else ranks[token[:, 0]]
-    result = _in_source_order(linear, places, source_shape, flow)
+    columns = torch.argsort(column).view(heads, dims)
+    result = _in_source_order(linear, token if ranks is None else ranks[token], source_shape, flow)
     output = Projection(argument(linear, 1), argument(linear, 2), columns)
     return None if result is None else _Merged(linear, result, output)
 
@@ -347,10 +345,12 @@ def _nodes(
     merged: _Merged | None,
     batch_axis: int,
     linears: tuple[Node, ...],
+    placement: Placement | None = None,
 ) -> AttentionNodes:
     return AttentionNodes(
         core.query, core.key, core.value, core.output, core.product, core.groups, head_groups, source, key_source,
         merged.linear if merged else None, merged.result if merged else None, batch_axis, linears,
+        placement,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from .in_place import IN_PLACE
 from .looks import image_sides, is_image, other_looks, same_size_look, training_look
 
 __all__ = [
-    "IN_PLACE", "Capture", "Inputs", "ModuleCall", "NodeRef", "capture", "capture_call", "example_inputs_for", "hooks_left_out",
-    "image_sides", "is_image", "normalise_inputs", "other_looks", "same_size_look", "training_dropout",
-    "training_look",
+    "IN_PLACE", "Capture", "Inputs", "ModuleCall", "NodeRef", "capture", "capture_call", "example_inputs_for",
+    "hooks_left_out", "image_sides", "is_image", "normalise_inputs", "other_looks", "same_size_look",
+    "training_dropout", "training_look",
 ]  # fmt: skip

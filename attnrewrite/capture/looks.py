@@ -114,5 +114,3 @@ def _tiled(value: Tensor, shape: list[int]) -> Tensor:
         index = torch.arange(size, device=value.device) % value.shape[axis]
         value = value.index_select(axis, index)
     return value
-
-

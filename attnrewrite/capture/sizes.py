@@ -11,7 +11,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,9 @@ from torch.overrides import TorchFunctionMode
 Number = int | float
 
 _TORCH = f"{torch.__path__[0]}/"
+
+_EXTREME = "_tensor_min_max"
+"""What an exporter puts in the place of ``max`` and ``min``: what these compare is the forward's decision."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,12 @@ class Decision:
 @dataclass(frozen=True)
 class Given:
     """The numbers that one operator was given, each with its term if it comes from sizes; its nodes are those from
-    trace position ``start`` to ``stop``."""
+    trace position ``start`` to ``stop``. ``index`` is what a tensor was indexed with, if that is what it was."""
 
     start: int
     stop: int
     numbers: tuple[tuple[Number, Term | None], ...]
+    index: tuple[Any, ...] | None = None
 
     def terms_of(self, numbers: list[Any]) -> list[Term | None]:
         """Of the ``numbers`` of one of the nodes, the terms: by their order where that is the same, else by value."""
@@ -125,7 +129,7 @@ class SizeRecord:
                 if None not in operands
             ],
             [
-                Given(each.start, each.stop, tuple((n, None if t is None else resolved(t)) for n, t in each.numbers))  # type: ignore[misc]  # terms
+                replace(each, numbers=tuple((n, None if t is None else resolved(t)) for n, t in each.numbers))  # type: ignore[misc]  # terms
                 for each in self.given
             ],
         )
@@ -139,11 +143,9 @@ class SizeTracker(TorchFunctionMode):
         self.record = SizeRecord()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _EXTREMES and any(isinstance(number, _Tracked) for number in args):
-            return _computed(func, *args)
         start = _position()
         result = func(*args, **(kwargs or {}))
-        self._note(start, args, kwargs)
+        self._note(func, start, args, kwargs)
         if func in _GETTERS:
             return self._tracked(args[0], result, args[1:], kwargs or {})
         if func is torch.Tensor.numel and (node := _node_of(args[0])) is not None:
@@ -153,14 +155,15 @@ class SizeTracker(TorchFunctionMode):
             return count
         return result
 
-    def _note(self, start: int, args: Any, kwargs: Any) -> None:
+    def _note(self, func: Any, start: int, args: Any, kwargs: Any) -> None:
         stop = _position()
         if stop == start:
             return
         numbers = [leaf for leaf in _flat((args, kwargs or {})) if _is_number(leaf)]
         if any(isinstance(number, _Tracked) for number in numbers):
             terms = tuple((plain(number), getattr(number, "term", None)) for number in numbers)
-            self.record.given.append(Given(start, stop, terms))
+            index = _plain_index(args[1]) if func is torch.Tensor.__getitem__ else None
+            self.record.given.append(Given(start, stop, terms, index))
 
     def _tracked(self, tensor: Tensor, sizes: Any, axis: tuple[Any, ...], named: dict[str, Any]) -> Any:
         node = _node_of(tensor)
@@ -173,9 +176,6 @@ class SizeTracker(TorchFunctionMode):
 
 
 _GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]  # a getter
-
-_EXTREMES = {torch.sym_max, torch.sym_min}
-"""What an exporter puts in the place of ``max`` and ``min``."""
 
 
 def plain(number: Any) -> Any:
@@ -246,6 +246,8 @@ def _decided(function: Callable[..., Any], *operands: Any) -> Any:
     record = next(operand.record for operand in operands if isinstance(operand, _Tracked))
     terms = tuple(getattr(operand, "term", operand) for operand in operands)
     frame = sys._getframe(2)
+    if frame.f_code.co_name == _EXTREME and frame.f_back is not None:
+        frame = frame.f_back
     if not frame.f_code.co_filename.startswith(_TORCH):  # what torch asks of its operands is the operator's affair
         place = (frame.f_code.co_filename, frame.f_lineno, frame.f_lasti)
         record.decisions.append(Decision(function, terms, bool(outcome), _position(), place))
@@ -255,6 +257,17 @@ def _decided(function: Callable[..., Any], *operands: Any) -> Any:
 def _position() -> int:
     mode = get_proxy_mode()
     return -1 if mode is None else len(mode.tracer.graph.nodes)
+
+
+def _plain_index(index: Any) -> tuple[Any, ...] | None:
+    """Of slices and numbers, as a tuple of plain ones; None if tensors index."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(part is None or part is ... or isinstance(part, slice) or _is_number(part) for part in parts):
+        return None
+    return tuple(
+        slice(plain(part.start), plain(part.stop), plain(part.step)) if isinstance(part, slice) else plain(part)
+        for part in parts
+    )
 
 
 def _flat(arguments: Any) -> Iterator[Any]:

@@ -1,5 +1,7 @@
 """What each site means, computed from the site's data alone: weights by row, tokens by index, no captured code.
 
+An attention is three forms: projections, normalised or not, the attention of given operands, and the last projection.
+
 These forms are the reference that a recognition is certified against; clarity counts, speed does not.
 """
 
@@ -7,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir import AttentionSite, HeadNorm, MapGroups, MlpSite, Operand, Projection, Stage, StemSite, Window
+from ..ir import AttentionSite, HeadNorm, MlpSite, Operand, Projection, Stage, StemSite
 from ..layout import heads_last
 from ..lift.activations import ACTIVATIONS
 from ..lift.values import argument
@@ -21,50 +24,45 @@ from ..lift.values import argument
 Weights = Callable[[Node], Tensor]
 
 
-def attention(site: AttentionSite, source: Tensor, key_source: Tensor, weights: Weights) -> Tensor:
-    """The whole site, from the value that feeds the projections to after the output projection.
+@dataclass(frozen=True)
+class ScoresOf:
+    """Which scores are looked at: the ``heads`` ``[groups]`` that groups belong to, the query ``rows`` of each group
+    (None: all), and the keys ``hidden`` ``[groups, queries, keys]`` from a query (None: nothing is)."""
 
-    Returns ``[batch, tokens, channels]``; without an output projection the heads-last core output.
-    """
-    assert site.query is not None
-    assert site.key is not None
-    assert site.value is not None
-    x, y = tokens(source, site.nodes.batch_axis), tokens(key_source, site.nodes.batch_axis)
-    x = x if site.queries is None else x[:, site.queries]
-    query = normalised(project(x, site.query, weights), site.query_norm, weights)
-    key = normalised(project(y, site.key, weights), site.key_norm, weights)
-    value = project(y, site.value, weights)
-    phantom = (normalised(_at_zero(site.key, weights), site.key_norm, weights), _at_zero(site.value, weights))
-    mixed = attend(site, query, key, value, weights, phantom)
-    if site.output is None:
-        return mixed
-    merged = torch.zeros(*mixed.shape[:2], site.output.rows.numel(), dtype=mixed.dtype)
-    merged[..., site.output.rows.flatten()] = mixed.flatten(2)
-    bias = None if site.output.bias is None else weights(site.output.bias)
-    return F.linear(merged, weights(site.output.weight), bias)
+    heads: Tensor
+    rows: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def every_group(self, term: Tensor) -> Tensor:
+        """What is added to the scores, ``[heads or 1, queries, keys]``, for the groups and rows."""
+        term = term if self.rows is None else term[:, self.rows]
+        return term if len(term) == 1 else term[self.heads]
 
 
 def attend(
-    site: AttentionSite,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weights: Weights,
-    phantom: tuple[Tensor, ...] = (),
+    site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, weights: Weights, scores_of: ScoresOf
 ) -> Tensor:
-    """Softmax attention of heads-last ``[batch, tokens, heads, dim]`` tensors over the site's keys."""
-    scale: Tensor | float = site.scale
+    """Softmax attention inside groups: ``[groups, queries, dim]`` to ``[groups, queries, value dim]``."""
+    scale: Tensor | float = site.scale_of_operands
     for node in site.learned_scales:
-        scale = scale * per_head(weights(node), site.heads)
-    added = [] if site.bias is None else [site.bias.values]
-    if site.mask is not None:
-        added.append(site.mask)
-    if isinstance(site.keys, MapGroups):
-        return _attend_in_groups(site, site.keys, query, key, value, phantom, scale)
-    scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * scale
-    for term in added:
-        scores = scores + term.to(scores.dtype)
-    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), value)
+        learned = weights(node).flatten()
+        scale = scale * (learned if learned.numel() == 1 else learned[scores_of.heads, None, None])
+    scores = torch.einsum("gnd,gmd->gnm", query, key) * scale
+    for term in (None if site.bias is None else site.bias.values, site.mask):
+        if term is not None:
+            scores = scores + scores_of.every_group(term).to(scores)
+    if scores_of.hidden is not None:
+        scores = scores.masked_fill(scores_of.hidden.to(scores.device), -math.inf)
+    return torch.einsum("gnm,gme->gne", scores.softmax(-1), value)
+
+
+def merge(site: AttentionSite, mixed: Tensor, weights: Weights) -> Tensor:
+    """The output projection of ``[tokens, heads, dim]``."""
+    assert site.output is not None
+    merged = torch.zeros(len(mixed), site.output.rows.numel(), dtype=mixed.dtype, device=mixed.device)
+    merged[:, site.output.rows.flatten()] = mixed.flatten(1)
+    bias = None if site.output.bias is None else weights(site.output.bias)
+    return F.linear(merged, weights(site.output.weight), bias)
 
 
 def mlp(site: MlpSite, source: Tensor, weights: Weights) -> Tensor:
@@ -99,7 +97,7 @@ def stem(site: StemSite, source: Tensor, weights: Weights) -> Tensor:
 
 
 def project(x: Tensor, projection: Projection, weights: Weights) -> Tensor:
-    """``[batch, tokens, channels]`` to heads-last ``[batch, tokens, heads, head_dim]`` by weight rows."""
+    """``[..., channels]`` to heads-last ``[..., heads, head_dim]`` by weight rows."""
     rows = projection.rows.flatten()
     bias = None if projection.bias is None else weights(projection.bias)[rows]
     return F.linear(x, weights(projection.weight)[rows], bias).unflatten(-1, projection.rows.shape)
@@ -121,49 +119,9 @@ def normalised(value: Tensor, norm: HeadNorm | None, weights: Weights) -> Tensor
     return made if norm.bias is None else made + weights(norm.bias).flatten()
 
 
-def tokens(value: Tensor, batch_axis: int) -> Tensor:
-    """``[batch, tokens, channels]`` of a channels-last value."""
-    return value.movedim(batch_axis, 0).flatten(1, -2)
-
-
 def operand_heads_last(value: Tensor, operand: Operand, site: AttentionSite) -> Tensor:
     """A captured operand as ``[batch, tokens, heads, dim]``."""
     return heads_last(value, operand.axes, site.nodes.batch_groups, site.nodes.head_groups, site.head_sizes)
-
-
-def per_head(scale: Tensor, heads: int) -> Tensor:
-    """A learned scale that broadcasts over ``[batch, heads, queries, keys]``."""
-    return scale.reshape(heads, 1, 1) if scale.numel() == heads else scale.reshape(())
-
-
-def _attend_in_groups(
-    site: AttentionSite,
-    groups: MapGroups,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    phantom: tuple[Tensor, ...],
-    scale: Tensor | float,
-) -> Tensor:
-    assert site.grid is not None
-    slots = groups.slots(site.grid) if site.place is None else _slots_of_tokens(groups.slots(site.grid), site.place)
-    token = slots.clamp(min=0)
-    query, key, value = (part[:, token] for part in (query, key, value))
-    for part, filler in zip((key, value), phantom, strict=True):
-        part[:, slots == Window.PHANTOM] = filler
-    scores = torch.einsum("bgnhd,bgmhd->bghnm", query, key) * scale
-    if site.bias is not None:
-        scores = scores + site.bias.values.to(scores.dtype)
-    scores = scores.masked_fill((slots == Window.ABSENT)[:, None, None, :], -math.inf)
-    mixed = torch.einsum("bghnm,bgmhd->bgnhd", scores.softmax(-1), value)
-    result = torch.empty(mixed.shape[0], site.grid.tokens, *mixed.shape[3:], dtype=mixed.dtype)
-    result[:, slots[slots >= 0]] = mixed[:, slots >= 0]
-    return result
-
-
-def _slots_of_tokens(slots: Tensor, place: Tensor) -> Tensor:
-    """The token in every slot, from the cell there."""
-    return torch.where(slots < 0, slots, torch.argsort(place)[slots.clamp(min=0)])
 
 
 def _channels(source: Tensor, linear: Node, rows: Tensor, weights: Weights) -> Tensor:
@@ -192,11 +150,3 @@ def _layer_norm(value: Tensor, norm: Node, weights: Weights) -> Tensor:
     shape, weight, bias = (argument(norm, position) for position in range(1, 4))
     scale, shift = (None if part is None else weights(part) for part in (weight, bias))
     return F.layer_norm(value, shape, scale, shift, argument(norm, 4, "eps", 1e-5))
-
-
-def _at_zero(projection: Projection, weights: Weights) -> Tensor:
-    """What a padded slot projects to, ``[heads, head_dim]``."""
-    rows = projection.rows
-    if projection.bias is None:
-        return torch.zeros(rows.shape, dtype=weights(projection.weight).dtype)
-    return weights(projection.bias)[rows]

@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConversionError
 from ..functional import neighborhood_attention
@@ -141,7 +141,9 @@ class SlidingAttention(ExactWhereHeld):
         grid = Grid(query.shape[1], query.shape[2])
         kernel = clamped_kernel(self.kernel_size, self.dilation, grid)
         sides = (grid.height, grid.width)
-        whole = kernel == self.window and all(k * d == side for k, d, side in zip(kernel, self.dilation, sides, strict=True))
+        whole = kernel == self.window and all(
+            k * d == side for k, d, side in zip(kernel, self.dilation, sides, strict=True)
+        )
         self.hold(whole or (covers(kernel, self.dilation, grid) and self.window == sides), grid)
         table = None
         if bias is not None:

@@ -99,7 +99,11 @@ class Looks:
         if not isinstance(site, AttentionSite) or not isinstance(site.keys, MapGroups):
             return site
         for other, flow in zip(others, flows, strict=True):
-            if not isinstance(other, AttentionSite) or other.owner.path != site.owner.path or other.nodes.result is None:
+            if (
+                not isinstance(other, AttentionSite)
+                or other.owner.path != site.owner.path
+                or other.nodes.result is None
+            ):
                 continue
             try:
                 result = counterpart(other.nodes.result, flow, self.first)
@@ -188,7 +192,9 @@ def _otherwise(site: Site, other: Site, first: Dataflow, flow: Dataflow) -> str:
         "its bias": lambda s: None if s.bias is None else s.bias.kind,
         "its mask": lambda s: s.mask is None,
         "the kind of its keys": lambda s: type(s.keys),
-        "the tokens that query": lambda s: None if s.queries is None or len(s.queries) == s.source_tokens else len(s.queries),
+        "the tokens that query": lambda s: (
+            None if s.queries is None or len(s.queries) == s.source_tokens else len(s.queries)
+        ),
     }
     for what, fact in facts.items():
         if fact(site) != fact(other):
@@ -211,9 +217,7 @@ def _same_rows(one: Projection | None, other: Projection | None, first: Dataflow
     pairs = [(one.weight, other.weight), (one.bias, other.bias)]
     if not torch.equal(one.rows, other.rows):
         return False
-    return all(
-        a is b if a is None or b is None else _same_value(first.weights(a), flow.weights(b)) for a, b in pairs
-    )
+    return all(a is b if a is None or b is None else _same_value(first.weights(a), flow.weights(b)) for a, b in pairs)
 
 
 def _same_value(one: Tensor, other: Tensor) -> bool:

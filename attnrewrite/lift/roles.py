@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir import Operand, Projection
+from ..ir import AttentionNodes, Operand, Placement, Projection
 from ..letters import position_and_dim
 from .contraction import canonical
 from .cores import Core
@@ -43,12 +43,14 @@ class Grouping:
     """Sample 0's groups: ``queries[group, i]`` and ``keys[group, j]`` are tokens (-1: padding), the same for all heads.
 
     ``group_of_head[head]`` are the flat group positions of that head, in the order of the rows of ``queries``.
+    ``placement`` says it of every sample's groups, as they lie in the operands.
     """
 
     queries: Tensor
     keys: Tensor
     group_of_head: Tensor
     batch_axis: int
+    placement: Placement
 
 
 def projected(operand: Operand, core: Core, flow: Dataflow) -> Projected | None:
@@ -103,7 +105,7 @@ def source_tokens(node: Node, flow: Dataflow) -> tuple[Node, Tensor]:
     return source, torch.where(padding[:, 0], -1, address[:, 0] // width)
 
 
-def group_sizes(core: Core) -> list[int]:
+def group_sizes(core: Core | AttentionNodes) -> list[int]:
     """Extent of every group axis, broadcasting resolved."""
     operands = (core.query, core.key, core.value)
     extents = [dict(zip(operand.axes, shape_of(operand.node), strict=True)) for operand in operands]
@@ -136,7 +138,10 @@ def grouping(query: Projected, key: Projected, value: Projected) -> Grouping:
     count = int(sample.unique().numel())
     if int(first.sum()) * count != len(sample):
         raise NotSeparable("samples are grouped differently")
-    return Grouping(queries[first], keys[first], heads[:, first], axis)
+    head_of_group = torch.empty(heads.numel(), dtype=torch.long)
+    head_of_group[heads] = torch.arange(len(heads))[:, None]
+    placement = Placement(head_of_group, query.token, key.token)
+    return Grouping(queries[first], keys[first], heads[:, first], axis, placement)
 
 
 def projection(part: Projected, grouped: Grouping) -> Projection:

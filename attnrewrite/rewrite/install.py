@@ -93,6 +93,8 @@ def _is_in_place(node: Node) -> bool:
 
 def _is_view(node: Node) -> bool:
     """Whether its result may be a part of its first operand."""
+    if node.target is operator.getitem:
+        return True
     schema = _schema(node)
     info = None if schema is None or not schema.arguments else schema.arguments[0].alias_info
     return info is not None and not info.is_write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -116,6 +117,7 @@ class _Outliner:
         self.graph = self.result.graph
         self.result.value = self._value
         self.ordered = sorted(flow.capture.position, key=flow.capture.position.__getitem__)
+        self.steps = {position: node for node, position in flow.capture.position.items() if is_call(node)}
         self.attributes = _attributes(call.module)
         self.dropouts: dict[float, str] = {}
 
@@ -184,6 +186,8 @@ class _Outliner:
         if name == "aten::dropout" and node.args[2] is False:
             self._made(node, self._dropout(self._value(input_of(node)), float(argument(node, 1))))
             return
+        if self._indexed(node):
+            return
         if self.flow.adds_nothing(node) or _is_same_values(node):
             self._made(node, self._value(input_of(node)))
             return
@@ -192,6 +196,24 @@ class _Outliner:
         made = self.graph.call_function(self._target(node), args, kwargs)
         self.result.restated[made] = node
         self._made(node, made)
+
+    def _indexed(self, node: Node) -> bool:
+        """Restate indexing as what the model's own code wrote, whose slices a trace shows or not as they cut something
+        off or not. Whether that was done."""
+        position = self.capture.position.get(node)
+        given = None if position is None else self.capture.sizes.given_at(position)
+        if given is None or given.index is None:
+            return False
+        steps = [self.steps[place] for place in range(given.start, given.stop) if place in self.steps]
+        chained = all(one in two.all_input_nodes and len(one.users) == 1 for one, two in itertools.pairwise(steps))
+        if node is not steps[0] or not chained:
+            return False
+        made = self.graph.call_function(operator.getitem, (self._value(input_of(node)), given.index))
+        self.result.restated[made] = steps[-1]
+        self._made(steps[-1], made)
+        for step in steps[:-1]:
+            self.result.made[step] = self.result.made[steps[-1]]
+        return True
 
     def _target(self, node: Node) -> Any:
         """What to call for ``node``: it writes into memory of the module's callers as it did, and into no other."""
@@ -288,7 +310,9 @@ class _Outliner:
 def _is_same_values(node: Node) -> bool:
     """A copy that is made or not as the memory lies: a trace shows it at one size and not at another. A slice of
     everything is an alias."""
-    return operator_name(node) == "aten::alias" or (operator_name(node) == "aten::contiguous" and len(node.args) == 1 and not node.kwargs)
+    return operator_name(node) == "aten::alias" or (
+        operator_name(node) == "aten::contiguous" and len(node.args) == 1 and not node.kwargs
+    )
 
 
 def _attributes(module: nn.Module) -> dict[int, str]:

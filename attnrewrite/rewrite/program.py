@@ -130,7 +130,9 @@ def expect_extents(what: str, shape: torch.Size, captured: tuple[int | None, ...
     Raises:
         ConversionError: naming the argument.
     """
-    if len(shape) != len(captured) or any(now != then for now, then in zip(shape, captured, strict=True) if then is not None):
+    if len(shape) != len(captured) or any(
+        now != then for now, then in zip(shape, captured, strict=True) if then is not None
+    ):
         wanted = ", ".join("any" if then is None else str(then) for then in captured)
         raise ConversionError(
             f"{what} has shape {list(shape)}, but this module could only be converted for [{wanted}]; convert the model "

@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ class _Restating:
         self.twins = {n: list(t) for n, *t in zip(self.nodes, *(o.graph.nodes for o in others), strict=True)}
         self.known: dict[Vector, Emit] = {}
         self.written: dict[tuple[Any, ...], Node] = {}
+        self.extents: dict[Node, tuple[list[Vector], list[Emit]]] = {}
         self.donors: dict[Vector, list[tuple[Term, ...]]] = {}
         own = list(self._own_terms(first, others))
         steps = {operand for terms in own for operand in terms[0].operands if not _is_number(operand)}
@@ -122,8 +124,11 @@ class _Restating:
         values = [each.meta.get("val") for each in (node, *self.twins[node])]
         if not all(isinstance(value, Tensor) and value.ndim == values[0].ndim for value in values):  # type: ignore[union-attr]  # checked
             return
-        for axis, vector in enumerate(zip(*(value.shape for value in values), strict=True)):  # type: ignore[union-attr]  # checked
-            self._learn(vector, lambda axis=axis: self.graph.call_method("size", (node, axis)))
+        extents = list(zip(*(value.shape for value in values), strict=True))  # type: ignore[union-attr]  # checked
+        emits = [_once(partial(self.graph.call_method, "size", (node, axis))) for axis in range(len(extents))]
+        self.extents[node] = extents, emits
+        for vector, emit in zip(extents, emits, strict=True):
+            self._learn(vector, emit)
 
     def _learn(self, vector: Vector, emit: Emit) -> None:
         if len(set(vector)) > 1:
@@ -133,7 +138,7 @@ class _Restating:
         vectors = list(zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True))
         terms = self._given_terms(node)
         moving = [
-            _is_number(vector[0]) and (len(set(vector)) > 1 or (own is not None and self._moves(own)))
+            _is_number(vector[0]) and (len(set(vector)) > 1 or (_is_known(own) and self._moves(own)))
             for vector, own in zip(vectors, terms, strict=True)
         ]
         if not any(moving):
@@ -150,8 +155,9 @@ class _Restating:
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: next(changes))  # type: ignore[misc]  # a pair
         node.args, node.kwargs = args, kwargs
 
-    def _given_terms(self, node: Node) -> list[tuple[Term, ...] | None]:
-        """For every leaf of its arguments what the model's own code put there, look by look, if that comes from sizes."""
+    def _given_terms(self, node: Node) -> list[tuple[Term | None, ...] | None]:
+        """For every leaf of its arguments what the model's own code put there, look by look: a term if that came from
+        sizes. None where it is not known what the code put there."""
         counts = len(list(_leaves(node)))
         looks = []
         for each, outlined in zip((node, *self.twins[node]), self.outlined, strict=True):
@@ -163,16 +169,14 @@ class _Restating:
             leaves = list(_leaves(each))
             terms = iter(given.terms_of([leaf for leaf in leaves if _is_number(leaf)]))
             looks.append([next(terms) if _is_number(leaf) else None for leaf in leaves])
-        return [None if None in terms else terms for terms in zip(*looks, strict=True)]
+        return [None if not any(terms) else terms for terms in zip(*looks, strict=True)]
 
     def _expect(self, decisions: list[tuple[Decision, list[tuple[Any, ...]]]]) -> None:
         """Guards of the course, before anything is computed."""
         start = next(node for node in self.nodes if node.op != "placeholder")
         for decision, others in decisions:
             with self.graph.inserting_before(start):
-                operands = [
-                    self._operand(vector) for vector in zip(decision.operands, *others, strict=True)
-                ]
+                operands = [self._operand(vector) for vector in zip(decision.operands, *others, strict=True)]
                 if None in operands:
                     self.tied.append(str(decision))
                     continue
@@ -185,9 +189,11 @@ class _Restating:
         """An operand of a comparison, as a value of the graph; None if it has none."""
         return self._emitted(terms) if self._moves(terms) else self._vector(terms)[0]
 
-    def _expression(self, vector: Vector, given: tuple[Term, ...] | None = None) -> Any:
+    def _expression(self, vector: Vector, given: tuple[Term | None, ...] | None = None) -> Any:
         """A graph value that is ``vector[look]`` on every look, or None; as the model itself computes it if that is
         ``given``."""
+        if given is not None and not _is_known(given):  # a number of its own on some looks: the larger or smaller one
+            return self._extreme(vector, given)
         if given is not None and self._vector(given) == vector:
             emitted = self._emitted(given)
             if emitted is not None:
@@ -202,13 +208,29 @@ class _Restating:
                 return emitted
         return self._simple_form(vector)
 
+    def _extreme(self, vector: Vector, given: tuple[Term | None, ...]) -> Any:
+        """``max`` or ``min`` of something that the model computed and a constant, of which a forward sees one alone."""
+        constants = {value for value, term in zip(vector, given, strict=True) if term is None}
+        if len(constants) != 1:
+            return None
+        (constant,) = constants
+        for known in [*self.known, *self.donors]:
+            if any(term is not None and value != k for value, k, term in zip(vector, known, given, strict=True)):
+                continue
+            for function in (torch.sym_max, torch.sym_min):
+                if all(function(k, constant) == value for k, value in zip(known, vector, strict=True)):
+                    emitted = self._expression(known)
+                    if emitted is not None:
+                        return self.graph.call_function(function, (emitted, constant))
+        return None
+
     def _emitted(self, terms: tuple[Any, ...]) -> Any:
         """What the model computed, computed again from what the graph knows; None if that is not enough."""
         vector = self._vector(terms)
         if not self._moves(terms):
             return vector[0]
         if not all(isinstance(term, Arithmetic) for term in terms):
-            return self._expression(vector)
+            return self._extent(terms[0], vector) or self._expression(vector)
         if terms not in self.written:
             operands = [self._emitted(each) for each in zip(*(term.operands for term in terms), strict=True)]
             if any(operand is None for operand in operands):
@@ -216,6 +238,17 @@ class _Restating:
             self.written[terms] = self.graph.call_function(terms[0].function, tuple(operands))
             self._learn(vector, lambda: self.written[terms])
         return self.written[terms]
+
+    def _extent(self, side: Term, vector: Vector) -> Any:
+        """The extent of the very value that the model asked for it, if the graph has it by now."""
+        if not isinstance(side, Side):
+            return None
+        made = [node for node in self.outlined[0].made.get(side.node, []) if node in self.extents]
+        for node in made:
+            extents, emits = self.extents[node]
+            if side.axis < len(extents) and extents[side.axis] == vector:
+                return emits[side.axis]()
+        return None
 
     def _moves(self, terms: tuple[Any, ...]) -> bool:
         """Whether any extent that they are computed from moves."""
@@ -245,12 +278,8 @@ class _Restating:
 
     def _product(self, vector: Vector) -> Any:
         known = [(extents, emit) for extents, emit in self.known.items() if min(extents) > 0][:40]
-        pairs = [
-            ((a, b), (m, n)) for i, (a, m) in enumerate(known) for (b, n) in known[i:]
-        ]
-        triples = [
-            ((a, *p), (m, *e)) for (p, e) in pairs[: 40 * 10] for a, m in known[:10]
-        ]
+        pairs = [((a, b), (m, n)) for i, (a, m) in enumerate(known) for (b, n) in known[i:]]
+        triples = [((a, *p), (m, *e)) for (p, e) in pairs[: 40 * 10] for a, m in known[:10]]
         for extents, emits in (*pairs, *triples):
             ratios = {Fraction(v, math.prod(each)) for v, *each in zip(map(int, vector), *extents, strict=True)}
             if len(ratios) != 1:
@@ -276,7 +305,10 @@ class _Restating:
             if min(known) <= 0:
                 continue
             for function in (float, math.sqrt, math.log, _reciprocal, _reciprocal_root):
-                ratios = [value / function(extent) if function(extent) else math.nan for value, extent in zip(vector, known, strict=True)]
+                ratios = [
+                    value / function(extent) if function(extent) else math.nan
+                    for value, extent in zip(vector, known, strict=True)
+                ]
                 if max(ratios) - min(ratios) <= 1e-13 * abs(ratios[0]):
                     value = self.graph.call_function(function, (emit(),))
                     return self._learned(vector, self.graph.call_function(operator.mul, (value, ratios[0])))
@@ -363,6 +395,18 @@ def _once(emit: Emit) -> Emit:
         return made[0]
 
     return value
+
+
+def _is_known(terms: Any) -> bool:
+    """Whether a number came from sizes on every look, in the same way."""
+    return terms is not None and None not in terms and len({_way(term) for term in terms}) == 1
+
+
+def _way(term: Any) -> Any:
+    """How a term is computed, whatever it is computed from."""
+    if isinstance(term, Arithmetic):
+        return term.function, *map(_way, term.operands)
+    return term.axis if isinstance(term, Side) else None
 
 
 def _leaves(node: Node) -> Iterator[Any]:

@@ -43,7 +43,9 @@ def steps_of_training(owner: OwnerProgram, first: Capture, training: Capture | N
         try:
             modes = [capture_call(call.module, _arguments(call), training=mode) for mode in (False, True)]
         except Exception as cause:  # whatever it says: a look that could not be taken shows nothing
-            return f"what it does in training could not be seen ({first_line(cause)}); set the model's training steps off"
+            return (
+                f"what it does in training could not be seen ({first_line(cause)}); set the model's training steps off"
+            )
         prefix = f"{call.path}." if call.path else ""
         live = {path.removeprefix(prefix) for path in owner.live}
         eval_steps, train_steps = (_steps(mode.root, mode, live) for mode in modes)

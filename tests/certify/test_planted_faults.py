@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
-from torch import nn
+from lifted_models import Lifted, randomised
 
 from attnrewrite.certify import certify, collect_values
-from attnrewrite.certify.certificate import Certificate, wanted_nodes
-from attnrewrite.ir import AttentionSite, Grid, MlpSite, Projection, Site, StemSite, Window
-from attnrewrite.lift.dataflow import Dataflow
+from attnrewrite.certify.certificate import wanted_nodes
+from attnrewrite.ir import AttentionSite, Grid, MlpSite, Projection, StemSite, Window
 from attnrewrite.planning import lifted
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """No table, norm or bias is trivial, so that no fault can hide in a zero."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-class Lifted:
-    """A model's sites with what their certification needs."""
-
-    def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
-        plan, self.flow = lifted(randomised(model), example)
-        self.sites: list[Site] = [planned.site for planned in plan.sites]
-        self.values = collect_values(self.flow, wanted_nodes(self.sites))
-
-    def first(self, kind: type, condition: Callable[[Site], bool] = lambda site: True) -> Site:
-        return next(site for site in self.sites if isinstance(site, kind) and condition(site))
-
-    def certificate(self, site: Site, flow: Dataflow | None = None) -> Certificate:
-        with torch.no_grad():
-            return certify(site, flow or self.flow, self.values)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +20,13 @@ def swin() -> Lifted:
     model = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=(56, 84), window_size=7, embed_dim=24, depths=(2, 1), num_heads=(2, 4)
     )
-    return Lifted(model, torch.randn(1, 3, 56, 84))
+    return Lifted(randomised(model), torch.randn(1, 3, 56, 84))
 
 
 @pytest.fixture(scope="module")
 def vit() -> Lifted:
     model = timm.create_model("vit_tiny_patch16_224", img_size=(48, 80), depth=1, embed_dim=32, num_heads=4)
-    return Lifted(model, torch.randn(2, 3, 48, 80))
+    return Lifted(randomised(model), torch.randn(2, 3, 48, 80))
 
 
 def test_sites_read_right_are_certified(swin: Lifted, vit: Lifted) -> None:
