@@ -1,4 +1,4 @@
-"""How the map of a site follows the image: its sides on every look, and the image that a converted model was given last.
+"""How the map of a site follows the image: its sides on every look, and the image that a model was given last.
 
 A sequence of tokens does not tell a 4 x 16 map from an 8 x 8 one; the image does.
 """

@@ -35,8 +35,9 @@ class Conversion:
     ``pixels``, in the place of its keys and values, what feeds its query projection, ``[B, tokens, channels]``;
     ``source``, what feeds an MLP's or stem's first linear map. A ``whole`` core takes the site's source to its result
     by itself, and the site's own linear maps are dropped; where its layout is not the site's, ``run`` calls it, with
-    core, source and ``sizes``, which are height, width and prefix tokens of the site's map if it runs ``on_tokens``. ``until`` is what such a core's result replaces, if that is not the site's own result,
-    and ``carried`` how many numbers among its parameters are the donor's.
+    core, source and ``sizes``: height, width and prefix tokens of the site's map if it runs ``on_tokens``. ``until`` is
+    what such a core's result replaces, if that is not the site's own result, and ``carried`` how many numbers among its
+    parameters are the donor's.
     """
 
     exactness: Exactness

@@ -82,7 +82,8 @@ def null_rewrite(plan: Plan) -> nn.Module | None:
             except NothingToDo:
                 return None
     sites = [site for owner in plan.programs for site in owner.sites]
-    programs, failed = build_programs(sites, plan.flow, lambda site: conversions[id(site)])
+    assert plan.looks is not None, "a plan with programs has them"
+    programs, failed = build_programs(sites, plan.looks, lambda site: conversions[id(site)])
     if failed:
         return None
     model = copy.deepcopy(plan.model)

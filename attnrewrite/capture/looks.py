@@ -24,7 +24,7 @@ _STEPS = (32, 14, 12)
 
 
 _ODD = (26, 13)
-"""Leaves, of patches and windows of 4, 7, 8 and 16, remainders that are told from each other and from what they lack."""
+"""Leaves, of patches and windows of 4, 7, 8 and 16, remainders told from each other and from what they lack."""
 
 
 def other_looks(first: Capture) -> list[Capture]:

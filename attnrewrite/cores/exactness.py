@@ -1,4 +1,4 @@
-"""What is exact on one map need not be on a larger one: a kernel that covered the first leaves keys out of the second."""
+"""What is exact on one map need not be on another: a kernel may cover the first and leave keys of the second out."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class ExactWhereHeld(nn.Module):
         """
         if self.exact and not keeps_function:
             raise ConversionError(
-                f"on a {grid} map {type(self).__name__} leaves out keys that the original attends to, and the conversion "
-                "was asked to be exact; convert with fidelity='projected', or with example inputs of this size"
+                f"on a {grid} map {type(self).__name__} leaves out keys that the original attends to, and it was "
+                "asked to be exact; convert with fidelity='projected', or with example inputs of this size"
             )
 
 

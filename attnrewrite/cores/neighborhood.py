@@ -198,14 +198,14 @@ def grid_of(tokens: int, converted: Grid) -> Grid:
         ConversionError: the image has no map of so many tokens, or there is none of that aspect ratio.
     """
     count = tokens - converted.prefix_tokens
-    maps = None if converted.image is None else converted.image.possible(count)
-    if maps is not None:
+    image = converted.image
+    maps = None if image is None else image.possible(count)
+    if image is not None and maps is not None:
         if len(maps) != 1:
-            sizes = " or ".join(f"{h}x{w}" for h, w in converted.image.size.possible())  # type: ignore[union-attr]  # a map was asked for
+            sizes = " or ".join(f"{h}x{w}" for h, w in image.size.possible())
             raise ConversionError(
                 f"a sequence of {tokens} tokens is {'no map' if not maps else 'more than one map'} of the image, "
-                f"{sizes}; convert the model with example inputs of this size, or where tokens are dropped in training, "
-                "without that"
+                f"{sizes}; convert the model with example inputs of this size, and without token dropping"
             )
         ((height, width),) = maps
         return Grid(height, width, converted.prefix_tokens)

@@ -158,7 +158,7 @@ def _image_map(size: ImageSize, images: list[Sides], maps: Iterable[Any]) -> Ima
 
 
 def _with_groups(site: Site, others: list[Site | None]) -> Site:
-    """Windows of which one look shows more than another: whether they are shifted, and what stands beyond the border."""
+    """Windows of which one look shows more than another: whether they are shifted, what stands beyond the border."""
     if not isinstance(site, AttentionSite) or not isinstance(site.keys, MapGroups) or site.grid is None:
         return site
     seen = [(each.keys, each.grid) for each in (site, *others) if isinstance(each, AttentionSite)]

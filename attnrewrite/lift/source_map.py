@@ -33,7 +33,10 @@ def map_on_the_way(query: Projected, flow: Dataflow) -> tuple[Node, Grid] | None
                 continue
             if found is None or _span(node, query.linear, flow) < _span(found, query.linear, flow):
                 found = node
-    return None if found is None else (found, Grid(*shape_of(found)[1:3]))
+    if found is None:
+        return None
+    _, height, width, _ = shape_of(found)
+    return found, Grid(height, width)
 
 
 def _span(node: Node, linear: Node, flow: Dataflow) -> int:

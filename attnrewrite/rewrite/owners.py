@@ -159,8 +159,7 @@ def _outlined_again(
     try:
         outlined, _ = _outlined(look.call(call, looks.first), others, look.flow, lambda site: conversions[id(site)])
     except _NotInstalled as failed:
-        assert failed.__cause__ is not None
-        raise failed.__cause__ from None
+        raise failed.__cause__ or failed from None
     return outlined
 
 

@@ -135,8 +135,8 @@ def expect_extents(what: str, shape: torch.Size, captured: tuple[int | None, ...
     ):
         wanted = ", ".join("any" if then is None else str(then) for then in captured)
         raise ConversionError(
-            f"{what} has shape {list(shape)}, but this module could only be converted for [{wanted}]; convert the model "
-            "again with example inputs of the new size"
+            f"{what} has shape {list(shape)}, but this module could only be converted for [{wanted}]; convert the "
+            "model again with example inputs of the new size"
         )
 
 

@@ -97,7 +97,7 @@ class _Restating:
         self.extents: dict[Node, tuple[list[Vector], list[Emit]]] = {}
         self.donors: dict[Vector, list[tuple[Term, ...]]] = {}
         own = list(self._own_terms(first, others))
-        steps = {operand for terms in own for operand in terms[0].operands if not _is_number(operand)}
+        steps = {operand for terms in own if isinstance(terms[0], Arithmetic) for operand in terms[0].operands}
         for terms in sorted(own, key=lambda terms: terms[0] in steps):  # what nothing more was computed of comes first
             self.donors.setdefault(self._vector(terms), []).append(terms)
         self.tied: list[str] = []
@@ -122,9 +122,10 @@ class _Restating:
             vector = (number, *(twin.meta.get("value", math.nan) for twin in self.twins[node]))
             self._learn(vector, lambda: node)
         values = [each.meta.get("val") for each in (node, *self.twins[node])]
-        if not all(isinstance(value, Tensor) and value.ndim == values[0].ndim for value in values):  # type: ignore[union-attr]  # checked
+        shapes = [value.shape for value in values if isinstance(value, Tensor)]
+        if len(shapes) < len(values) or len({len(shape) for shape in shapes}) != 1:
             return
-        extents = list(zip(*(value.shape for value in values), strict=True))  # type: ignore[union-attr]  # checked
+        extents = list(zip(*shapes, strict=True))
         emits = [_once(partial(self.graph.call_method, "size", (node, axis))) for axis in range(len(extents))]
         self.extents[node] = extents, emits
         for vector, emit in zip(extents, emits, strict=True):
@@ -138,7 +139,7 @@ class _Restating:
         vectors = list(zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True))
         terms = self._given_terms(node)
         moving = [
-            _is_number(vector[0]) and (len(set(vector)) > 1 or (_is_known(own) and self._moves(own)))
+            _is_number(vector[0]) and (len(set(vector)) > 1 or (_is_known(own) and self._moves(own or ())))
             for vector, own in zip(vectors, terms, strict=True)
         ]
         if not any(moving):
@@ -152,8 +153,8 @@ class _Restating:
             self.tied.append(_name(node))
             return
         changes = iter(found)
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: next(changes))  # type: ignore[misc]  # a pair
-        node.args, node.kwargs = args, kwargs
+        node.args = fx.node.map_aggregate(node.args, lambda leaf: next(changes))
+        node.kwargs = fx.node.map_aggregate(node.kwargs, lambda leaf: next(changes))
 
     def _given_terms(self, node: Node) -> list[tuple[Term | None, ...] | None]:
         """For every leaf of its arguments what the model's own code put there, look by look: a term if that came from
@@ -411,7 +412,12 @@ def _way(term: Any) -> Any:
 
 def _leaves(node: Node) -> Iterator[Any]:
     found: list[Any] = []
-    fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: found.append(leaf) or leaf)
+
+    def note(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate((node.args, node.kwargs), note)
     return iter(found)
 
 

@@ -66,8 +66,8 @@ def _fewer_tokens(owner: OwnerProgram, in_eval: list[Step], in_training: list[St
     """The model gives the module something else in training, such as fewer tokens: that is no map any more."""
     if owner.reads_image or owner.fixed_to:
         return (
-            "in training it is given tensors of other sizes, such as fewer tokens, which are no map of the image; leave "
-            "token dropping out, or use a target that takes no map"
+            "in training it is given tensors of other sizes, such as fewer tokens, which are no map of the image; "
+            "leave token dropping out, or use a target that takes no map"
         )
     return _difference([step[:1] for step in in_eval], [step[:1] for step in in_training])
 
@@ -107,17 +107,20 @@ class _Constant:
 def _numbers(node: fx.Node, capture: Capture) -> Iterator[Any]:
     """What an operator is given but for values and rates of dropout."""
 
-    def told(leaf: Any) -> Any:
-        if not isinstance(leaf, fx.Node):
-            return leaf
-        value = None if leaf in capture.inputs else capture.tensors.get(leaf)
-        return _Constant(value) if isinstance(value, Tensor) else None
+    found: list[Any] = []
+
+    def note(leaf: Any) -> Any:
+        value = leaf
+        if isinstance(leaf, fx.Node):
+            held = None if leaf in capture.inputs else capture.tensors.get(leaf)
+            value = _Constant(held) if isinstance(held, Tensor) else None
+        found.append(value)
+        return leaf
 
     rate = _RATE.get(operator_name(node))
     kept = [value for place, value in enumerate(node.args) if place != rate]
     named = {name: value for name, value in node.kwargs.items() if name != "dropout_p"}
-    found: list[Any] = []
-    fx.node.map_aggregate((kept, named), lambda leaf: found.append(told(leaf)) or leaf)
+    fx.node.map_aggregate((kept, named), note)
     while found and found[-1] is None:
         found.pop()
     return iter(found)
