@@ -34,18 +34,25 @@ class ImageSize:
 
     def note(self, sides: Sides) -> None:
         self.last = sides
-        if not torch.compiler.is_compiling():
-            self._local.recent = ([sides] + [s for s in getattr(self._local, "recent", []) if s != sides])[:_REMEMBERED]
+        if torch.compiler.is_compiling():
+            return
+        self._local.now = sides
+        if torch.is_grad_enabled():  # else no backward pass comes back to it
+            recent = [other for other in self._recent() if other != sides]
+            self._local.recent = [sides, *recent][:_REMEMBERED]
 
     def possible(self) -> list[Sides]:
         """The image that the running forward was given. In a backward pass, where checkpointed blocks run again for
         images that came before, all that were given lately."""
         if torch.compiler.is_compiling():
             return [] if self.last is None else [self.last]
-        recent = getattr(self._local, "recent", [])
-        in_backward = torch._C._current_graph_task_id() != -1
-        # a backward pass has threads of its own, which have seen no image
-        return (recent or ([] if self.last is None else [self.last])) if in_backward else recent[:1]
+        if torch._C._current_graph_task_id() != -1:  # a backward pass may have threads of its own, which saw no image
+            return self._recent() or ([] if self.last is None else [self.last])
+        now = getattr(self._local, "now", None)
+        return [] if now is None else [now]
+
+    def _recent(self) -> list[Sides]:
+        return getattr(self._local, "recent", [])
 
     def __deepcopy__(self, memo: Any) -> ImageSize:
         return self  # the cores of one model, copied one by one, look at the same image

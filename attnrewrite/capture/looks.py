@@ -19,8 +19,11 @@ from .exported import Capture, capture_call
 
 Sides = tuple[int, int]
 
-_STEPS = (32, 14, 12)
-"""Sides grow by multiples of these: patches, strides and windows of nearly every model divide one of them."""
+_STEP = 32
+"""Sides grow by multiples of it: the patches, strides and windows of most models divide it."""
+
+_LARGEST = 512
+"""Sides up to which they also grow by multiples of themselves, which divides whatever divided the captured ones."""
 
 
 _ODD = (26, 13)
@@ -33,7 +36,7 @@ def other_looks(first: Capture) -> list[Capture]:
     batch, sides = first.batch, image_sides(first)
     looks: list[Capture] = []
     if sides is not None:
-        for step in dict.fromkeys((*_STEPS, *sides)):
+        for step in (_STEP, *([max(sides)] if max(sides) <= _LARGEST else [])):
             grown = _look(first, _grown(sides, step, 1, 3), batch + 2)
             if grown is not None:
                 odd = (sides[0] + 2 * step + _ODD[0], sides[1] + step + _ODD[1])
