@@ -5,8 +5,8 @@
 
 The models have random weights and reduced sizes; weights that their initialisation leaves too small to matter (zeros,
 tiny layer scales, almost constant scores) are made larger first. They are converted with an example batch of
-``--batch`` and compared with the original at that batch and at a batch of 3. A foreign exception or an output that
-differs is a defect.
+``--batch`` and compared with the original at that batch and at a batch of 3, at other sizes and in training. A foreign
+exception or a number that differs is a defect.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ def table(rows: list[Row], batch: int) -> str:
         f"# Identity conversion of {len(rows)} small models",
         "",
         f"Captured at a batch of {batch}, compared at {batch} and at {OTHER_BATCH} in eval mode. An error is relative",
-        f"to the greatest output and may be {TOLERANCE:.0e}. torch {torch.__version__}.",
+        f"to the greatest output and may be {TOLERANCE:.0e}. torch {torch.__version__}. *Other sizes*: three other",
+        "sides of the image where the model takes them, one of them with sides that nothing divides, each at a batch of 1",
+        f"and of {OTHER_BATCH}: how many came out equal, and how many were refused. *Training*: gradients in training mode.",
         f"{converted} converted, {len(rows) - converted} not; {defects} defects. Made by `benchmarks/zoo_sweep.py`.",
         "",
-        "| model | sites | worst error | seconds | verdict |",
-        "|---|---|---|---|---|",
+        "| model | sites | worst error | other sizes | training | seconds | verdict |",
+        "|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*head, *map(str, rows)]) + "\n"
 

@@ -24,6 +24,9 @@ from zoo.enlivening import enliven
 TOLERANCE = 2e-5
 """Greatest absolute error of an output relative to its greatest absolute value."""
 
+GRADIENT_TOLERANCE = 2e-3
+"""The same of a gradient, which float32 rounds at every step backward."""
+
 SECONDS_A_MODEL = 300
 OTHER_BATCH = 3
 
@@ -37,14 +40,17 @@ class Row:
     verdict: str
     error: float | None
     seconds: float
+    sizes: str = ""
+    training: str = ""
 
     @property
     def is_defect(self) -> bool:
-        return self.verdict.startswith("DEFECT")
+        return any("DEFECT" in part for part in (self.verdict, self.sizes, self.training))
 
     def __str__(self) -> str:
         error = "" if self.error is None else f"{self.error:.1e}"
-        return f"| {self.model} | {self.sites} | {error} | {self.seconds:.0f} | {self.verdict} |"
+        cells = (self.model, self.sites, error, self.sizes, self.training, f"{self.seconds:.0f}", self.verdict)
+        return f"| {' | '.join(cells)} |"
 
 
 class TooSlow(BaseException):
@@ -54,7 +60,7 @@ class TooSlow(BaseException):
 def sweep(case: Case, batch: int) -> Row:
     """Convert one model and compare it with itself."""
     start = time.perf_counter()
-    sites, error = "", None
+    sites, error, sizes, training = "", None, "", ""
     try:
         with _time_limit(SECONDS_A_MODEL):
             torch.manual_seed(0)
@@ -71,11 +77,66 @@ def sweep(case: Case, batch: int) -> Row:
             sites, verdict = _sites(converted)
             error, broken = compare(model, converted, case, batch)
             verdict = broken or verdict
+            sizes = at_other_sizes(model, converted, case)
+            training = in_training(model, converted, case)
     except TooSlow:
         verdict = f"no verdict within {SECONDS_A_MODEL} s"
     except Exception as foreign:
         verdict = f"DEFECT: {type(foreign).__name__}: {_line(foreign)}"
-    return Row(case.name, sites, verdict, error, time.perf_counter() - start)
+    return Row(case.name, sites, verdict, error, time.perf_counter() - start, sizes, training)
+
+
+def at_other_sizes(model: nn.Module, converted: nn.Module, case: Case) -> str:
+    """What came at other sides of the image, at batches of 1 and 3: equal, raised by the library, or a defect."""
+    found: Counter[str] = Counter()
+    for sides in case.other_sides:
+        for batch in (1, OTHER_BATCH):
+            inputs = case.inputs(batch, sides)
+            expected = outputs(copy.deepcopy(model), inputs)  # some remember the size that they saw last
+            if expected is not None:
+                found[judged(copy.deepcopy(converted), inputs, expected, f"{sides[0]}x{sides[1]}, batch {batch}")] += 1
+    return ", ".join(f"{count} {what}" for what, count in found.items()) or "takes none"
+
+
+def judged(converted: nn.Module, inputs: Tensor, expected: list[Tensor], where: str) -> str:
+    try:
+        actual = run(converted, inputs)
+    except attnrewrite.AttnRewriteError:
+        return "refused"
+    except Exception as foreign:
+        return f"DEFECT ({where}: {type(foreign).__name__}: {_line(foreign)})"
+    if [value.shape for value in actual] != [value.shape for value in expected]:
+        return f"DEFECT ({where}: other shapes)"
+    error = max(map(relative_error, actual, expected), default=0.0)
+    return "equal" if error <= 10 * TOLERANCE else f"DEFECT ({where}: wrong by {error:.1e})"
+
+
+def in_training(model: nn.Module, converted: nn.Module, case: Case) -> str:
+    """The gradient of the inputs in training mode, with the same draws; what draws by element is not compared."""
+    if any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()):
+        return "draws"
+    inputs = case.inputs(OTHER_BATCH)
+    try:
+        expected = gradient(copy.deepcopy(model), inputs)
+    except Exception:
+        return "does not train"
+    try:
+        actual = gradient(copy.deepcopy(converted), inputs)
+    except attnrewrite.AttnRewriteError:
+        return "refused"
+    except Exception as foreign:
+        return f"DEFECT ({type(foreign).__name__}: {_line(foreign)})"
+    error = relative_error(actual, expected)
+    return "equal" if error <= GRADIENT_TOLERANCE else f"DEFECT (wrong by {error:.1e})"
+
+
+def gradient(model: nn.Module, inputs: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    inputs = inputs.clone().requires_grad_()
+    outputs = _tensors(model.train()(inputs))
+    loss = sum((value * torch.arange(1, value.shape[-1] + 1)).sum() for value in outputs)
+    (found,) = torch.autograd.grad(loss, inputs)  # type: ignore[arg-type]  # there are outputs
+    return found
 
 
 def compare(model: nn.Module, converted: nn.Module, case: Case, batch: int) -> tuple[float | None, str]:
