@@ -24,7 +24,7 @@ from .lift.looks import Looks
 from .lift.values import Values
 from .reading import NONE, PREFIX, TOLD, read_tokens
 from .report import ConversionReport, SiteReport, suggestion
-from .rewrite.image_sides import note_images
+from .rewrite.image_sides import forget_images, note_images
 from .rewrite.owners import OwnerProgram, build_programs
 from .rewrite.rewritten import restore_module
 from .targets import Conversion, Exactness, Target
@@ -131,18 +131,19 @@ class Plan:
                 module = model.get_submodule(owner.path)
                 owner.install(module)
                 rewritten.append(module)
+            if self.looks is not None and any(owner.reads_image for owner in self.programs):
+                note_images(model, self.capture, self.looks.size)
             error = self._output_error(model, expected)
         except Exception as cause:
             for module in rewritten:
                 restore_module(module)  # type: ignore[arg-type]  # rewritten above
+            forget_images(model)
             if isinstance(cause, UNFORESEEN) and not isinstance(cause, AttnRewriteError):
                 raise ConversionError(
                     f"the converted {type(self.model).__name__} does not run ({first_line(cause)}); the model was left "
                     "as it was. Find the site with max_rewrites and `keep` it"
                 ) from cause
             raise
-        if self.looks is not None and any(owner.reads_image for owner in self.programs):
-            note_images(model, self.capture, self.looks.size)
         model.attnrewrite_report = self.report(error)  # type: ignore[assignment]  # an attribute of its own
         model.attnrewrite_places = find_places(self)  # type: ignore[assignment]  # an attribute of its own
         return model

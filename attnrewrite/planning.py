@@ -13,7 +13,16 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .calibration.keep import Budget, keep_the_worst, require_budget
-from .capture import Capture, ModuleCall, NodeRef, capture, other_looks, same_size_look, training_look
+from .capture import (
+    Capture,
+    ModuleCall,
+    NodeRef,
+    capture,
+    image_sides,
+    other_looks,
+    same_size_look,
+    training_look,
+)
 from .certify import Certificate, certify_running, collect_values
 from .certify.certificate import TOLERANCE
 from .certify.ends import inputs_of, operands_of
@@ -24,6 +33,7 @@ from .cores.exactness import hold_exact
 from .cores.head_norm import scale_heads
 from .errors import ArgumentError, ConversionError
 from .ir import AttentionSite, Global, Reduced, Refused, Site
+from .lift.channel_maps import restate_convolutions
 from .lift.dataflow import Dataflow
 from .lift.looks import Looks, Seen
 from .lift.values import evaluate
@@ -257,6 +267,8 @@ def _cores(conversion: Conversion) -> list[nn.Module]:
 def _check_training(made: Plan) -> None:
     """Refuse what is another function in training mode, or is given what is no map there."""
     look = training_look(made.capture) if made.programs else None
+    if look is not None:
+        restate_convolutions(look)
     reasons = [(owner, steps_of_training(owner, made.capture, look)) for owner in made.programs]
     planned = {id(p.site): p for p in made.converting}
     for owner, reason in reasons:
@@ -270,6 +282,9 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     """Run one rewritten module of every structure beside its donor; an inexact one with cores that change nothing.
     Those that do not run alone, such as a block whose parent tells it the sides of its map, run inside the model."""
     planned = {id(p.site): p for p in made.converting}
+    sides = image_sides(made.capture)
+    if made.looks is not None and sides is not None:
+        made.looks.size.note(sides)  # modules run alone, as on the captured image
     unseen = {node for owner in made.programs for node in _arguments(owner.call)} - made.values.keys()
     if unseen:  # of modules around those that were certified
         made.values |= collect_values(flow, unseen)

@@ -63,6 +63,10 @@ class BoundaryRecorder:
         self._open: list[ModuleCall] = []
         self._model = model
 
+    def running(self) -> ModuleCall | None:
+        """The call that is being traced."""
+        return self._open[-1] if self._open else None
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         handles = []

@@ -96,7 +96,8 @@ def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Ca
         CaptureError: what it does is not one graph. Whatever else keeps the model from being traced is raised as it is.
     """
     args, kwargs = inputs
-    recorder, tracker = BoundaryRecorder(model), SizeTracker()
+    recorder = BoundaryRecorder(model)
+    tracker = SizeTracker(recorder.running)
     with untouched(model):
         model.train(training)
         with recorder.recording(), _traceable(), disabled_regions_in_place() as uncast, tracker:

@@ -13,13 +13,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from .boundaries import ModuleCall
 
 Number = int | float
 
@@ -50,12 +53,12 @@ Term = Side | Arithmetic
 
 @dataclass(frozen=True)
 class Decision:
-    """A comparison of sizes: ``function(*operands)`` was ``outcome``, at trace ``position``, in code at ``place``."""
+    """A comparison of sizes: ``function(*operands)`` was ``outcome``, inside ``call``, in code at ``place``."""
 
     function: Callable[..., Any]
     operands: tuple[Term | Number, ...]
     outcome: bool
-    position: int
+    call: ModuleCall | None
     place: tuple[str, int, int]
 
     def __str__(self) -> str:
@@ -87,11 +90,12 @@ class Given:
 @dataclass
 class SizeRecord:
     """Everything a forward computed from sizes, in order, each with the trace position at which it did; and where it
-    used what it computed."""
+    used what it computed. ``running`` gives the module call that is being traced."""
 
     terms: list[tuple[int, Term]] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     given: list[Given] = field(default_factory=list)
+    running: Callable[[], ModuleCall | None] = field(default=lambda: None, repr=False)
 
     def given_at(self, position: int) -> Given | None:
         """What the operator that made the node at a trace position was given, where that comes from sizes."""
@@ -124,7 +128,7 @@ class SizeRecord:
         return SizeRecord(
             [(position, term) for position, term in terms if isinstance(term, Side | Arithmetic)],
             [
-                Decision(each.function, operands, each.outcome, each.position, each.place)  # type: ignore[arg-type]  # no None
+                replace(each, operands=operands)  # type: ignore[arg-type]  # no None
                 for each, operands in decisions
                 if None not in operands
             ],
@@ -138,9 +142,9 @@ class SizeRecord:
 class SizeTracker(TorchFunctionMode):
     """Gives integers with a memory for the shapes of traced tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: Callable[[], ModuleCall | None]) -> None:
         super().__init__()
-        self.record = SizeRecord()
+        self.record = SizeRecord(running=running)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         start = _position()
@@ -250,7 +254,7 @@ def _decided(function: Callable[..., Any], *operands: Any) -> Any:
         frame = frame.f_back
     if not frame.f_code.co_filename.startswith(_TORCH):  # what torch asks of its operands is the operator's affair
         place = (frame.f_code.co_filename, frame.f_lineno, frame.f_lasti)
-        record.decisions.append(Decision(function, terms, bool(outcome), _position(), place))
+        record.decisions.append(Decision(function, terms, bool(outcome), record.running(), place))
     return outcome
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..capture import Capture, ModuleCall, image_sides
@@ -15,7 +16,7 @@ from ..image_map import ImageSize, laws_of
 from ..lift.looks import Look, Looks
 from .image_sides import ImageSide, SameImage
 from .outline import NotOutlinable, Outlined
-from .sizes import CHECK, Vector, difference, restate
+from .sizes import CHECK, Course, Vector, difference, restate
 
 Key = tuple[tuple[str, int, int], int]
 """Of a decision: its place in the code, and how often the module had come to it before."""
@@ -47,13 +48,37 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
     if tied and looks.other_batch is not None:
         twin, _ = _again(outlined, looks.other_batch, again)
         batches = [] if twin is None else [twin]
-    guards = _guards(own, [*agreeing, *batches], live)
+    courses = _courses(own, [*agreeing, *batches], live)
     reader = _ImageReader(outlined, [*agreeing, *batches], looks.size)
-    tied += restate(outlined, [*agreeing, *batches], guards, reader.side)
+    leaving = _contiguous_outside(outlined, [*agreeing, *batches])
+    tied += restate(outlined, [*agreeing, *batches], courses, reader.side)
+    for user, value in leaving:
+        with outlined.graph.inserting_before(user):
+            user.replace_input_with(value, outlined.graph.call_function(torch.ops.aten.contiguous.default, (value,)))
     outlined.fixed = _fixed(outlined, batches if tied else agreeing)
     if tied:
         _hold_to_image(outlined, looks.size)
     return tied
+
+
+def _contiguous_outside(outlined: Outlined, others: list[Outlined]) -> list[tuple[fx.Node, fx.Node]]:
+    """Users outside of the module's own code and values that they are given contiguous on every look: they may view
+    them. Copies that a trace shows on one look and not on another are not part of what was outlined."""
+    children = {child.path.removeprefix(f"{outlined.call.path}.") for child in outlined.live}
+    graphs = [outlined.graph.nodes, *(each.graph.nodes for each in others)]
+    twins = {node: same for node, *same in zip(*graphs, strict=True)}
+
+    def contiguous(node: fx.Node) -> bool:
+        values = [each.meta.get("val") for each in (node, *twins[node])]
+        return all(isinstance(value, Tensor) and value.is_contiguous() for value in values)
+
+    return [
+        (user, value)
+        for user in outlined.graph.nodes
+        if user.op == "output" or (user.op == "call_module" and user.target in children)
+        for value in user.all_input_nodes
+        if value.op == "call_function" and contiguous(value)
+    ]
 
 
 def _fixed(outlined: Outlined, free: list[Outlined]) -> dict[fx.Node, Any]:
@@ -93,15 +118,15 @@ def _is_of_other_size(twin: Outlined, outlined: Outlined) -> bool:
 
 def _decisions(capture: Capture, call: ModuleCall, live: set[str]) -> dict[Key, Decision]:
     """What the module's own code, and that of children dissolved into it, decided by sizes."""
-    children = [child for child in call.walk() if child is not call and child.path in live]
     found: dict[Key, Decision] = {}
     counted: Counter[tuple[str, int, int]] = Counter()
     for decision in capture.sizes.decisions:
-        inside = call.encloses(decision.position) or decision.position == call.exit == call.enter
-        if not inside or any(child.encloses(decision.position) for child in children):
-            continue
-        found[decision.place, counted[decision.place]] = decision
-        counted[decision.place] += 1
+        step = decision.call
+        while step is not None and step is not call and step.path not in live:
+            step = step.parent
+        if step is call:
+            found[decision.place, counted[decision.place]] = decision
+            counted[decision.place] += 1
     return found
 
 
@@ -114,18 +139,29 @@ def _decides_otherwise(own: dict[Key, Decision], call: ModuleCall, live: set[str
     return any(key in theirs and theirs[key].outcome != decision.outcome for key, decision in own.items())
 
 
-def _guards(
-    own: dict[Key, Decision], agreeing: list[Outlined], live: set[str]
-) -> list[tuple[Decision, list[tuple[Any, ...]]]]:
-    """Decisions that the course may hang on, with their operands on the agreeing looks: those that one of these does
-    not come to, or takes otherwise, have no part in what was outlined."""
-    found = []
-    others = [_decisions(twin.capture, twin.call, live) for twin in agreeing]
-    for key, decision in own.items():
-        theirs = [each[key] for each in others if key in each]
-        if len(theirs) == len(others) and all(each.outcome == decision.outcome for each in theirs):
-            found.append((decision, [each.operands for each in theirs]))
-    return found
+def _courses(own: dict[Key, Decision], agreeing: list[Outlined], live: set[str]) -> list[Course]:
+    """The ways through its decisions on which the module was seen to be what was outlined, the captured one first."""
+    ways = [list(way.items()) for way in (own, *(_decisions(twin.capture, twin.call, live) for twin in agreeing))]
+    courses: dict[tuple[tuple[Key, bool], ...], Course] = {}
+    for way in ways:
+        course: Course = []
+        for place, (key, decision) in enumerate(way):
+            # what a decision is about may depend on those before it, as the side that `min` gave
+            course.append((decision, tuple(_operands(other, way[:place], key) for other in ways)))
+        courses.setdefault(_outcomes(way), course)
+    return list(courses.values())
+
+
+def _outcomes(way: list[tuple[Key, Decision]]) -> tuple[tuple[Key, bool], ...]:
+    return tuple((key, decision.outcome) for key, decision in way)
+
+
+def _operands(way: list[tuple[Key, Decision]], before: list[tuple[Key, Decision]], key: Key) -> Any:
+    """Of the decision ``key``, on a way that comes to it as another did, by the decisions ``before``; else None."""
+    place = len(before)
+    if _outcomes(way[:place]) != _outcomes(before) or place >= len(way) or way[place][0] != key:
+        return None
+    return way[place][1].operands
 
 
 class _ImageReader:

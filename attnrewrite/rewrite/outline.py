@@ -136,7 +136,7 @@ class _Outliner:
             else:
                 placeholder.meta["value"] = leaf
         self._body(call)
-        self.graph.output(tuple(self._laid_out(leaf) for leaf in tree_flatten(call.output)[0]))
+        self.graph.output(tuple(self._reference(leaf) for leaf in tree_flatten(call.output)[0]))
         return self.result
 
     def _body(self, call: ModuleCall) -> None:
@@ -234,7 +234,7 @@ class _Outliner:
     def _call(self, child: ModuleCall) -> None:
         self.result.live.append(child)
         signature = inspect.signature(child.module.forward)
-        bound = inspect.BoundArguments(signature, tree_map(self._laid_out, child.arguments))
+        bound = inspect.BoundArguments(signature, tree_map(self._reference, child.arguments))
         called = self.graph.call_module(self._relative(child.path), bound.args, bound.kwargs)
         if isinstance(child.output, NodeRef):
             if child.output.node is not None:
@@ -264,14 +264,6 @@ class _Outliner:
             return leaf
         self._require(leaf.node is not None, "a child is given a tensor made outside the traced model")
         return self._value(leaf.node)  # type: ignore[arg-type]  # a traced value
-
-    def _laid_out(self, leaf: Any) -> Any:
-        """What code outside is given lies in memory as there it did: it may view it."""
-        value = self._reference(leaf)
-        computed = isinstance(value, Node) and value.op == "call_function" and isinstance(value.meta.get("val"), Tensor)
-        if not computed or not leaf.node.meta["val"].is_contiguous():
-            return value
-        return self.graph.call_function(torch.ops.aten.contiguous.default, (value,))
 
     def _value(self, node: Node) -> Node:
         """The value of a captured node: made before, a parameter, or a constant to be computed here as well."""

@@ -27,6 +27,9 @@ CHECK = "attnrewrite_check"
 """Marks, in their ``meta``, nodes that are there for the error that they may raise."""
 
 Vector = tuple[float, ...]
+Course = list[tuple[Decision, tuple[tuple[Any, ...] | None, ...]]]
+"""Decisions taken one after the other, each with its operands on every look, None where that had left the course."""
+
 Emit = Callable[[], Any]
 """Puts an expression into the graph, where it is being written, and gives its value."""
 
@@ -58,28 +61,30 @@ def difference(first: Outlined, other: Outlined) -> str:
 def restate(
     first: Outlined,
     others: list[Outlined],
-    decisions: list[tuple[Decision, list[tuple[Any, ...]]]],
+    courses: list[Course],
     from_image: Callable[[Vector], Any],
 ) -> list[str]:
     """Restate, in place, what moves between ``first`` and the ``others``, all the same but for numbers.
 
     Args:
-        decisions: comparisons of sizes that the graph's course hangs on, each with its operands' terms on the others.
+        courses: ways through the comparisons of sizes on which the graph was seen to be the same, the first its own. On
+            any other it stops.
         from_image: a graph value for a number that follows the image, or None.
 
     Returns:
         The names of what could not be explained.
     """
-    return _Restating(first, others, from_image).run(decisions)
+    return _Restating(first, others, from_image).run(courses)
 
 
-def expect_course(holds: Any, captured: bool, what: str) -> None:
-    """A comparison of sizes must turn out as it did at capture, for the rewritten forward has one course only.
+def expect_course(ways: list[list[tuple[Any, bool]]], what: str) -> None:
+    """Comparisons of sizes must turn out in one of the ``ways`` that were seen, each of comparisons and their outcomes:
+    the rewritten forward has one course only.
 
     Raises:
-        ConversionError: it does not.
+        ConversionError: they do not.
     """
-    if bool(holds) is not captured:
+    if not any(all(bool(holds) is outcome for holds, outcome in way) for way in ways):
         raise ConversionError(
             f"{what} turns out otherwise at this size than when this module was converted, and the original then takes "
             "another course; convert the model with example inputs of this size"
@@ -92,6 +97,7 @@ class _Restating:
         self.outlined = [first, *others]
         self.nodes = list(first.graph.nodes)
         self.twins = {n: list(t) for n, *t in zip(self.nodes, *(o.graph.nodes for o in others), strict=True)}
+        self.place = [dict(zip(each.graph.nodes, self.nodes, strict=True)) for each in self.outlined]
         self.known: dict[Vector, Emit] = {}
         self.written: dict[tuple[Any, ...], Node] = {}
         self.extents: dict[Node, tuple[list[Vector], list[Emit]]] = {}
@@ -102,17 +108,20 @@ class _Restating:
             self.donors.setdefault(self._vector(terms), []).append(terms)
         self.tied: list[str] = []
 
-    def run(self, decisions: list[tuple[Decision, list[tuple[Any, ...]]]]) -> list[str]:
+    def run(self, courses: list[Course]) -> list[str]:
         for node in self.nodes:
             if node.op == "placeholder":
                 self._know(node)
-        self._expect(decisions)
+        guarded = False
         for node in self.nodes:
             if node.op == "placeholder":
                 continue
+            guarded = guarded or self._guard(courses, node)
             self._restate(node)
             if node.op != "output":
                 self._know(node)
+        if not guarded:
+            self.tied += [str(decision) for decision, _ in courses[0]]
         return self.tied
 
     def _know(self, node: Node) -> None:
@@ -172,23 +181,35 @@ class _Restating:
             looks.append([next(terms) if _is_number(leaf) else None for leaf in leaves])
         return [None if not any(terms) else terms for terms in zip(*looks, strict=True)]
 
-    def _expect(self, decisions: list[tuple[Decision, list[tuple[Any, ...]]]]) -> None:
-        """Guards of the course, before anything is computed."""
-        start = next(node for node in self.nodes if node.op != "placeholder")
-        for decision, others in decisions:
-            with self.graph.inserting_before(start):
-                operands = [self._operand(vector) for vector in zip(decision.operands, *others, strict=True)]
-                if None in operands:
-                    self.tied.append(str(decision))
-                    continue
-                if any(isinstance(operand, Node) for operand in operands):
-                    holds = self.graph.call_function(decision.function, tuple(operands))
-                    check = self.graph.call_function(expect_course, (holds, decision.outcome, str(decision)))
-                    check.meta[CHECK] = True
+    def _guard(self, courses: list[Course], before: Node) -> bool:
+        """Put a check of the course there, as soon as the graph knows what its own course hangs on; whether it does."""
+        own, *others = courses
+        with self.graph.inserting_before(before):
+            ways = [steps for steps in [self._steps(own)] if steps is not None]
+            if not ways:
+                return False
+            ways += [steps for steps in map(self._steps, others) if steps is not None]
+            if all(ways):  # else one way hangs on no size that moves
+                what = ", ".join(dict.fromkeys(str(decision) for decision, _ in own)) or "a comparison of sizes"
+                self.graph.call_function(expect_course, (ways, what)).meta[CHECK] = True
+        return True
 
-    def _operand(self, terms: tuple[Any, ...]) -> Any:
-        """An operand of a comparison, as a value of the graph; None if it has none."""
-        return self._emitted(terms) if self._moves(terms) else self._vector(terms)[0]
+    def _steps(self, course: Course) -> list[Any] | None:
+        steps = [self._step(decision, operands) for decision, operands in course]
+        return None if None in steps else [step for step in steps if step is not True]
+
+    def _step(self, decision: Decision, looks: tuple[tuple[Any, ...] | None, ...]) -> Any:
+        """``(holds, outcome)`` of a decision, with ``holds`` as a graph value; True if no size that moves decides it,
+        and None if the graph cannot tell."""
+        operands = []
+        for place in range(len(decision.operands)):
+            terms = tuple(None if each is None else each[place] for each in looks)
+            operands.append(self._emitted(terms) if self._moves(terms) else _first(terms))
+        if any(operand is None for operand in operands):
+            return None
+        if not any(isinstance(operand, Node) for operand in operands):
+            return True
+        return self.graph.call_function(decision.function, tuple(operands)), decision.outcome
 
     def _expression(self, vector: Vector, given: tuple[Term | None, ...] | None = None) -> Any:
         """A graph value that is ``vector[look]`` on every look, or None; as the model itself computes it if that is
@@ -226,37 +247,41 @@ class _Restating:
         return None
 
     def _emitted(self, terms: tuple[Any, ...]) -> Any:
-        """What the model computed, computed again from what the graph knows; None if that is not enough."""
+        """What the model computed, computed again from what the graph knows; None if that is not enough. A look that
+        did not come to it has None for a term."""
         vector = self._vector(terms)
         if not self._moves(terms):
-            return vector[0]
-        if not all(isinstance(term, Arithmetic) for term in terms):
-            return self._extent(terms[0], vector) or self._expression(vector)
+            return _first(vector)
+        seen = [term for term in terms if term is not None]
+        if not all(isinstance(term, Arithmetic) for term in seen):
+            return self._extent(terms, vector) or (self._expression(vector) if None not in vector else None)
         if terms not in self.written:
-            operands = [self._emitted(each) for each in zip(*(term.operands for term in terms), strict=True)]
+            operands = [self._emitted(each) for each in _operands(terms)]
             if any(operand is None for operand in operands):
                 return None
-            self.written[terms] = self.graph.call_function(terms[0].function, tuple(operands))
-            self._learn(vector, lambda: self.written[terms])
+            self.written[terms] = self.graph.call_function(seen[0].function, tuple(operands))
+            if None not in vector:
+                self._learn(vector, lambda: self.written[terms])
         return self.written[terms]
 
-    def _extent(self, side: Term, vector: Vector) -> Any:
+    def _extent(self, sides: tuple[Any, ...], vector: Vector) -> Any:
         """The extent of the very value that the model asked for it, if the graph has it by now."""
-        if not isinstance(side, Side):
-            return None
-        made = [node for node in self.outlined[0].made.get(side.node, []) if node in self.extents]
-        for node in made:
-            extents, emits = self.extents[node]
-            if side.axis < len(extents) and extents[side.axis] == vector:
-                return emits[side.axis]()
+        for look, side in enumerate(sides):
+            if not isinstance(side, Side):
+                continue
+            for made in self.outlined[look].made.get(side.node, []):
+                extents, emits = self.extents.get(self.place[look].get(made), ([], []))  # type: ignore[call-overload]  # None is no key
+                if side.axis < len(extents) and _agree(extents[side.axis], vector):
+                    return emits[side.axis]()
         return None
 
     def _moves(self, terms: tuple[Any, ...]) -> bool:
-        """Whether any extent that they are computed from moves."""
-        first = terms[0]
-        if isinstance(first, Arithmetic) and all(isinstance(term, Arithmetic) for term in terms):
-            return any(self._moves(each) for each in zip(*(term.operands for term in terms), strict=True))
-        return len(set(self._vector(terms))) > 1
+        """Whether any extent that they are computed from moves, as far as it was seen."""
+        seen = [term for term in terms if term is not None]
+        if seen and all(isinstance(term, Arithmetic) for term in seen):
+            return any(self._moves(each) for each in _operands(terms))
+        vector = [value for value in self._vector(terms) if value is not None]
+        return len(set(vector)) > 1 or (len(vector) == 1 and isinstance(seen[0], Side))
 
     def _learned(self, vector: Vector, value: Any) -> Any:
         self.known.setdefault(vector, lambda: value)
@@ -378,6 +403,20 @@ def _reciprocal(extent: float) -> float:
 
 def _reciprocal_root(extent: float) -> float:
     return float(extent**-0.5)
+
+
+def _first(values: tuple[Any, ...]) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _agree(extents: Vector, vector: Vector) -> bool:
+    return all(one == other for one, other in zip(extents, vector, strict=True) if other is not None)
+
+
+def _operands(terms: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Of arithmetic, look by look, its operands, look by look."""
+    count = len(next(term for term in terms if term is not None).operands)
+    return [tuple(None if term is None else term.operands[place] for term in terms) for place in range(count)]
 
 
 def _value(term: Any) -> Any:

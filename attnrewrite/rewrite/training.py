@@ -14,11 +14,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture import Capture, ModuleCall, NodeRef, capture_call
 from ..errors import first_line
+from ..lift.channel_maps import restate_convolutions
 from ..lift.values import is_call, operator_name
 from .owners import OwnerProgram
 
-_DROPPING = {"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::_assert_tensor_metadata"}
-"""Dropout follows the mode in a rewritten module, too; assertions compute nothing."""
+_LEFT_OUT = {f"aten::{name}" for name in ("dropout", "feature_dropout", "alpha_dropout", "contiguous", "alias", "clone")}
+_LEFT_OUT |= {"aten::_assert_tensor_metadata"}
+"""Dropout follows the mode in a rewritten module, too, and whether copies are made follows what it leaves in memory;
+assertions compute nothing."""
 
 _RATE = {"aten::scaled_dot_product_attention": 4}
 """Where operators are given the rate of a dropout of their own."""
@@ -42,6 +45,8 @@ def steps_of_training(owner: OwnerProgram, first: Capture, training: Capture | N
     else:
         try:
             modes = [capture_call(call.module, _arguments(call), training=mode) for mode in (False, True)]
+            for mode in modes:
+                restate_convolutions(mode)
         except Exception as cause:  # whatever it says: a look that could not be taken shows nothing
             return (
                 f"what it does in training could not be seen ({first_line(cause)}); set the model's training steps off"
@@ -79,7 +84,7 @@ def _steps(call: ModuleCall, capture: Capture, live: set[str] | frozenset[str]) 
     events: list[tuple[int, Step]] = [(child.enter, (f"a call of {child.path}",)) for child in outer]
     for node, position in capture.position.items():
         inside = call.encloses(position) and not any(child.encloses(position) for child in outer)
-        if inside and is_call(node) and operator_name(node) not in _DROPPING:
+        if inside and is_call(node) and operator_name(node) not in _LEFT_OUT:
             events.append((position, (operator_name(node), *_numbers(node, capture))))
     return [step for _, step in sorted(events, key=lambda event: event[0])]
 
