@@ -7,7 +7,7 @@ nodes (an inactive DropPath, an Identity) was called at all. Forward hooks see b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .sizes import plain
+from .sizes import Term, plain
 
 _MARK = "attnrewrite_position"
 
@@ -31,7 +31,8 @@ class NodeRef:
 
 @dataclass
 class ModuleCall:
-    """One call of one module. ``enter`` and ``exit`` bound the trace positions of its nodes, half open."""
+    """One call of one module. ``enter`` and ``exit`` bound the trace positions of its nodes, half open. ``sizes`` are,
+    for every leaf of its arguments, where it comes from if it is a number that comes from sizes."""
 
     path: str
     module: nn.Module
@@ -41,6 +42,7 @@ class ModuleCall:
     output: Any = None
     parent: ModuleCall | None = None
     children: list[ModuleCall] = field(default_factory=list)
+    sizes: list[Term | None] = field(default_factory=list)
 
     def encloses(self, position: int) -> bool:
         return self.enter <= position < self.exit
@@ -79,12 +81,13 @@ class BoundaryRecorder:
             for handle in handles:
                 handle.remove()
 
-    def calls(self, final: dict[int, Node]) -> ModuleCall:
-        """The tree of calls, with every reference resolved to a node of the final graph."""
+    def calls(self, final: dict[int, Node], resolved: Callable[[Any], Any]) -> ModuleCall:
+        """The tree of calls, with every reference resolved to a node of the final graph, and sizes by ``resolved``."""
         assert self.root is not None, "the model's own forward was traced"
         for call in self.root.walk():
             call.arguments = tree_map(lambda leaf: _resolve(leaf, final), call.arguments)
             call.output = tree_map(lambda leaf: _resolve(leaf, final), call.output)
+            call.sizes = [None if term is None else resolved(term) for term in call.sizes]
         return self.root
 
     def _enter(self, path: str, module: nn.Module) -> Any:
@@ -92,6 +95,7 @@ class BoundaryRecorder:
             arguments = bind_arguments(module, args, kwargs)
             parent = self._open[-1] if self._open else None
             call = ModuleCall(path, module, trace_length(), tree_map(_traced, arguments), parent=parent)
+            call.sizes = [getattr(leaf, "term", None) for leaf in tree_leaves(arguments)]
             if parent is None:
                 self.root, self._open = call, []
             else:

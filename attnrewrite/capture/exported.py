@@ -113,7 +113,8 @@ def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Ca
     tensors, names, placeholders = _placeholders(program, args, kwargs)
     # An assertion that export adds about a value says the value's position again: the first node is the value.
     final = {index: node for node, index in reversed(position.items())}
-    root, sizes = recorder.calls(final), tracker.record.resolve(lambda node: final_node(node, final))
+    sizes, resolved = tracker.record.resolve(lambda node: final_node(node, final))
+    root = recorder.calls(final, resolved)
     return Capture(model, graph, placeholders, tensors, names, position, root, inputs, uncast, sizes)
 
 

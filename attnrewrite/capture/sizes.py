@@ -28,8 +28,8 @@ Number = int | float
 
 _TORCH = f"{torch.__path__[0]}/"
 
-_EXTREME = "_tensor_min_max"
-"""What an exporter puts in the place of ``max`` and ``min``: what these compare is the forward's decision."""
+_EXTREMES = f"{_TORCH}_export/non_strict_utils.py"
+"""Where an exporter has what it puts in the place of ``max`` and ``min``: what these compare the forward decides."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ class SizeRecord:
     def _places(self) -> dict[int, Given]:
         return {place: each for each in self.given for place in range(each.start, each.stop)}
 
-    def resolve(self, final: Callable[[Node], Node | None]) -> SizeRecord:
-        """The record with the nodes of the final graph; what refers to values that it has not is left out."""
+    def resolve(self, final: Callable[[Node], Node | None]) -> tuple[SizeRecord, Callable[[Any], Any]]:
+        """The record with the nodes of the final graph, and how a term is said with them; what refers to values that it
+        has not is left out."""
         known: dict[Term, Term | None] = {}
 
         def resolved(term: Term | Number) -> Term | Number | None:
@@ -125,7 +126,7 @@ class SizeRecord:
 
         terms = [(position, resolved(term)) for position, term in self.terms]
         decisions = [(each, tuple(resolved(operand) for operand in each.operands)) for each in self.decisions]
-        return SizeRecord(
+        record = SizeRecord(
             [(position, term) for position, term in terms if isinstance(term, Side | Arithmetic)],
             [
                 replace(each, operands=operands)  # type: ignore[arg-type]  # no None
@@ -137,6 +138,7 @@ class SizeRecord:
                 for each in self.given
             ],
         )
+        return record, resolved
 
 
 class SizeTracker(TorchFunctionMode):
@@ -250,7 +252,7 @@ def _decided(function: Callable[..., Any], *operands: Any) -> Any:
     record = next(operand.record for operand in operands if isinstance(operand, _Tracked))
     terms = tuple(getattr(operand, "term", operand) for operand in operands)
     frame = sys._getframe(2)
-    if frame.f_code.co_name == _EXTREME and frame.f_back is not None:
+    while frame.f_code.co_filename == _EXTREMES and frame.f_back is not None:
         frame = frame.f_back
     if not frame.f_code.co_filename.startswith(_TORCH):  # what torch asks of its operands is the operator's affair
         place = (frame.f_code.co_filename, frame.f_lineno, frame.f_lasti)

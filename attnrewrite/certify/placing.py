@@ -104,9 +104,12 @@ def _misplaced_in_groups(site: AttentionSite, groups: MapGroups, placement: Plac
 
 
 def _idle_shift(site: AttentionSite, window: Window) -> str:
-    """A shift along an axis that fits into one block shows on no map of this size: nothing can confirm it."""
-    sides = (site.map_grid.height, site.map_grid.width)
-    idle = any(shift and side <= size for shift, side, size in zip(window.shift, sides, window.size, strict=True))
+    """A shift along an axis that fits into one block, on every look at the model, shows nowhere: nothing can confirm
+    it."""
+    lengths = zip(*((grid.height, grid.width) for grid in site.map_grid.seen), strict=True)
+    idle = any(
+        shift and max(sides) <= size for shift, sides, size in zip(window.shift, lengths, window.size, strict=True)
+    )
     return f"its shift cannot be seen on a {site.map_grid} map that fits into one window" if idle else ""
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..capture import ModuleCall, image_sides
 from ..image_map import ImageMap, ImageSize, Sides
 from ..ir import AttentionSite, Grid, MapGroups, Projection, Reduced, Site
 from .dataflow import Dataflow
-from .values import is_call, operator_name
+from .values import is_call, operator_name, shape_of
 
 
 @dataclass
@@ -80,10 +81,10 @@ class Looks:
         self.first, self.size, self._other_batch = first, ImageSize(), other_batch
         named = [_by_name(found) for _, found in others]
         counterparts = [[found.get(name) for found in named] for name in _names(sites)]
-        images = [sides for sides in (image_sides(each.capture) for each in (first, *(f for f, _ in others))) if sides]
-        flows = [flow for flow, _ in others]
+        flows = [first, *(flow for flow, _ in others)]
+        images = [sides for sides in (image_sides(flow.capture) for flow in flows) if sides]
         self.sites = [
-            self._with_result(_with_groups(_with_maps(site, theirs, images, self.size), theirs), theirs, flows)
+            _settled(_with_groups(_with_maps(site, theirs, images, self.size), theirs), first)
             for site, theirs in zip(sites, counterparts, strict=True)
         ]
         self.others = [self._look(*seen) for seen in others]
@@ -93,28 +94,6 @@ class Looks:
         seen = self._other_batch()
         return None if seen is None else self._look(*seen)
 
-    def _with_result(self, site: Site, others: list[Site | None], flows: list[Dataflow]) -> Site:
-        """Of one window that is the map, what puts several windows together again is not told from what follows; where
-        there are several, it is. The certificate shows that it is the result here too."""
-        if not isinstance(site, AttentionSite) or not isinstance(site.keys, MapGroups):
-            return site
-        for other, flow in zip(others, flows, strict=True):
-            if (
-                not isinstance(other, AttentionSite)
-                or other.owner.path != site.owner.path
-                or other.nodes.result is None
-            ):
-                continue
-            try:
-                result = counterpart(other.nodes.result, flow, self.first)
-            except (LookupError, StopIteration):
-                continue
-            position = self.first.capture.position
-            later = position.get(result, -1) > position.get(site.result, -1)
-            if later and result.meta["val"].shape == site.result.meta["val"].shape:
-                return replace(site, nodes=replace(site.nodes, result=result))
-        return site
-
     def _look(self, flow: Dataflow, found: list[Site]) -> Look:
         look, named = Look(flow), _by_name(found)
         for name, site in zip(_names(self.sites), self.sites, strict=True):
@@ -123,8 +102,27 @@ class Looks:
             if reason:
                 look.differs[id(site)] = reason
             else:
-                look.sites[id(site)] = other  # type: ignore[assignment]  # there
+                look.sites[id(site)] = _settled(other, flow)  # type: ignore[arg-type]  # there
         return look
+
+
+def _settled(site: Site, flow: Dataflow) -> Site:
+    """Groups of a map with the last value that is the same for a result: where one window is the map, what puts windows
+    together changes nothing, and neither does what cuts off a padding of nothing; it is not told from what follows."""
+    if not isinstance(site, AttentionSite) or not isinstance(site.keys, MapGroups) or site.nodes.result is None:
+        return site
+    first = node = result = site.nodes.result
+    position = flow.capture.position
+    while len(users := flow.live_users(node)) == 1 and flow.is_movement(users[0]):
+        (node,) = users
+        if not site.owner.encloses(position.get(node, -1)):
+            break
+        if shape_of(node) == shape_of(first):
+            address = flow.provenance(node, stop=partial(operator.is_, first)).address
+            if not torch.equal(address.flatten(), torch.arange(address.numel())):
+                break
+            result = node
+    return replace(site, nodes=replace(site.nodes, result=result))
 
 
 def _names(sites: Iterable[Site]) -> list[tuple[str, str, int]]:

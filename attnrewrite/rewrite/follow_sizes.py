@@ -16,7 +16,7 @@ from ..image_map import ImageSize, laws_of
 from ..lift.looks import Look, Looks
 from .image_sides import ImageSide, SameImage
 from .outline import NotOutlinable, Outlined
-from .sizes import CHECK, Course, Vector, difference, restate
+from .sizes import CHECK, Course, Vector, difference, restate, same_way
 
 Key = tuple[tuple[str, int, int], int]
 """Of a decision: its place in the code, and how often the module had come to it before."""
@@ -44,10 +44,7 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
             tied.append(reason)
     if not tied and not any(_is_of_other_size(twin, outlined) for twin in agreeing):
         tied.append("no other size was seen to take the same course")
-    batches = []
-    if tied and looks.other_batch is not None:
-        twin, _ = _again(outlined, looks.other_batch, again)
-        batches = [] if twin is None else [twin]
+    batches = _at_other_batch(outlined, looks, again) if tied else []
     courses = _courses(own, [*agreeing, *batches], live)
     reader = _ImageReader(outlined, [*agreeing, *batches], looks.size)
     leaving = _contiguous_outside(outlined, [*agreeing, *batches])
@@ -55,6 +52,8 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
     for user, value in leaving:
         with outlined.graph.inserting_before(user):
             user.replace_input_with(value, outlined.graph.call_function(torch.ops.aten.contiguous.default, (value,)))
+    if tied and not batches:  # compared before its numbers were restated: what it is given is all that is asked now
+        batches = [again(looks.other_batch)] if looks.other_batch is not None and agreeing else []
     outlined.fixed = _fixed(outlined, batches if tied else agreeing)
     if tied:
         _hold_to_image(outlined, looks.size)
@@ -93,6 +92,11 @@ def _fixed(outlined: Outlined, free: list[Outlined]) -> dict[fx.Node, Any]:
         elif all(other.meta.get("value") == number for other in others):
             fixed[leaf] = number
     return fixed
+
+
+def _at_other_batch(outlined: Outlined, looks: Looks, again: Callable[[Look], Outlined]) -> list[Outlined]:
+    twin = None if looks.other_batch is None else _again(outlined, looks.other_batch, again)[0]
+    return [] if twin is None else [twin]
 
 
 def _again(outlined: Outlined, look: Look, again: Callable[[Look], Outlined]) -> tuple[Outlined | None, str]:
@@ -147,7 +151,9 @@ def _courses(own: dict[Key, Decision], agreeing: list[Outlined], live: set[str])
         course: Course = []
         for place, (key, decision) in enumerate(way):
             # what a decision is about may depend on those before it, as the side that `min` gave
-            course.append((decision, tuple(_operands(other, way[:place], key) for other in ways)))
+            everywhere = tuple(dict(other)[key].operands if key in dict(other) else None for other in ways)
+            alike = tuple(_operands(other, way[:place], key) for other in ways)
+            course.append((decision, everywhere if same_way(everywhere) else alike))
         courses.setdefault(_outcomes(way), course)
     return list(courses.values())
 

@@ -195,21 +195,23 @@ class _Restating:
         return True
 
     def _steps(self, course: Course) -> list[Any] | None:
-        steps = [self._step(decision, operands) for decision, operands in course]
-        return None if None in steps else [step for step in steps if step is not True]
+        """``(holds, outcome)`` of every decision that hangs on a size that moves, with ``holds`` as a graph value; None
+        if the graph cannot tell."""
+        known = [(decision, self._operands(decision, looks)) for decision, looks in course]
+        if any(None in operands for _, operands in known):
+            return None
+        return [
+            (self.graph.call_function(decision.function, tuple(operands)), decision.outcome)
+            for decision, operands in known
+            if any(isinstance(operand, Node) for operand in operands)
+        ]
 
-    def _step(self, decision: Decision, looks: tuple[tuple[Any, ...] | None, ...]) -> Any:
-        """``(holds, outcome)`` of a decision, with ``holds`` as a graph value; True if no size that moves decides it,
-        and None if the graph cannot tell."""
-        operands = []
+    def _operands(self, decision: Decision, looks: tuple[tuple[Any, ...] | None, ...]) -> list[Any]:
+        found = []
         for place in range(len(decision.operands)):
             terms = tuple(None if each is None else each[place] for each in looks)
-            operands.append(self._emitted(terms) if self._moves(terms) else _first(terms))
-        if any(operand is None for operand in operands):
-            return None
-        if not any(isinstance(operand, Node) for operand in operands):
-            return True
-        return self.graph.call_function(decision.function, tuple(operands)), decision.outcome
+            found.append(self._emitted(terms) if self._moves(terms) else _first(self._vector(terms)))
+        return found
 
     def _expression(self, vector: Vector, given: tuple[Term | None, ...] | None = None) -> Any:
         """A graph value that is ``vector[look]`` on every look, or None; as the model itself computes it if that is
@@ -253,6 +255,9 @@ class _Restating:
         if not self._moves(terms):
             return _first(vector)
         seen = [term for term in terms if term is not None]
+        argument = self._argument(terms)
+        if argument is not None:
+            return argument
         if not all(isinstance(term, Arithmetic) for term in seen):
             return self._extent(terms, vector) or (self._expression(vector) if None not in vector else None)
         if terms not in self.written:
@@ -263,6 +268,16 @@ class _Restating:
             if None not in vector:
                 self._learn(vector, lambda: self.written[terms])
         return self.written[terms]
+
+    def _argument(self, terms: tuple[Any, ...]) -> Node | None:
+        """The number that the module is given, if that is what the model computed."""
+        for place, leaf in enumerate(self.outlined[0].leaves):
+            given = [each.call.sizes[place] for each in self.outlined]
+            if any(term is not None for term in terms) and all(
+                term is None or (own is not None and own == term) for term, own in zip(terms, given, strict=True)
+            ):
+                return leaf
+        return None
 
     def _extent(self, sides: tuple[Any, ...], vector: Vector) -> Any:
         """The extent of the very value that the model asked for it, if the graph has it by now."""
@@ -435,6 +450,11 @@ def _once(emit: Emit) -> Emit:
         return made[0]
 
     return value
+
+
+def same_way(operands: tuple[tuple[Any, ...] | None, ...]) -> bool:
+    """Whether the operands of a decision were computed on every look, and in the same way."""
+    return None not in operands and all(len(set(map(_way, terms))) == 1 for terms in zip(*operands, strict=True))  # type: ignore[misc]  # none is None
 
 
 def _is_known(terms: Any) -> bool:

@@ -18,8 +18,8 @@ from ..lift.channel_maps import restate_convolutions
 from ..lift.values import is_call, operator_name
 from .owners import OwnerProgram
 
-_LEFT_OUT = {f"aten::{name}" for name in ("dropout", "feature_dropout", "alpha_dropout", "contiguous", "alias", "clone")}
-_LEFT_OUT |= {"aten::_assert_tensor_metadata"}
+_DROPOUTS = {"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"}
+_LEFT_OUT = {*_DROPOUTS, "aten::contiguous", "aten::alias", "aten::clone", "aten::_assert_tensor_metadata"}
 """Dropout follows the mode in a rewritten module, too, and whether copies are made follows what it leaves in memory;
 assertions compute nothing."""
 
