@@ -41,6 +41,11 @@ class ImageSize:
             recent = [other for other in self._recent() if other != sides]
             self._local.recent = [sides, *recent][:_REMEMBERED]
 
+    def forget(self) -> None:
+        """As if this thread had seen no image."""
+        self.last = None
+        self._local = threading.local()
+
     def possible(self) -> list[Sides]:
         """The image that the running forward was given. In a backward pass, where checkpointed blocks run again for
         images that came before, all that were given lately."""

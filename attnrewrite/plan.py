@@ -134,6 +134,8 @@ class Plan:
             if self.looks is not None and any(owner.reads_image for owner in self.programs):
                 note_images(model, self.capture, self.looks.size)
             error = self._output_error(model, expected)
+            if self.looks is not None:
+                self.looks.size.forget()
         except Exception as cause:
             for module in rewritten:
                 restore_module(module)  # type: ignore[arg-type]  # rewritten above

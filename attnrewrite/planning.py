@@ -312,6 +312,8 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     for owner, _ in unrun if reason else ():
         for site in owner.sites:
             planned[id(site)].refuse(f"rewritten, the model differs from the original ({reason})")
+    if made.looks is not None:
+        made.looks.size.forget()
     if reason or any(verdicts.values()):
         made.build()
 

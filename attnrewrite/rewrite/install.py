@@ -139,11 +139,12 @@ def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Any]:
 
 
 def _dense_bias(outlined: Outlined, site: AttentionSite) -> tuple[Node, ...]:
-    """``[1, heads, queries, keys]``: the learned addends, still computed from their parameters, and a constant mask."""
+    """``[1 or batch, heads, queries, keys]``: the learned addends, still computed from their parameters, which a model may
+    have spread over the samples, and a constant mask."""
     graph = outlined.graph
     terms = []
     if site.bias is not None:
-        shape = [1, *site.bias.values.shape]
+        shape = [-1, *site.bias.values.shape]
         terms = [graph.call_method("reshape", (_addend(outlined, n, shape), shape)) for n in site.bias.nodes]
     if site.mask is not None:
         dtype = site.nodes.query.node.meta["val"].dtype
@@ -224,7 +225,8 @@ def _block_bias(outlined: Outlined, site: AttentionSite) -> list[Node]:
 
 
 def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
-    if captured.meta["val"].numel() != torch.Size(shape).numel():
+    given, wanted = captured.meta["val"].numel(), torch.Size(size for size in shape if size != -1).numel()
+    if given != wanted and (-1 not in shape or given != wanted * outlined.capture.batch):
         raise NotOutlinable("the learned bias is not given once for every head, query and key")
     value = outlined.value(captured)
     outlined.guard_tables(value)
