@@ -1,4 +1,4 @@
-"""What `convert`, certification included, costs beside its own `torch.export` call and beside the model, in time and
+"""What `convert`, certification included, costs beside its own `torch.export` calls and beside the model, in time and
 memory.
 
     python benchmarks/convert_time.py --output docs/benchmarks/convert_time.md
@@ -21,7 +21,7 @@ from measure import interleaved
 from torch import Tensor, nn
 
 import attnrewrite
-from attnrewrite.capture import capture
+from attnrewrite.capture import capture, other_looks, same_size_look, training_look
 from attnrewrite.loading import load_model
 
 MODELS = (
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 TABLE = (
-    "| model | pixels | forward s | plain export s | own export s | convert s | convert / own "
+    "| model | pixels | forward s | plain export s | own exports s | convert s | convert / own "
     "| (convert - own) / forward | peak memory / model | forward's |",
     "|---|---|---|---|---|---|---|---|---|---|",
 )
@@ -60,8 +60,8 @@ TABLE = (
 def heading(arguments: argparse.Namespace) -> str:
     return (
         f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, "
-        f"{date.today()}; medians of {arguments.repeats} interleaved repeats, one image. Own export: with every "
-        "module's boundary recorded. Memory: peak resident memory of a conversion, model and copy included, over the "
+        f"{date.today()}; medians of {arguments.repeats} interleaved repeats, one image. Own exports: with every "
+        "module's boundary and every size recorded, in all sizes and modes that a conversion looks at. Memory: peak resident memory of a conversion, model and copy included, over the "
         "weights, and that of a forward pass of the model, model included."
     )
 
@@ -71,7 +71,7 @@ def row(name: str, size: int, repeats: int) -> str:
     calls = {
         "forward": lambda: model(image),
         "plain": lambda: torch.export.export(model, (image,), strict=False),
-        "own": lambda: capture(model, image),
+        "own": lambda: exports(model, image),
         "convert": lambda: attnrewrite.convert(model, "neighborhood", image, progress=False),
     }
     with torch.no_grad():
@@ -83,6 +83,14 @@ def row(name: str, size: int, repeats: int) -> str:
     seconds = f"{forward:.2f} | {plain:.2f} | {own:.2f} | {convert:.2f}"
     ratios = f"{convert / own:.2f} | {(convert - own) / forward:.2f}"
     return f"| {name} | {size} | {seconds} | {ratios} | {converting:.2f} | {passing:.2f} |"
+
+
+def exports(model: nn.Module, image: Tensor) -> None:
+    """The looks that a conversion takes at a model, as far as it takes them."""
+    first = capture(model, image)
+    if not other_looks(first):
+        same_size_look(first)
+    training_look(first)
 
 
 def loaded(name: str, size: int = 224) -> tuple[nn.Module, Tensor]:

@@ -139,8 +139,8 @@ def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Any]:
 
 
 def _dense_bias(outlined: Outlined, site: AttentionSite) -> tuple[Node, ...]:
-    """``[1 or batch, heads, queries, keys]``: the learned addends, still computed from their parameters, which a model may
-    have spread over the samples, and a constant mask."""
+    """``[1 or batch, heads, queries, keys]``: the learned addends, still computed from their parameters, which a model
+    may have spread over the samples, and a constant mask."""
     graph = outlined.graph
     terms = []
     if site.bias is not None:
