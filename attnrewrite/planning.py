@@ -31,7 +31,7 @@ from .certify.forms import operand_heads_last
 from .certify.query_rows import captured_mixture, sampled_rows
 from .cores.exactness import hold_exact
 from .cores.head_norm import scale_heads
-from .errors import ArgumentError, ConversionError
+from .errors import UNFORESEEN, ArgumentError, ConversionError
 from .ir import AttentionSite, Global, Reduced, Refused, Site
 from .lift.channel_maps import restate_convolutions
 from .lift.dataflow import Dataflow
@@ -116,16 +116,22 @@ def _sites(found: list[Site | Refused]) -> list[Site]:
 def _look_around(made: Plan) -> None:
     """Look at the model at other sizes; its sites are then what all looks say of them."""
 
-    def seen(look: Capture) -> Seen:
-        flow = Dataflow(look)
-        return flow, _sites(recognise_all(flow))
-
-    def other_batch() -> Seen | None:
-        look = same_size_look(made.capture)
-        return None if look is None else seen(look)
+    def seen(look: Capture | None) -> Seen | None:
+        if look is None:
+            return None
+        try:
+            flow = Dataflow(look)
+            return flow, _sites(recognise_all(flow))
+        except UNFORESEEN:  # shapes alone were traced: on values, such as an index beyond a table, it does not run
+            return None
 
     looks = [seen(look) for look in other_looks(made.capture)] if made.sites else []
-    made.looks = Looks(made.flow, [planned.site for planned in made.sites], looks, other_batch)
+    made.looks = Looks(
+        made.flow,
+        [planned.site for planned in made.sites],
+        [look for look in looks if look is not None],
+        lambda: seen(same_size_look(made.capture)),
+    )
     for planned, site in zip(made.sites, made.looks.sites, strict=True):
         planned.site = site
 

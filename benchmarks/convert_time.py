@@ -61,8 +61,9 @@ def heading(arguments: argparse.Namespace) -> str:
     return (
         f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, "
         f"{date.today()}; medians of {arguments.repeats} interleaved repeats, one image. Own exports: with every "
-        "module's boundary and every size recorded, in all sizes and modes that a conversion looks at. Memory: peak resident memory of a conversion, model and copy included, over the "
-        "weights, and that of a forward pass of the model, model included."
+        "module's boundary and every size recorded, in all sizes and modes that a conversion looks at. Memory: peak "
+        "resident memory of a conversion, model and copy included, over the weights, and that of a forward pass of the "
+        "model, model included."
     )
 
 

@@ -134,7 +134,7 @@ def gradient(model: nn.Module, inputs: Tensor) -> Tensor:
     torch.manual_seed(0)
     inputs = inputs.clone().requires_grad_()
     outputs = _tensors(model.train()(inputs))
-    loss = sum((value * torch.arange(1, value.shape[-1] + 1)).sum() for value in outputs)
+    loss = sum((value * torch.arange(1, value.shape[-1] + 1)).square().sum() for value in outputs)
     (found,) = torch.autograd.grad(loss, inputs)  # type: ignore[arg-type]  # there are outputs
     return found
 
