@@ -37,10 +37,10 @@ def other_looks(first: Capture) -> list[Capture]:
     looks: list[Capture] = []
     if sides is not None:
         for step in (_STEP, *([max(sides)] if max(sides) <= _LARGEST else [])):
-            grown = _look(first, _grown(sides, step, 1, 3), batch + 2)
+            grown = _look(first, _grown(sides, step, 1, 3), batch + 4)
             if grown is not None:
                 odd = (sides[0] + 2 * step + _ODD[0], sides[1] + step + _ODD[1])
-                again = _look(first, odd, batch + 1) or _look(first, _grown(sides, step, 4, 2), batch + 1)
+                again = _look(first, odd, batch + 6) or _look(first, _grown(sides, step, 4, 2), batch + 6)
                 looks = [look for look in (grown, again) if look is not None]
                 break
     return looks

@@ -197,12 +197,26 @@ def _otherwise(site: Site, other: Site, first: Dataflow, flow: Dataflow) -> str:
     for what, fact in facts.items():
         if fact(site) != fact(other):
             return f"{what} at another size"
+    if isinstance(site.keys, MapGroups) and any(_rolls_by_sizes(node, first) for node in _between(site, first)):
+        return "a roll of its tokens, by an amount that comes from the map"
     if isinstance(site.keys, MapGroups) and not _same_groups(site.keys, other.keys, other.map_grid):  # type: ignore[arg-type]  # of one kind
         return "its groups at another size"
     for part in ("query", "key", "value", "output"):
         if not _same_rows(getattr(site, part), getattr(other, part), first, flow):
             return f"its {part} projection at another size"
     return ""
+
+
+def _between(site: AttentionSite, flow: Dataflow) -> list[Node]:
+    return flow.ancestors(site.result, stop=partial(operator.is_, site.source))
+
+
+def _rolls_by_sizes(node: Node, flow: Dataflow) -> bool:
+    """Whether the model computes from sizes how far it rolls: what that makes of windows on another map is not seen."""
+    if operator_name(node) != "aten::roll" or node not in flow.capture.position:
+        return False
+    given = flow.capture.sizes.given_at(flow.capture.position[node])
+    return given is not None and any(term is not None for _, term in given.numbers)
 
 
 def _norm(norm: Any) -> Any:

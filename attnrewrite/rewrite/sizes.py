@@ -307,7 +307,9 @@ class _Restating:
         above; for numbers with a fraction a root, logarithm or reciprocal too. Else a product of two or three."""
         if any(isinstance(value, float) for value in vector):
             return self._real_form(vector)
-        for known, emit in list(self.known.items()):
+        batches = tuple(each.capture.batch for each in self.outlined)
+        # few samples make small numbers, of which much is a multiple: they come last
+        for known, emit in sorted(self.known.items(), key=lambda entry: entry[0] == batches):
             form = _whole_form(known, vector)
             if form is not None:
                 return self._learned(vector, form(self.graph, emit()))
