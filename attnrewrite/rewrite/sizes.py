@@ -281,13 +281,19 @@ class _Restating:
 
     def _extent(self, sides: tuple[Any, ...], vector: Vector) -> Any:
         """The extent of the very value that the model asked for it, if the graph has it by now."""
+        found = self._asked(sides, vector)
+        return None if found is None else self.extents[found[0]][1][found[1]]()
+
+    def _asked(self, sides: tuple[Any, ...], vector: Vector) -> tuple[Node, int] | None:
+        """The value whose extent it is, and the axis."""
         for look, side in enumerate(sides):
             if not isinstance(side, Side):
                 continue
             for made in self.outlined[look].made.get(side.node, []):
-                extents, emits = self.extents.get(self.place[look].get(made), ([], []))  # type: ignore[call-overload]  # None is no key
-                if side.axis < len(extents) and _agree(extents[side.axis], vector):
-                    return emits[side.axis]()
+                node = self.place[look].get(made)
+                extents = self.extents[node][0] if node in self.extents else []
+                if node is not None and side.axis < len(extents) and _agree(extents[side.axis], vector):
+                    return node, side.axis
         return None
 
     def _moves(self, terms: tuple[Any, ...]) -> bool:
@@ -296,7 +302,10 @@ class _Restating:
         if seen and all(isinstance(term, Arithmetic) for term in seen):
             return any(self._moves(each) for each in _operands(terms))
         vector = [value for value in self._vector(terms) if value is not None]
-        return len(set(vector)) > 1 or (len(vector) == 1 and isinstance(seen[0], Side))
+        if len(set(vector)) > 1 or (len(vector) == 1 and isinstance(seen[0], Side)):
+            return True
+        asked = self._asked(terms, self._vector(terms))  # the extents of what it computes may just have met
+        return asked is not None and asked[0].op != "placeholder"
 
     def _learned(self, vector: Vector, value: Any) -> Any:
         self.known.setdefault(vector, lambda: value)
