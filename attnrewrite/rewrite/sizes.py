@@ -465,7 +465,7 @@ def _once(emit: Emit) -> Emit:
 
 def same_way(operands: tuple[tuple[Any, ...] | None, ...]) -> bool:
     """Whether the operands of a decision were computed on every look, and in the same way."""
-    return None not in operands and all(len(set(map(_way, terms))) == 1 for terms in zip(*operands, strict=True))  # type: ignore[misc]  # none is None
+    return None not in operands and all(len(set(map(_way, terms))) == 1 for terms in zip(*operands, strict=True))
 
 
 def _is_known(terms: Any) -> bool:
