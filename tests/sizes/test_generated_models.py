@@ -43,6 +43,43 @@ def test_generated_models_are_their_donors_or_refuse(block):
     judged()
 
 
+COURSE = "h % 4 == 0 and w % 4 == 0"
+
+FOUND = {
+    "a branch that no look takes": Recipe(
+        image=(32, 16), block="map", core="sdpa", steps=(Step("scale", "gained_if", COURSE),)
+    ),
+    "a branch that a look leaves on its second condition": Recipe(
+        image=(24, 16), seed=1, steps=(Step("logits", "doubled_if", COURSE),)
+    ),
+    "a padding of nothing on every look": Recipe(
+        block="windows on tokens", core="bmm", shell="block", mlp=True, seed=2
+    ),
+    "the larger of a size and a constant": Recipe(
+        image=(32, 16),
+        block="conv map",
+        blocks=2,
+        shell="net",
+        steps=(Step("map", "lower_right"), Step("map", "pooled_by_ratio")),
+    ),
+    "extents that meet on every look": Recipe(
+        image=(32, 16), block="conv map", blocks=2, shell="net", steps=(Step("map", "pooled_by_ratio"),) * 2
+    ),
+    "a roll by a part of the map": Recipe(
+        image=(32, 32), block="windows on tokens", window=2, clamped=True, padded=False, shift="quarter map"
+    ),
+    "a constant of training": Recipe(
+        image=(24, 24), block="map", steps=(Step("attended", "times_a_tensor", "2 if self.training else 1"),)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_wrong_once_is_right_or_refused(name):
+    for target in TARGETS:
+        check(FOUND[name], target)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", range(20))
