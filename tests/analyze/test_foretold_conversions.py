@@ -108,7 +108,6 @@ def test_a_conversion_costs_what_was_foretold(name, target, options):
     twice = counts.at(2 * counts.size[0], 2 * counts.size[1])  # some conversions are tied to their size
     if twice is not None:
         assert foretold.formula.macs(1, 2 * counts.size[0], 2 * counts.size[1]) == twice.total.macs
-    assert name != "vit" or twice is not None
 
 
 @pytest.mark.parametrize(
