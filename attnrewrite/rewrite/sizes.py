@@ -9,9 +9,7 @@ to the sizes at which it was captured.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -22,16 +20,13 @@ from torch.fx import Node
 from ..capture.sizes import Arithmetic, Decision, Side, Term
 from ..errors import ConversionError
 from .outline import Outlined
+from .size_forms import Emit, Vector, product_form, real_form, whole_form
 
 CHECK = "attnrewrite_check"
 """Marks, in their ``meta``, nodes that are there for the error that they may raise."""
 
-Vector = tuple[float, ...]
 Course = list[tuple[Decision, tuple[tuple[Any, ...] | None, ...]]]
 """Decisions taken one after the other, each with its operands on every look, None where that had left the course."""
-
-Emit = Callable[[], Any]
-"""Puts an expression into the graph, where it is being written, and gives its value."""
 
 
 def difference(first: Outlined, other: Outlined) -> str:
@@ -230,7 +225,29 @@ class _Restating:
             emitted = self._emitted(terms)
             if emitted is not None:
                 return emitted
-        return self._simple_form(vector)
+        formed = self._simple_form(vector)
+        if formed is not None:
+            self.known.setdefault(vector, lambda: formed)
+        return formed
+
+    def _simple_form(self, vector: Vector) -> Any:
+        if any(isinstance(value, float) for value in vector):
+            return real_form(self.graph, [*self.known.items(), *self._whole_donors()], vector)
+        batches = tuple(each.capture.batch for each in self.outlined)
+        # few samples make small numbers, of which much is a multiple: they come last
+        known = sorted(self.known.items(), key=lambda entry: entry[0] == batches)
+        for form in (whole_form, product_form):
+            formed = form(self.graph, known, vector)
+            if formed is not None:
+                return formed
+        return self.from_image(vector)
+
+    def _whole_donors(self) -> Iterator[tuple[Vector, Emit]]:
+        """Whole numbers that the model computed and the graph can compute, too."""
+        for vector in list(self.donors):
+            emitted = self._expression(vector) if all(isinstance(value, int) for value in vector) else None
+            if emitted is not None:
+                yield vector, _given(emitted)
 
     def _extreme(self, vector: Vector, given: tuple[Term | None, ...]) -> Any:
         """``max`` or ``min`` of something that the model computed and a constant, of which a forward sees one alone."""
@@ -307,65 +324,6 @@ class _Restating:
         asked = self._asked(terms, self._vector(terms))  # the extents of what it computes may just have met
         return asked is not None and asked[0].op != "placeholder"
 
-    def _learned(self, vector: Vector, value: Any) -> Any:
-        self.known.setdefault(vector, lambda: value)
-        return value
-
-    def _simple_form(self, vector: Vector) -> Any:
-        """Of one known value: a sum, product or quotient with a constant, a whole root, its multiple of a constant from
-        above; for numbers with a fraction a root, logarithm or reciprocal too. Else a product of two or three."""
-        if any(isinstance(value, float) for value in vector):
-            return self._real_form(vector)
-        batches = tuple(each.capture.batch for each in self.outlined)
-        # few samples make small numbers, of which much is a multiple: they come last
-        for known, emit in sorted(self.known.items(), key=lambda entry: entry[0] == batches):
-            form = _whole_form(known, vector)
-            if form is not None:
-                return self._learned(vector, form(self.graph, emit()))
-        product = self._product(vector)
-        if product is not None:
-            return product
-        side = self.from_image(vector)
-        return None if side is None else self._learned(vector, side)
-
-    def _product(self, vector: Vector) -> Any:
-        known = [(extents, emit) for extents, emit in self.known.items() if min(extents) > 0][:40]
-        pairs = [((a, b), (m, n)) for i, (a, m) in enumerate(known) for (b, n) in known[i:]]
-        triples = [((a, *p), (m, *e)) for (p, e) in pairs[: 40 * 10] for a, m in known[:10]]
-        for extents, emits in (*pairs, *triples):
-            ratios = {Fraction(v, math.prod(each)) for v, *each in zip(map(int, vector), *extents, strict=True)}
-            if len(ratios) != 1:
-                continue
-            (ratio,) = ratios
-            product = emits[0]()
-            for emit in emits[1:]:
-                product = self.graph.call_function(operator.mul, (product, emit()))
-            if ratio.numerator != 1:
-                product = self.graph.call_function(operator.mul, (product, ratio.numerator))
-            if ratio.denominator != 1:
-                product = self.graph.call_function(operator.floordiv, (product, ratio.denominator))
-            return self._learned(vector, product)
-        return None
-
-    def _real_form(self, vector: Vector) -> Any:
-        sources = [*self.known.items()]
-        for known in list(self.donors):
-            emitted = self._expression(known) if all(isinstance(value, int) for value in known) else None
-            if emitted is not None:
-                sources.append((known, lambda emitted=emitted: emitted))  # type: ignore[misc]  # bound now
-        for known, emit in sources:
-            if min(known) <= 0:
-                continue
-            for function in (float, math.sqrt, math.log, _reciprocal, _reciprocal_root):
-                ratios = [
-                    value / function(extent) if function(extent) else math.nan
-                    for value, extent in zip(vector, known, strict=True)
-                ]
-                if max(ratios) - min(ratios) <= 1e-13 * abs(ratios[0]):
-                    value = self.graph.call_function(function, (emit(),))
-                    return self._learned(vector, self.graph.call_function(operator.mul, (value, ratios[0])))
-        return None
-
     def _vector(self, terms: tuple[Any, ...]) -> Vector:
         return tuple(_value(term) for term in terms)
 
@@ -383,52 +341,6 @@ class _Restating:
             if len({len(each) for each in lists}) != 1:
                 return
         yield from dict.fromkeys(zip(*lists, strict=True))
-
-
-def _whole_form(known: Vector, vector: Vector) -> Callable[[fx.Graph, Any], Any] | None:
-    pairs = [(int(extent), int(value)) for extent, value in zip(known, vector, strict=True)]
-    (extent, value), *_ = pairs
-    if all(v - e == value - extent for e, v in pairs):
-        return lambda graph, node: graph.call_function(operator.add, (node, value - extent))
-    if extent and value % extent == 0 and all(e * (value // extent) == v for e, v in pairs):
-        return lambda graph, node: graph.call_function(operator.mul, (node, value // extent))
-    if all(e > 0 and math.isqrt(e) == v for e, v in pairs):
-        return lambda graph, node: graph.call_function(_whole_root, (node,))
-    for unit in range(2, 65):
-        for form in (_floor, _ceil, _up_to, _short_of):
-            if all(form(e, unit) == v for e, v in pairs):
-                return lambda graph, node, form=form, unit=unit: graph.call_function(form, (node, unit))  # type: ignore[misc]  # bound now
-    return None
-
-
-def _floor(extent: int, unit: int) -> int:
-    return extent // unit
-
-
-def _ceil(extent: int, unit: int) -> int:
-    return -(-extent // unit)
-
-
-def _up_to(extent: int, unit: int) -> int:
-    """The next multiple of ``unit``."""
-    return -(-extent // unit) * unit
-
-
-def _short_of(extent: int, unit: int) -> int:
-    """What is missing to the next multiple of ``unit``."""
-    return -extent % unit
-
-
-def _whole_root(extent: int) -> int:
-    return int(extent**0.5)
-
-
-def _reciprocal(extent: float) -> float:
-    return 1 / extent
-
-
-def _reciprocal_root(extent: float) -> float:
-    return float(extent**-0.5)
 
 
 def _first(values: tuple[Any, ...]) -> Any:
@@ -449,6 +361,10 @@ def _value(term: Any) -> Any:
     if isinstance(term, Side):
         return term.node.meta["val"].shape[term.axis]
     return term.function(*map(_value, term.operands)) if isinstance(term, Arithmetic) else term
+
+
+def _given(value: Any) -> Emit:
+    return lambda: value
 
 
 def _once(emit: Emit) -> Emit:
