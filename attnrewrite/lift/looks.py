@@ -90,6 +90,11 @@ class Looks:
         self.others = [self._look(*seen) for seen in others]
 
     @cached_property
+    def itself(self) -> Look:
+        """The first look, once more."""
+        return Look(self.first, {id(site): site for site in self.sites})
+
+    @cached_property
     def other_batch(self) -> Look | None:
         seen = self._other_batch()
         return None if seen is None else self._look(*seen)

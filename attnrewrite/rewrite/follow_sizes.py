@@ -22,15 +22,16 @@ Key = tuple[tuple[str, int, int], int]
 """Of a decision: its place in the code, and how often the module had come to it before."""
 
 
-def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outlined]) -> list[str]:
-    """Restate the numbers of ``outlined``, in place, and guard its course.
+def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outlined]) -> Outlined:
+    """Restate the numbers of ``outlined`` and guard its course.
 
     Args:
-        again: outlines the same module with the same sites on another look; ``LookupError``, ``NotOutlinable`` or what
-            is unforeseen where that cannot be.
+        again: outlines the same module with the same sites on a look; ``LookupError``, ``NotOutlinable`` or what is
+            unforeseen where that cannot be.
 
     Returns:
-        Why the graph holds for the captured sizes only, if it does: on other images it then stops.
+        The graph that follows sizes, ``outlined`` itself or made anew. ``tied`` says why it holds for the captured
+        sizes only, if it does: on other images it then stops.
     """
     agreeing: list[Outlined] = []
     tied: list[str] = list(outlined.tied)
@@ -44,20 +45,31 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
             tied.append(reason)
     if not tied and not any(_is_of_other_size(twin, outlined) for twin in agreeing):
         tied.append("no other size was seen to take the same course")
-    batches = _at_other_batch(outlined, looks, again) if tied else []
-    courses = _courses(own, [*agreeing, *batches], live)
-    reader = _ImageReader(outlined, [*agreeing, *batches], looks.size)
-    leaving = _contiguous_outside(outlined, [*agreeing, *batches])
-    tied += restate(outlined, [*agreeing, *batches], courses, reader.side)
+    if not tied:
+        tied += _restate(outlined, own, agreeing, looks)
+        if not tied:
+            outlined.fixed = _fixed(outlined, agreeing)
+            return outlined
+        outlined = again(looks.itself)  # the other was restated in part
+    batches = _at_other_batch(outlined, looks, again)
+    same_batch = [] if batches or looks.other_batch is None or not agreeing else [again(looks.other_batch)]
+    tied += _restate(outlined, own, batches or agreeing, looks)
+    outlined.fixed = _fixed(outlined, batches or same_batch)
+    outlined.tied = list(dict.fromkeys(tied))
+    _hold_to_image(outlined, looks.size)
+    return outlined
+
+
+def _restate(outlined: Outlined, own: dict[Key, Decision], agreeing: list[Outlined], looks: Looks) -> list[str]:
+    """Restate what moves between a graph and those of other looks that agree with it; what could not be."""
+    courses = _courses(own, agreeing, {child.path for child in outlined.live})
+    reader = _ImageReader(outlined, agreeing, looks.size)
+    leaving = _contiguous_outside(outlined, agreeing)
+    unexplained = restate(outlined, agreeing, courses, reader.side)
     for user, value in leaving:
         with outlined.graph.inserting_before(user):
             user.replace_input_with(value, outlined.graph.call_function(torch.ops.aten.contiguous.default, (value,)))
-    if tied and not batches:  # compared before its numbers were restated: what it is given is all that is asked now
-        batches = [again(looks.other_batch)] if looks.other_batch is not None and agreeing else []
-    outlined.fixed = _fixed(outlined, batches if tied else agreeing)
-    if tied:
-        _hold_to_image(outlined, looks.size)
-    return tied
+    return unexplained
 
 
 def _contiguous_outside(outlined: Outlined, others: list[Outlined]) -> list[tuple[fx.Node, fx.Node]]:

@@ -98,7 +98,7 @@ def build_program(
         try:
             outlined, before = _outlined(call, sites, looks.first, conversion_of)
             again = partial(_outlined_again, call, sites, looks, conversion_of=conversion_of)
-            tied = follow_sizes(outlined, looks, again)
+            outlined = follow_sizes(outlined, looks, again)
             remove_dead_code(outlined.graph)
             program = program_of(outlined)
         except _NotInstalled as without:
@@ -114,7 +114,7 @@ def build_program(
         unused = [name for name in before if name not in read and _is_droppable(call, name, looks.first)]
         noted = (outlined.handed_on, bool(outlined.passed_over()), any(map(_reads_image, modules.values())))
         live = frozenset(child.path for child in outlined.live)
-        return OwnerProgram(call, sites, program, modules, buffers, unused, tied, *noted, live), failed
+        return OwnerProgram(call, sites, program, modules, buffers, unused, outlined.tied, *noted, live), failed
     return None, failed
 
 

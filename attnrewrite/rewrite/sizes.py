@@ -143,7 +143,7 @@ class _Restating:
         vectors = list(zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True))
         terms = self._given_terms(node)
         moving = [
-            _is_number(vector[0]) and (len(set(vector)) > 1 or (_is_known(own) and self._moves(own or ())))
+            _is_number(vector[0]) and (len(set(vector)) > 1 or (own is not None and None not in own and self._moves(own)))
             for vector, own in zip(vectors, terms, strict=True)
         ]
         if not any(moving):
@@ -211,7 +211,7 @@ class _Restating:
     def _expression(self, vector: Vector, given: tuple[Term | None, ...] | None = None) -> Any:
         """A graph value that is ``vector[look]`` on every look, or None; as the model itself computes it if that is
         ``given``."""
-        if given is not None and not _is_known(given):  # a number of its own on some looks: the larger or smaller one
+        if given is not None and None in given:  # a number of its own on some looks: the larger or smaller one
             return self._extreme(vector, given)
         if given is not None and self._vector(given) == vector:
             emitted = self._emitted(given)
@@ -272,11 +272,17 @@ class _Restating:
         if not self._moves(terms):
             return _first(vector)
         seen = [term for term in terms if term is not None]
+        kinds = set(map(_kind, seen))
+        if len(kinds) > 1 and any(_is_number(term) for term in seen):
+            own = tuple(None if _is_number(term) else term for term in terms)
+            return None if None in vector else self._extreme(vector, own)
         argument = self._argument(terms)
         if argument is not None:
             return argument
         if not all(isinstance(term, Arithmetic) for term in seen):
             return self._extent(terms, vector) or (self._expression(vector) if None not in vector else None)
+        if len(kinds) > 1:
+            return None
         if terms not in self.written:
             operands = [self._emitted(each) for each in _operands(terms)]
             if any(operand is None for operand in operands):
@@ -316,7 +322,9 @@ class _Restating:
     def _moves(self, terms: tuple[Any, ...]) -> bool:
         """Whether any extent that they are computed from moves, as far as it was seen."""
         seen = [term for term in terms if term is not None]
-        if seen and all(isinstance(term, Arithmetic) for term in seen):
+        if len(set(map(_kind, seen))) > 1:  # computed in several ways
+            return True
+        if seen and isinstance(seen[0], Arithmetic):
             return any(self._moves(each) for each in _operands(terms))
         vector = [value for value in self._vector(terms) if value is not None]
         if len(set(vector)) > 1 or (len(vector) == 1 and isinstance(seen[0], Side)):
@@ -384,9 +392,9 @@ def same_way(operands: tuple[tuple[Any, ...] | None, ...]) -> bool:
     return None not in operands and all(len(set(map(_way, terms))) == 1 for terms in zip(*operands, strict=True))
 
 
-def _is_known(terms: Any) -> bool:
-    """Whether a number came from sizes on every look, in the same way."""
-    return terms is not None and None not in terms and len({_way(term) for term in terms}) == 1
+def _kind(term: Any) -> Any:
+    """What a term is, whatever its operands."""
+    return term.function if isinstance(term, Arithmetic) else type(term)
 
 
 def _way(term: Any) -> Any:

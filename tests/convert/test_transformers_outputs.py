@@ -52,10 +52,10 @@ def test_eager_attentions_of_a_new_operator_are_withheld(name):
     example = images(name, 1, torch.float32)
     converted = attnrewrite.convert(donor, "neighborhood", example, kernel_size=3)
     with torch.no_grad(), pytest.raises(ConversionError, match=r"output_attentions|does not give attention weights"):
-        sum(weights.sum() for weights in converted(example, output_attentions=True).attentions)
+        converted(example, output_attentions=True).attentions[-1].sum()
     donor.config.output_attentions = converted.config.output_attentions = True
     with torch.no_grad(), pytest.raises(ConversionError, match=r"output_attentions|does not give attention weights"):
-        sum(weights.sum() for weights in converted(example).attentions)
+        converted(example).attentions[-1].sum()
 
 
 @pytest.mark.parametrize("name", ["transformers_vit", "transformers_swin"])

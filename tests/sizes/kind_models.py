@@ -151,6 +151,15 @@ class RolledByHalf(Classifier):
         return x + 0.5 * torch.roll(x, (x.shape[2] // 2, -(x.shape[3] // 2)), (2, 3))
 
 
+class FlippedInParts(Classifier):
+    """Rows in as many parts as the sides have a common divisor: few looks do not tell that number, but the batch."""
+
+    def placed(self, x):
+        b, c, h, w = x.shape
+        parts = math.gcd(h, w)
+        return x.view(b, c, parts, h // parts, w).flip(2).reshape(x.shape)
+
+
 class DoubledWhenLarge(Classifier):
     def placed(self, x):
         return x * 2 if x.shape[2] > 5 else x

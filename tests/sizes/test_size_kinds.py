@@ -72,6 +72,13 @@ def test_numbers_and_branches_in_the_attention_of_a_large_map_seen_first(attenti
     right_or_refused(lambda: Classifier(attention()), (32, 32), [(16, 16), (16, 32), (24, 20)], IDENTITY)
 
 
+def test_what_ties_a_module_to_its_size_does_not_tie_it_to_its_batch():
+    found = right_or_refused(lambda: kinds.FlippedInParts(inline=True), (32, 24), SIZES, IDENTITY)
+    same = [finding for finding in found if "captured size" in finding.where]
+    assert same
+    assert all(finding.verdict == "equal" for finding in same), told("at the captured size:", same)
+
+
 def test_padding_of_timm_that_was_not_needed_at_capture():
     sizes = [(30, 30), (34, 34), (32, 30), (46, 40)]
     right_or_refused(functools.partial(libraries.timm_vit, dynamic_img_pad=True), (32, 32), sizes, IDENTITY)
