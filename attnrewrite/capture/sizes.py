@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -34,10 +34,12 @@ _EXTREMES = f"{_TORCH}_export/non_strict_utils.py"
 
 @dataclass(frozen=True)
 class Side:
-    """The extent of one axis of a traced value. ``node`` is that of the trace until ``SizeRecord.resolve``."""
+    """The extent of one axis of a traced value. ``node`` is that of the trace until ``SizeRecord.resolve``; None after
+    it if nothing but this size was asked of the value, which the graph then has not."""
 
-    node: Node
+    node: Node | None
     axis: int
+    extent: int
 
 
 @dataclass(frozen=True)
@@ -106,37 +108,23 @@ class SizeRecord:
         return {place: each for each in self.given for place in range(each.start, each.stop)}
 
     def resolve(self, final: Callable[[Node], Node | None]) -> tuple[SizeRecord, Callable[[Any], Any]]:
-        """The record with the nodes of the final graph, and how a term is said with them; what refers to values that it
-        has not is left out."""
-        known: dict[Term, Term | None] = {}
+        """The record with the nodes of the final graph, and how a term is said with them."""
+        known: dict[Term, Term] = {}
 
-        def resolved(term: Term | Number) -> Term | Number | None:
+        def resolved(term: Any) -> Any:
             if not isinstance(term, Side | Arithmetic):
                 return term
             if term not in known:
-                known[term] = _resolved(term)
+                if isinstance(term, Arithmetic):
+                    known[term] = Arithmetic(term.function, tuple(map(resolved, term.operands)))
+                else:
+                    known[term] = replace(term, node=None if term.node is None else final(term.node))
             return known[term]
 
-        def _resolved(term: Term) -> Term | None:
-            if isinstance(term, Side):
-                node = final(term.node)
-                return None if node is None else Side(node, term.axis)
-            operands = tuple(resolved(operand) for operand in term.operands)
-            return None if None in operands else Arithmetic(term.function, operands)  # type: ignore[arg-type]  # no None
-
-        terms = [(position, resolved(term)) for position, term in self.terms]
-        decisions = [(each, tuple(resolved(operand) for operand in each.operands)) for each in self.decisions]
         record = SizeRecord(
-            [(position, term) for position, term in terms if isinstance(term, Side | Arithmetic)],
-            [
-                replace(each, operands=operands)  # type: ignore[arg-type]  # no None
-                for each, operands in decisions
-                if None not in operands
-            ],
-            [
-                replace(each, numbers=tuple((n, None if t is None else resolved(t)) for n, t in each.numbers))  # type: ignore[misc]  # terms
-                for each in self.given
-            ],
+            [(position, resolved(term)) for position, term in self.terms],
+            [replace(each, operands=tuple(map(resolved, each.operands))) for each in self.decisions],
+            [replace(each, numbers=tuple((n, resolved(term)) for n, term in each.numbers)) for each in self.given],
         )
         return record, resolved
 
@@ -157,7 +145,7 @@ class SizeTracker(TorchFunctionMode):
         if func is torch.Tensor.numel and (node := _node_of(args[0])) is not None:
             count: Any = 1
             for axis, extent in enumerate(args[0].shape):
-                count = _Extent(extent, Side(node, axis), self.record) * count
+                count = _Extent(extent, Side(node, axis, extent), self.record) * count
             return count
         return result
 
@@ -177,8 +165,9 @@ class SizeTracker(TorchFunctionMode):
             return sizes
         if isinstance(sizes, int):
             along = int((*axis, *named.values())[0]) % tensor.ndim
-            return _Extent(sizes, Side(node, along), self.record)
-        return torch.Size([_Extent(size, Side(node, place), self.record) for place, size in enumerate(sizes)])
+            return _Extent(sizes, Side(node, along, sizes), self.record)
+        sides = [Side(node, place, size) for place, size in enumerate(sizes)]
+        return torch.Size([_Extent(side.extent, side, self.record) for side in sides])
 
 
 _GETTERS = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]  # a getter
@@ -200,36 +189,31 @@ def _node_of(tensor: Any) -> Node | None:
 
 
 class _Tracked:
-    """What tracked numbers have in common. ``term`` says where the number comes from."""
+    """A number that remembers where it comes from: its ``term``. A copy of it, or what is read back, is a plain one."""
 
     term: Term
     record: SizeRecord
 
-
-class _Extent(int, _Tracked):
-    def __new__(cls, value: int, term: Term, record: SizeRecord) -> _Extent:
-        made = int.__new__(cls, value)
+    def __new__(cls, value: Number, term: Term, record: SizeRecord) -> Self:
+        made = super().__new__(cls, value)  # type: ignore[call-arg]  # of the number that it also is
         made.term, made.record = term, record
         return made
 
-    def __deepcopy__(self, memo: Any) -> int:
-        return int.__index__(self)
+    def __deepcopy__(self, memo: Any) -> Number:
+        number: Number = plain(self)
+        return number
 
     def __reduce__(self) -> Any:
-        return int, (int.__index__(self),)
+        number = plain(self)
+        return type(number), (number,)
 
 
-class _Measure(float, _Tracked):
-    def __new__(cls, value: float, term: Term, record: SizeRecord) -> _Measure:
-        made = float.__new__(cls, value)
-        made.term, made.record = term, record
-        return made
+class _Extent(_Tracked, int):
+    pass
 
-    def __deepcopy__(self, memo: Any) -> float:
-        return float.__float__(self)
 
-    def __reduce__(self) -> Any:
-        return float, (float.__float__(self),)
+class _Measure(_Tracked, float):
+    pass
 
 
 def _computed(function: Callable[..., Any], *operands: Any) -> Any:

@@ -142,9 +142,10 @@ class _Restating:
     def _restate(self, node: Node) -> None:
         vectors = list(zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True))
         terms = self._given_terms(node)
+        moves = [own is not None and None not in own and self._moves(own) for own in terms]
         moving = [
-            _is_number(vector[0]) and (len(set(vector)) > 1 or (own is not None and None not in own and self._moves(own)))
-            for vector, own in zip(vectors, terms, strict=True)
+            _is_number(vector[0]) and (len(set(vector)) > 1 or computed)
+            for vector, computed in zip(vectors, moves, strict=True)
         ]
         if not any(moving):
             return
@@ -310,7 +311,7 @@ class _Restating:
     def _asked(self, sides: tuple[Any, ...], vector: Vector) -> tuple[Node, int] | None:
         """The value whose extent it is, and the axis."""
         for look, side in enumerate(sides):
-            if not isinstance(side, Side):
+            if not isinstance(side, Side) or side.node is None:
                 continue
             for made in self.outlined[look].made.get(side.node, []):
                 node = self.place[look].get(made)
@@ -367,7 +368,7 @@ def _operands(terms: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 def _value(term: Any) -> Any:
     if isinstance(term, Side):
-        return term.node.meta["val"].shape[term.axis]
+        return term.extent
     return term.function(*map(_value, term.operands)) if isinstance(term, Arithmetic) else term
 
 

@@ -243,6 +243,20 @@ class TripledWhenLong(Attention):
         return scores
 
 
+class TripledWhenUnusedIsLong(Attention):
+    """Of what decides it only the size is asked for: the exported graph does not hold the tensor."""
+
+    limit = 8
+
+    def scored(self, scores, b, h, w):
+        return scores * 3 if scores.new_ones(h * w // 2).shape[0] > self.limit else scores
+
+
+class ScaledByUnusedLength(Attention):
+    def scored(self, scores, b, h, w):
+        return scores / scores.new_ones(h, w)[1:, 1:].flatten().shape[0] ** 0.5
+
+
 class TripledWhenOblong(Attention):
     def scored(self, scores, b, h, w):
         return scores * (3 if h != w else 1)
@@ -280,6 +294,7 @@ class HeadsDroppedInTraining(Attention):
 
 IN_ATTENTION = (
     ScaledByLogLength, ScaledByLogTensor, ScaledByRatio, TripledWhenLong, TripledWhenOblong, TripledInLargeBatches,
+    TripledWhenUnusedIsLong, ScaledByUnusedLength,
     ValuesOverLength, HalvesOfValues, WithoutValuesInTraining, HeadsDroppedInTraining,
 )  # fmt: skip
 

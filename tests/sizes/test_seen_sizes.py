@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judging import compare, images
+from kind_models import Classifier, TripledWhenUnusedIsLong, lively
 from library_models import timm_vit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -35,7 +37,7 @@ class Arranged(nn.Module):
 
 def value(term):
     if isinstance(term, Side):
-        return term.node.meta["val"].shape[term.axis]
+        return term.extent
     return term.function(*map(value, term.operands)) if isinstance(term, Arithmetic) else term
 
 
@@ -75,6 +77,18 @@ def test_branches_on_sizes_are_known(condition, outcome):
     seen = capture(Arranged(lambda x, h, w: x * 2 if condition(h, w) else x), torch.randn(1, 3, 22, 31))
     assert seen.sizes.decisions[-1].outcome is outcome
     assert seen.sizes.decisions[-1].place[0] == __file__
+
+
+@pytest.mark.parametrize("limit", [8, 250], ids=["met by other looks", "met by none"])
+def test_a_branch_on_the_size_of_what_nothing_else_uses_is_guarded(limit):
+    """The exported graph has neither the branch nor the value."""
+    attention = TripledWhenUnusedIsLong()
+    attention.limit = limit
+    donor = lively(lambda: Classifier(attention))
+    converted = attnrewrite.convert(donor, "identity", images(1, (16, 16)), progress=False)
+    for size in ((16, 16), (16, 12), (128, 64)):
+        assert compare(converted, donor, images(2, size), False, gradient=False)[0] in ("equal", "refused")
+    assert compare(converted, donor, images(2, (16, 16)), False, gradient=False)[0] == "equal"
 
 
 def test_a_tracked_size_is_a_plain_number_to_everybody_else():
