@@ -19,6 +19,7 @@ from .capture import (
     NodeRef,
     capture,
     image_sides,
+    one_sided_looks,
     other_looks,
     same_size_look,
     training_look,
@@ -125,12 +126,15 @@ def _look_around(made: Plan) -> None:
         except UNFORESEEN:  # shapes alone were traced: on values, such as an index beyond a table, it does not run
             return None
 
-    looks = [seen(look) for look in other_looks(made.capture)] if made.sites else []
+    def all_seen(looks: list[Capture]) -> list[Seen]:
+        return [found for look in looks if (found := seen(look)) is not None]
+
     made.looks = Looks(
         made.flow,
         [planned.site for planned in made.sites],
-        [look for look in looks if look is not None],
+        all_seen(other_looks(made.capture)) if made.sites else [],
         lambda: seen(same_size_look(made.capture)),
+        lambda: all_seen(one_sided_looks(made.capture)),
     )
     for planned, site in zip(made.sites, made.looks.sites, strict=True):
         planned.site = site

@@ -46,6 +46,15 @@ def other_looks(first: Capture) -> list[Capture]:
     return looks
 
 
+def one_sided_looks(first: Capture) -> list[Capture]:
+    """Captures with one side grown beyond the other, each in turn: what a forward decides for each side by itself."""
+    sides = image_sides(first)
+    if sides is None:
+        return []
+    grown = [(sides[0], 2 * sides[1]), (2 * sides[0], sides[1])]
+    return [look for size in grown if (look := _look(first, size, first.batch + 2)) is not None]
+
+
 def same_size_look(first: Capture) -> Capture | None:
     """The captured size with another batch; None if the model takes no other."""
     return _look(first, image_sides(first), first.batch + 1)

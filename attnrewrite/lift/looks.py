@@ -73,12 +73,18 @@ class Looks:
         others: the other looks.
         other_batch: gives a look at the captured size and another batch, for what takes another course at other sizes;
             None if the model takes none.
+        one_sided: gives looks with one side grown, for what decides on each side by itself.
     """
 
     def __init__(
-        self, first: Dataflow, sites: list[Site], others: list[Seen], other_batch: Callable[[], Seen | None]
+        self,
+        first: Dataflow,
+        sites: list[Site],
+        others: list[Seen],
+        other_batch: Callable[[], Seen | None],
+        one_sided: Callable[[], list[Seen]],
     ) -> None:
-        self.first, self.size, self._other_batch = first, ImageSize(), other_batch
+        self.first, self.size, self._other_batch, self._one_sided = first, ImageSize(), other_batch, one_sided
         named = [_by_name(found) for _, found in others]
         counterparts = [[found.get(name) for found in named] for name in _names(sites)]
         flows = [first, *(flow for flow, _ in others)]
@@ -98,6 +104,10 @@ class Looks:
     def other_batch(self) -> Look | None:
         seen = self._other_batch()
         return None if seen is None else self._look(*seen)
+
+    @cached_property
+    def one_sided(self) -> list[Look]:
+        return [self._look(*seen) for seen in self._one_sided()]
 
     def _look(self, flow: Dataflow, found: list[Site]) -> Look:
         look, named = Look(flow), _by_name(found)

@@ -46,6 +46,9 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
     if not tied and not any(_is_of_other_size(twin, outlined) for twin in agreeing):
         tied.append("no other size was seen to take the same course")
     if not tied:
+        if len(_courses(own, agreeing, live)) > 1:  # decided by sizes, perhaps for each side by itself
+            twins = [_again(outlined, look, again)[0] for look in looks.one_sided]
+            agreeing += [twin for twin in twins if twin is not None]
         tied += _restate(outlined, own, agreeing, looks)
         if not tied:
             outlined.fixed = _fixed(outlined, agreeing)

@@ -63,10 +63,13 @@ def whole_ends(site: Site, conversion: Conversion) -> tuple[Node, Node]:
 
 def remove_dead_code(graph: fx.Graph) -> None:
     """Drop what nothing uses any more. Calls of children that nothing uses go too: the new core does their work."""
-    for node in reversed(graph.nodes):
-        needed = node.op in ("placeholder", "output") or CHECK in node.meta
-        if not node.users and not needed and not _writes_to_what_is_read(node):
-            graph.erase_node(node)
+    count = -1
+    while count != len(graph.nodes):  # a write is read by what comes before it, too, until that is dropped
+        count = len(graph.nodes)
+        for node in reversed(graph.nodes):
+            needed = node.op in ("placeholder", "output") or CHECK in node.meta
+            if not node.users and not needed and not _writes_to_what_is_read(node):
+                graph.erase_node(node)
 
 
 def _writes_to_what_is_read(node: Node) -> bool:
