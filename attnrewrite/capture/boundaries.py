@@ -98,6 +98,7 @@ class BoundaryRecorder:
             call.sizes = [getattr(leaf, "term", None) for leaf in tree_leaves(arguments)]
             if parent is None:
                 self.root, self._open = call, []
+                _tracer().record_stack_traces = False  # of every node: a tenth of an export's time, and nobody reads it
             else:
                 parent.children.append(call)
             self._open.append(call)
