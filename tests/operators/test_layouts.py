@@ -20,8 +20,9 @@ from attnrewrite.operators import local_attention as local_op
 from attnrewrite.operators.grouped_attention import grouped_attention_backward, grouped_request
 from attnrewrite.operators.local_attention import local_attention_backward, local_request
 
-# Rounding: of sums, and in bfloat16 of what the backward is given of the forward.
-TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# Rounding: of sums, and in bfloat16 of what the backward is given of the forward, where 2 ** -9 of a product of values
+# of size 3 over 17 channels is a tenth; a wrong stride is of the size of the values.
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.1}
 LONGEST = {1: 40, 2: 14, 3: 6}
 SCALE = 0.5
 
@@ -104,12 +105,20 @@ class Storages:
         return all(each.is_untouched() for each in self.all)
 
 
+@pytest.mark.parametrize("examples", [120, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPERATORS)
-@settings(max_examples=120, deadline=None)
-@given(data=st.data())
-def test_any_layout_is_the_reference_of_contiguous_tensors(name, backend, data):
-    operator, storages = OPERATORS[name], Storages(data)
+def test_any_layout_is_the_reference_of_contiguous_tensors(name, backend, examples):
+    @settings(max_examples=examples, deadline=None)
+    @given(st.data())
+    def compared(data):
+        compare_layouts(OPERATORS[name], name, backend, data)
+
+    compared()
+
+
+def compare_layouts(operator, name, backend, data):
+    storages = Storages(data)
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     operands, geometry = data.draw(operator.calls)
     query, _, value, bias, extra, _ = operands
