@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from repetition import thinned
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -101,7 +102,7 @@ def worst_error(converted: nn.Module, model: nn.Module, image: Tensor) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 2))
 def test_identity_rebuilds_every_site_exactly(name: str) -> None:
     model, image = build(name)
     converted, report = attnrewrite.convert(model, "identity", image, fidelity="exact", return_report=True)
@@ -114,7 +115,9 @@ def test_identity_rebuilds_every_site_exactly(name: str) -> None:
     assert worst_error(converted, model, other) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "transformers" not in name or name.endswith("padded")])
+@pytest.mark.parametrize(
+    "name", thinned([name for name in MODELS if "transformers" not in name or name.endswith("padded")], 3)
+)
 def test_identity_is_exact_in_double_precision(name: str) -> None:
     model, image = build(name)
     model, image = model.double(), image.double()
@@ -122,7 +125,7 @@ def test_identity_is_exact_in_double_precision(name: str) -> None:
     assert worst_error(converted, model, image) < 1e-12
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "swin" in name])
+@pytest.mark.parametrize("name", thinned([name for name in MODELS if "swin" in name], 3))
 def test_every_swin_window_becomes_neighborhood_attention_exactly(name: str) -> None:
     model, image = build(name)
     converted, report = attnrewrite.convert(model, "neighborhood", image, fidelity="exact", return_report=True)

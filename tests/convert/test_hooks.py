@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from model_queries import projections_of, rewritten_names, run
-from pairs import SWINS, converted_from
+from pairs import CONVERSIONS, SWINS, converted_from
+from repetition import thinned
 from small_models import BUILDERS, difference, images, logits, small_model
 from torch import nn
 
@@ -29,8 +30,9 @@ def fired(model, batch, kinds):
     return count
 
 
-def test_hooks_on_linears_and_norms_still_fire(pair):
-    kinds = (nn.Linear, nn.LayerNorm)
+@pytest.mark.parametrize(("name", "to"), thinned(CONVERSIONS, 3))
+def test_hooks_on_linears_and_norms_still_fire(pairs, name, to):
+    pair, kinds = pairs(name, to), (nn.Linear, nn.LayerNorm)
     expected, actual = (fired(model, pair.batch, kinds) for model in (pair.donor, pair.converted))
     assert set(expected) <= set(actual)
 

@@ -9,6 +9,7 @@ import torch
 from model_queries import run
 from neighborhood_oracle import masked_logits
 from pairs import SWINS, equal_or_refused
+from repetition import thinned
 from small_models import difference, images, small_model, timm_pvt
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +36,11 @@ def test_images_that_are_not_square(name, size, options):
 
 
 OTHER_SIZES = [(112, 112), (84, 84), (56, 84), (100, 60), (28, 28), (40, 72)]
+QUICK = [
+    ("timm_swin", (84, 84)), ("timm_swin", (28, 28)), ("torchvision_swin", (112, 112)), ("torchvision_swin", (40, 72)),
+    ("transformers_swin", (56, 84)), ("transformers_swin", (100, 60)),
+]  # fmt: skip
+"""Every size once."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,12 @@ def flexible():
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [(name, size) for name in SWINS for size in OTHER_SIZES if name != "transformers_swin" or min(size) > 40],
+    [
+        pytest.param(name, size, marks=() if (name, size) in QUICK else pytest.mark.slow)
+        for name in SWINS
+        for size in OTHER_SIZES
+        if name != "transformers_swin" or min(size) > 40
+    ],
     ids=str,
 )  # the one of transformers takes no map below its window
 def test_windows_at_another_size_are_right_or_refused(flexible, name, size):
@@ -108,7 +119,7 @@ def test_interpolated_position_encodings_are_right_or_refused(pairs, size):
 
 @pytest.mark.parametrize(
     ("kernel_size", "size"),
-    [(1, (96, 96)), (1, (64, 128)), (1, (48, 80)), (1, (64, 16)), (2, (128, 32)), (2, (32, 128))],
+    thinned([(1, (96, 96)), (1, (64, 128)), (1, (48, 80)), (1, (64, 16)), (2, (128, 32)), (2, (32, 128))], 2),
     ids=str,
 )
 def test_a_kernel_at_another_size_is_right_or_refused(kernel_size, size):

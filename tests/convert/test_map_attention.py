@@ -23,6 +23,7 @@ from map_models import (
 )
 from neighborhood_oracle import neighborhood_mask
 from pairs import equal_or_refused
+from repetition import thinned
 from small_models import assert_same_gradients, difference, gradients
 from torch import nn
 
@@ -64,7 +65,7 @@ def test_roles_are_read_from_every_spelling(packing, product):
     assert torch.equal(site.output.rows, channels)
 
 
-@pytest.mark.parametrize(("packing", "product"), SPELLINGS)
+@pytest.mark.parametrize(("packing", "product"), thinned(SPELLINGS, 3))
 def test_identity_keeps_the_function_at_another_batch_and_size(packing, product):
     donor = map_model(packing=packing, product=product, bias=packing != "hd3")
     converted = attnrewrite.convert(donor, "identity", map_images(1 + (product == "einsum")), progress=False)

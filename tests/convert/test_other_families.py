@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import transformers
+from repetition import thinned
 from small_models import assert_same_gradients, difference, gradients, logits
 from timm.models.gcvit import GlobalContextVit
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=thinned(FAMILIES, 2))
 def family(request):
     """Donor and identity conversion in float64, from one image."""
     torch.manual_seed(0)

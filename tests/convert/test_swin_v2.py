@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch
 import torchvision
 import transformers
 from model_queries import run
+from repetition import thinned
 from small_models import assert_same_gradients, difference, gradients
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -68,9 +70,8 @@ def model_and_images(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.
     return model, torch.randn(2, 3, *size, dtype=dtype)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("to", ["identity", "neighborhood"])
-def test_every_window_is_kept_exactly(name: str, to: str) -> None:
+@pytest.mark.parametrize(("to", "name"), thinned(itertools.product(["identity", "neighborhood"], CASES), 3))
+def test_every_window_is_kept_exactly(to: str, name: str) -> None:
     donor, images = model_and_images(name)
     converted, made = attnrewrite.convert(donor, to=to, example_inputs=images[:1], return_report=True)
     sites = [site for site in made.sites if site.kind == "attention"]
@@ -80,7 +81,7 @@ def test_every_window_is_kept_exactly(name: str, to: str) -> None:
     assert difference(run(converted, images), run(donor, images)) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["timm", "timm cr", "torchvision, padded", "transformers, padded"])
+@pytest.mark.parametrize("name", thinned(["timm", "timm cr", "torchvision, padded", "transformers, padded"], 4))
 def test_float32(name: str) -> None:
     donor, images = model_and_images(name, torch.float32)
     converted = attnrewrite.convert(donor, to="neighborhood", example_inputs=images[:1])
@@ -125,7 +126,7 @@ TARGETS = [
 ]
 
 
-@pytest.mark.parametrize(("to", "options", "exactness"), TARGETS)
+@pytest.mark.parametrize(("to", "options", "exactness"), thinned(TARGETS, 3))
 def test_other_targets_say_their_class(to: str, options: dict[str, object], exactness: str) -> None:
     donor, images = model_and_images("transformers")
     converted, made = attnrewrite.convert(donor, to=to, example_inputs=images[:1], return_report=True, **options)

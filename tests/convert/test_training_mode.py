@@ -12,16 +12,16 @@ import attnrewrite
 
 DROPOUTS = [
     ("timm_vit", {"attn_drop_rate": 0.5}),
-    ("timm_vit", {"proj_drop_rate": 0.5}),
     ("timm_swin", {"attn_drop_rate": 0.5}),
-    ("torchvision_vit", {"attention_dropout": 0.5}),
     ("torchvision_vit", {"dropout": 0.5}),
-    ("transformers_vit", {"attention_probs_dropout_prob": 0.5}),
     ("transformers_vit_eager", {"attention_probs_dropout_prob": 0.5}),
-    ("transformers_vit", {"hidden_dropout_prob": 0.5}),
-    ("transformers_swin", {"attention_probs_dropout_prob": 0.5}),
 ]
 SLOW_DROPOUTS = [
+    ("timm_vit", {"proj_drop_rate": 0.5}),
+    ("torchvision_vit", {"attention_dropout": 0.5}),
+    ("transformers_vit", {"attention_probs_dropout_prob": 0.5}),
+    ("transformers_vit", {"hidden_dropout_prob": 0.5}),
+    ("transformers_swin", {"attention_probs_dropout_prob": 0.5}),
     ("torchvision_swin", {"attention_dropout": 0.5}),
     ("timm_vit_unfused", {"attn_drop_rate": 0.5}),
     ("timm_swin", {"proj_drop_rate": 0.5}),

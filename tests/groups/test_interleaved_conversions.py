@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from group_donors import DONORS, HEADS, WHOLE, GroupAttention, GroupModel, difference, donor, images
+from repetition import thinned
 from torch import nn
 
 import attnrewrite
@@ -24,6 +25,12 @@ KEPT = [
     for target in TARGETS
     if name in WHOLE or target in ("identity", "long_short_distance")
 ]
+QUICK = [
+    ("timm", "identity"), ("timm", "neighborhood"), ("torchvision", "identity"), ("views", "neighborhood"),
+    ("indexed", "long_short_distance"), ("no bias", "dilated_neighborhood"), ("regions", "long_short_distance"),
+    ("padded", "identity"),
+]  # fmt: skip
+"""Every donor and every target once, most of them on models that the tests below convert anyway."""
 
 
 @cache
@@ -36,7 +43,9 @@ def rows(model: nn.Module) -> list[attnrewrite.report.SiteReport]:
     return [row for row in attnrewrite.report(model).sites if row.kind == "attention" and "interleaved" in row.source]
 
 
-@pytest.mark.parametrize(("name", "target"), KEPT)
+@pytest.mark.parametrize(
+    ("name", "target"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in KEPT]
+)
 def test_the_function_is_kept_at_another_batch(name: str, target: str) -> None:
     model, batch = converted(name, target), images(name, 3, seed=5)
     assert [row.exactness for row in rows(model)] == ["EXACT"] * len(rows(model))
@@ -44,7 +53,7 @@ def test_the_function_is_kept_at_another_batch(name: str, target: str) -> None:
     assert difference(model(batch), donor(name)(batch)) <= 1e-12
 
 
-@pytest.mark.parametrize("name", ["timm", "torchvision", "padded"])
+@pytest.mark.parametrize("name", thinned(["timm", "torchvision", "padded"], 3))
 def test_the_function_is_kept_in_float32(name: str) -> None:
     plain, batch = copy.deepcopy(donor(name)).float(), images(name, 3, seed=6).float()
     for target in ("identity", "neighborhood") if name in WHOLE else ("identity",):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from group_donors import difference
 from query_donors import query_donor, query_images
+from repetition import thinned
 
 import attnrewrite
 from attnrewrite.errors import ConversionError
@@ -27,7 +28,7 @@ def test_querying_tokens_are_read(name: str) -> None:
     assert all(f"queries {count} of {tokens} keys global" in str(plan) for count, tokens in found)
 
 
-@pytest.mark.parametrize("name", [*PARTIAL, *POOLING])
+@pytest.mark.parametrize("name", thinned([*PARTIAL, *POOLING], 3))
 def test_the_function_is_kept_at_another_batch(name: str) -> None:
     converted = attnrewrite.convert(query_donor(name), "identity", query_images(name), progress=False)
     batch = query_images(name, 3)

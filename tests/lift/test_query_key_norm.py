@@ -71,6 +71,9 @@ SPELLINGS: dict[str, tuple[Callable[[], Norm], tuple[str, str, float]]] = {
 }
 
 
+QUICK = ("normalize", "length", "rms norm by hand", "layer norm")
+
+
 def image(batch: int = 1) -> Tensor:
     return torch.randn(batch, 3, 2 * SIDE, 2 * SIDE, dtype=torch.float64)
 
@@ -82,7 +85,9 @@ def only_site(model: nn.Module) -> AttentionSite:
     return site
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SPELLINGS]
+)
 def test_every_spelling_is_lifted_and_kept(name: str) -> None:
     make, (kind, place, eps) = SPELLINGS[name]
     donor = Windows(make(), make()).double().eval()

@@ -6,6 +6,7 @@ What is converted at one size gives the donor's numbers at any other, or refuses
 from __future__ import annotations
 
 import functools
+import itertools
 
 import kind_models as kinds
 import library_models as libraries
@@ -21,6 +22,7 @@ from kind_models import (
     WindowsOnTokens,
     lively,
 )
+from repetition import thinned
 
 import attnrewrite
 from attnrewrite.errors import AttnRewriteError, ConversionError
@@ -66,7 +68,7 @@ def test_numbers_and_branches_in_the_attention(attention):
     right_or_refused(lambda: Classifier(attention()), targets=IDENTITY)
 
 
-@named("attention", kinds.IN_ATTENTION)
+@named("attention", thinned(kinds.IN_ATTENTION, 2))
 def test_numbers_and_branches_in_the_attention_of_a_large_map_seen_first(attention):
     """The branch that a small map does not take is the one captured."""
     right_or_refused(lambda: Classifier(attention()), (32, 32), [(16, 16), (16, 32), (24, 20)], IDENTITY)
@@ -144,8 +146,16 @@ def test_a_pyramid_whose_last_maps_are_one_cell_at_capture():
 # --- tokens made maps ---
 
 
-@pytest.mark.parametrize("back", ["given", "divided", "counted", "inferred"])
-@pytest.mark.parametrize("side", ["own", "root", "exact root", "set before"])
+BACK = ["given", "divided", "counted", "inferred"]
+SIDES_AND_BACK = [  # to and fro, so that every second pair covers all of both
+    *itertools.product(["own"], BACK),
+    *itertools.product(["root"], BACK[::-1]),
+    *itertools.product(["exact root"], BACK),
+    *itertools.product(["set before"], BACK[::-1]),
+]
+
+
+@pytest.mark.parametrize(("side", "back"), thinned(SIDES_AND_BACK, 2))
 def test_tokens_made_a_map_of_sides_that_the_input_does_not_tell(side, back):
     model = SetsSides if side == "set before" else kinds.Sequence
     right_or_refused(
@@ -189,8 +199,7 @@ def refused_in_training(donor, target, batch):
         converted.train()(batch)
 
 
-@pytest.mark.parametrize("target", SIZES_MATTER)
-@pytest.mark.parametrize("rate", [0.75, 0.5, 0.25])
+@pytest.mark.parametrize(("rate", "target"), thinned(itertools.product([0.75, 0.5, 0.25], SIZES_MATTER), 3))
 def test_tokens_that_timm_leaves_out_in_training_are_no_map(rate, target):
     donor = lively(lambda: libraries.timm_vit(img_size=64, patch_size=8, patch_drop_rate=rate))
     refused_in_training(donor, target, images(2, (64, 64)))
@@ -212,8 +221,7 @@ def test_a_kernel_cut_to_the_map_at_capture_grows_again(make):
     right_or_refused(make, (32, 32), sizes, {"neighborhood": {"kernel_size": 31}})
 
 
-@pytest.mark.parametrize("kernel", [10, 15])
-@pytest.mark.parametrize("make", [libraries.timm_vit, Classifier], ids=lambda make: make.__name__)
+@named(("make", "kernel"), thinned(itertools.product([libraries.timm_vit, Classifier], [10, 15]), 3))
 def test_a_kernel_cut_at_capture_is_the_one_asked_for_at_a_larger_map(make, kernel):
     """The same model converted at the larger size tells what is right: no map of 8x8 bounds this kernel."""
     options = {"kernel_size": kernel, "progress": False}
@@ -259,7 +267,7 @@ def test_a_swin_whose_last_stage_is_one_window_at_capture_follows_the_image(make
     right(make, (64, 64), others, {target: TARGETS[target]})
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", thinned(TARGETS, 2))
 @pytest.mark.parametrize("make", [libraries.torchvision_swin, libraries.timm_swin], ids=lambda make: make.__name__)
 def test_a_swin_of_several_windows_at_capture_follows_the_image(make, target):
     right(make, (128, 128), [(192, 128), (128, 256), (256, 128)], {target: TARGETS[target]})

@@ -16,23 +16,47 @@ import attnrewrite
 
 Case = tuple[str, str, dict[str, Any]]
 
-
 QUICK: list[Case] = [
-    ("swin", "aggregated", {}),
+    # which keep the function
+    ("vit", "aggregated", {"local_bias": -20.0}),
     ("swin", "aggregated", {"windows": "mask"}),
-    ("swin", "neighborhood", {"kernel_size": 3}),
-    ("swin, padded", "long_short_distance", {}),
-    ("swin, padded", "neighborhood", {"kernel_size": 3, "dilation": 3}),
     ("pvt v2", "aggregated", {}),
-    ("pvt v2", "neighborhood", {"kernel_size": 3, "reduced_keys": "refit"}),
+    ("vit, qk norm", "manhattan", {"lce": False}),
+    ("vit, registers", "manhattan_decomposed", {"gate": True, "decay": "official"}),
+    ("swin, padded", "long_short_distance", {}),
+    ("vit, registers", "neighborhood", {"kernel_size": (4, 5), "oversize": "error"}),
+    # which change it
+    ("vit", "aggregated", {"pool": 2}),
     ("pvt v2", "aggregated", {"local_bias": 0.0}),
+    ("vit, registers", "manhattan", {"decay": 0.7, "placement": "outside"}),
+    ("vit, average", "manhattan_decomposed", {"decay": 0.8, "gate": True}),
+    ("vit", "long_short_distance", {"group_size": 3}),
+    ("vit, large map", "neighborhood", {"kernel_size": 3, "dilation": (2, 3)}),
+    ("swin", "neighborhood", {"kernel_size": 3}),
+    ("pvt v2", "neighborhood", {"kernel_size": 3, "reduced_keys": "refit"}),
+    ("vit", "dilated_neighborhood", {"kernel_size": 2}),
+    # whose new parameters are counted
+    ("vit, average", "aggregated", {"local_bias": -20.0}),
+    ("vit, average", "manhattan", {}),
+    ("vit, average", "manhattan_decomposed", {"gate": True}),
+    ("vit, average", "neighborhood", {"kernel_size": 3}),
+    # of MLPs and stems
+    ("vit", "conv_glu", {}),
+    ("vit, swiglu and norm", "conv_glu", {}),
+    ("swin, torchvision", "conv_glu", {}),
+    ("pvt v2", "conv_glu", {}),
+    ("swin, torchvision", "cross_scale", {}),
+    ("vit", "tokens_to_token", {}),
+    ("vit, torchvision", "tokens_to_token", {"mode": "exact", "kind": "performer"}),
+    ("vit", "conv_glu", {"hidden": "match"}),
+    ("pvt v2", "cross_scale", {}),
+    ("vit", "tokens_to_token", {"mode": "fit"}),
 ]
-"""Of the windowed and pyramid donors, which convert ten times slower than a ViT, those of every run."""
+"""The conversions of every run; the others repeat them on other donors or with other options, in the long one."""
 
 
 def case_marks(case: Case) -> list[pytest.MarkDecorator]:
-    quick = case in QUICK or (case[0].startswith("vit") and "transformers" not in case[0])
-    return [] if quick else [pytest.mark.slow]
+    return [] if case in QUICK else [pytest.mark.slow]
 
 
 def case_name(case: Case) -> str:

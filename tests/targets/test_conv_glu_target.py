@@ -8,6 +8,7 @@ import pytest
 import torch
 from attnrewrite.patterns.conv_glu import ConvGlu
 from conversions import converted, copied
+from repetition import thinned
 from site_donors import new_cores, plan_of, rows_of
 from target_donors import distance, donor, images, logits, moved
 from timm.layers import Mlp
@@ -99,10 +100,10 @@ def refitted(name):
     return model, shares
 
 
-MATCHED = pytest.mark.parametrize("name", ["vit", "swin, torchvision", "pvt v2", "pvt v2, linear"])
+MATCHED = ["vit", "swin, torchvision", "pvt v2", "pvt v2, linear"]
 
 
-@MATCHED
+@pytest.mark.parametrize("name", MATCHED)
 def test_the_matched_width_is_the_refit_of_an_independent_solve(name):
     """With fewer example tokens than units (the last stages of the pyramids) and with more."""
     model, (expected, shares) = converted((name, "conv_glu", MATCH)), refitted(name)
@@ -132,7 +133,7 @@ class Biased(ConvGlu):
         return fitted
 
 
-@MATCHED
+@pytest.mark.parametrize("name", thinned(MATCHED, 2))
 def test_the_refit_wins_on_held_out_images(name):
     batch = images(name, 8, seed=11)
     wanted = logits(donor(name), batch)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conversions import Case, case_name, converted, copied
+from repetition import thinned
 from target_donors import distance, donor, images, logits
 from torch.export import Dim
 
@@ -25,13 +26,16 @@ OTHERS: list[Case] = [
     ("pvt v2", "aggregated", {"local_bias": 0.0}),
     ("pvt v2", "manhattan", {"reduced_keys": "keep", "decay": 0.8}),
 ]
-CASES = pytest.mark.parametrize(
-    "case", [*VITS, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)], ids=case_name
-)
+CASES = pytest.mark.parametrize("case", VITS + OTHERS, ids=case_name)
+HALVES = [
+    pytest.param(dtype, tolerance, case, id=f"{dtype}-{tolerance}-{case_name(case)}", marks=marks)
+    for dtype, tolerance in ((torch.bfloat16, 5e-2), (torch.float16, 1e-2))
+    for cases, marks in ((VITS, ()), (OTHERS, pytest.mark.slow))
+    for case in cases
+]
 
 
-@CASES
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 1e-2)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance", "case"), thinned(HALVES, 2))
 def test_half_precision_is_near_and_trains(case: Case, dtype: torch.dtype, tolerance: float) -> None:
     """A model converted in half precision, and one cast after conversion."""
     name, target, options = case

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
-from conversions import Case, case_name, converted, copied
+from conversions import Case, case_marks, case_name, converted, copied
 from site_donors import rows_of
 from target_donors import distance, donor, images, logits
 
@@ -48,11 +49,20 @@ CHANGED: list[tuple[Case, str]] = [
     (("vit", "tokens_to_token", {"mode": "fit"}), PROJECTED),
 ]
 KINDS = {"conv_glu": "mlp", "cross_scale": "stem", "tokens_to_token": "stem"}
-KEEPING = pytest.mark.parametrize("case", [case for case, _ in KEPT], ids=case_name)
-EVERY = pytest.mark.parametrize("case", [case for case, _ in KEPT + CHANGED], ids=case_name)
 
 
-@pytest.mark.parametrize(("case", "exactness"), KEPT + CHANGED, ids=[case_name(case) for case, _ in KEPT + CHANGED])
+def params(cases: list[tuple[Case, str]]) -> list[Any]:
+    return [pytest.param(case, marks=case_marks(case), id=case_name(case)) for case, _ in cases]
+
+
+KEEPING = pytest.mark.parametrize("case", params(KEPT))
+EVERY = pytest.mark.parametrize("case", params(KEPT + CHANGED))
+
+
+@pytest.mark.parametrize(
+    ("case", "exactness"),
+    [pytest.param(*pair, marks=case_marks(pair[0]), id=case_name(pair[0])) for pair in KEPT + CHANGED],
+)
 def test_every_site_is_converted_in_its_class(case: Case, exactness: str) -> None:
     sites = [site for site in attnrewrite.report(converted(case)).sites if site.kind == KINDS[case[1]]]
     assert sites
@@ -114,7 +124,7 @@ def test_copies_and_files_compute_the_same(case: Case) -> None:
     assert torch.equal(logits(copied(case), batch), expected)
 
 
-@pytest.mark.parametrize("case", [case for case, _ in KEPT + CHANGED if case[0] in ("vit", "pvt v2")], ids=case_name)
+@pytest.mark.parametrize("case", params([pair for pair in KEPT + CHANGED if pair[0][0] in ("vit", "pvt v2")]))
 def test_the_state_dict_carries_everything(case: Case) -> None:
     """Also into the same conversion of a donor with other weights."""
     name, target, options = case
@@ -141,7 +151,7 @@ def test_revert_gives_the_donor_back(case: Case) -> None:
     assert torch.equal(logits(reverted, batch), logits(donor(name), batch))
 
 
-@pytest.mark.parametrize("case", [case for case, _ in CHANGED], ids=case_name)
+@pytest.mark.parametrize("case", params(CHANGED))
 def test_every_parameter_of_a_changed_site_is_used(case: Case) -> None:
     """What a whole core replaces is taken out, or distributed training would wait for its gradient."""
     model = copied(case)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conversions import Case, case_name, converted, copied
+from conversions import Case, case_marks, case_name, converted, copied
 from target_donors import distance, donor, images, logits, new_parameters
 
 LOCAL = {"local.query_embedding": 24, "local.learnable_tokens": 216, "local.learnable_bias": 27}
@@ -21,11 +21,13 @@ ADDED: list[tuple[Case, dict[str, int]]] = [
     (("vit, average", "long_short_distance", {"group_size": 3}), {}),
     (("vit, average", "neighborhood", {"kernel_size": 3}), {}),
 ]
-TRAINED = [case for case, names in ADDED if names]
+TRAINED = [pytest.param(case, marks=case_marks(case)) for case, names in ADDED if names]
 PLACE = "blocks.{}.attn.attnrewrite_attention."
 
 
-@pytest.mark.parametrize(("case", "added"), ADDED, ids=[case_name(case) for case, _ in ADDED])
+@pytest.mark.parametrize(
+    ("case", "added"), [pytest.param(*pair, marks=case_marks(pair[0]), id=case_name(pair[0])) for pair in ADDED]
+)
 def test_new_parameters_are_listed_and_counted(case: Case, added: dict[str, int]) -> None:
     found = {name: parameter.numel() for name, parameter in new_parameters(converted(case), donor(case[0])).items()}
     assert found == {PLACE.format(block) + name: count for block in range(2) for name, count in added.items()}

@@ -21,18 +21,24 @@ from attnrewrite.rewrite.rewritten import TakenOut
 
 CASES = [
     ("vit, torchvision", "aggregated", {"pool": 2}),
+    ("swin", "neighborhood", {"kernel_size": 3}),
+    ("vit, average", "conv_glu", {}),
+    ("vit", "tokens_to_token", {"kind": "performer"}),
+]
+SLOW_CASES = [
     ("vit, average, wide", "neighborhood", {"kernel_size": 3}),
     ("vit, average, wide", "manhattan", {}),
     ("vit, average, any size", "long_short_distance", {"group_size": 3}),
-    ("swin", "neighborhood", {"kernel_size": 3}),
     ("pvt v2", "aggregated", {}),
-    ("vit, average", "conv_glu", {}),
-    ("vit", "tokens_to_token", {"kind": "performer"}),
     ("swin", "cross_scale", {}),
     ("swin, transformers", "aggregated", {"pool": 2}),
     ("pvt v1, transformers", "manhattan", {}),
 ]
-EACH = pytest.mark.parametrize(("name", "target", "options"), CASES, ids=[f"{case[0]} {case[1]}" for case in CASES])
+EACH = pytest.mark.parametrize(
+    ("name", "target", "options"),
+    CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES],
+    ids=[f"{case[0]} {case[1]}" for case in CASES + SLOW_CASES],
+)
 DEAD = ("relative_pos_bias_local", "learnable_", "cpb_", "sr.", "norm.", "q.bias")
 
 

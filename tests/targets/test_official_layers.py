@@ -54,26 +54,30 @@ def unrotated(model):
 # Where a published layer has nothing of its own that acts, it computes what the target's plain form does, which has
 # an oracle of its own.
 PLAIN = [
-    ("vit, average, wide", "neighborhood", {"kernel_size": 3}, {}, None),
     ("vit, average, wide", "dilated_neighborhood", {"kernel_size": 3, "dilation": 2}, {}, None),
+    ("swin", "neighborhood", {"kernel_size": 3}, {}, None),
+    ("vit, average, scaled", "manhattan", {"placement": "outside"}, {"decay": "official"}, unrotated),
+    ("vit, average, wide", "manhattan_decomposed", {}, {"decay": "official"}, unrotated),
+    ("vit, average, scaled", "long_short_distance", {"group_size": 3, "interval": 2}, {}, silent_bias),
+    ("vit", "conv_glu", {"hidden": "match"}, {}, None),
+]
+SLOW_PLAIN = [
+    ("vit, average, wide", "neighborhood", {"kernel_size": 3}, {}, None),
     ("vit, average, scaled", "neighborhood", {"kernel_size": 3}, {}, None),
     ("vit, average, no biases", "neighborhood", {"kernel_size": 3}, {}, None),
-    ("swin", "neighborhood", {"kernel_size": 3}, {}, None),
     ("swin", "neighborhood", {"kernel_size": 7}, {}, None),
     ("swin, transformers", "neighborhood", {"kernel_size": 3, "dilation": 2}, {}, None),
     ("vit, average, wide", "manhattan", {}, {"decay": "official", "lce": False}, unrotated),
-    ("vit, average, scaled", "manhattan", {"placement": "outside"}, {"decay": "official"}, unrotated),
-    ("vit, average, wide", "manhattan_decomposed", {}, {"decay": "official"}, unrotated),
     ("vit, average, wide", "long_short_distance", {"group_size": 3}, {}, silent_bias),
-    ("vit, average, scaled", "long_short_distance", {"group_size": 3, "interval": 2}, {}, silent_bias),
-    ("vit", "conv_glu", {"hidden": "match"}, {}, None),
     ("pvt v2", "conv_glu", {"hidden": "match"}, {}, None),
     ("swin", "conv_glu", {"hidden": "match"}, {}, None),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "options", "plain", "change"), PLAIN, ids=[f"{case[0]} {case[1]}" for case in PLAIN]
+    ("name", "target", "options", "plain", "change"),
+    PLAIN + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_PLAIN],
+    ids=[f"{case[0]} {case[1]}" for case in PLAIN + SLOW_PLAIN],
 )
 def test_it_computes_what_the_plain_target_does(name, target, options, plain, change):
     model = copy.deepcopy(published(name, target, **options))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conversions import Case, case_name, converted, head_decay
 from mixed_donors import mixed_donor
+from repetition import thinned
 from target_donors import distance, donor, images, logits
 from torch import Tensor
 
@@ -110,7 +111,7 @@ KEPT_FAULTS: list[tuple[str, Case, object, str, Callable[[Wrapped], Wrapped]]] =
 
 @pytest.mark.parametrize(
     ("case", "owner", "attribute", "plant"),
-    [fault[1:] for fault in KEPT_FAULTS],
+    thinned([fault[1:] for fault in KEPT_FAULTS], 2),
     ids=[f"{fault[0]}, {case_name(fault[1])}" for fault in KEPT_FAULTS],
 )
 def test_a_fault_shows_against_the_donor(
