@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -26,7 +27,7 @@ from .capture import (
 )
 from .certify import Certificate, certify_running, collect_values
 from .certify.certificate import TOLERANCE
-from .certify.ends import inputs_of, operands_of
+from .certify.ends import operands_of
 from .certify.error import relative_error
 from .certify.forms import operand_heads_last
 from .certify.query_rows import captured_mixture, sampled_rows
@@ -37,7 +38,7 @@ from .ir import AttentionSite, Global, Reduced, Refused, Site
 from .lift.channel_maps import restate_convolutions
 from .lift.dataflow import Dataflow
 from .lift.looks import Looks, Seen
-from .lift.values import evaluate
+from .lift.values import Values, evaluate
 from .plan import Plan, PlannedSite, matching
 from .product_cost import macs_after, macs_before
 from .rewrite.check import misbehaviour, misbehaviour_in_model
@@ -74,9 +75,16 @@ def plan(
     _look_around(made)
     _choose(made, targets, sites, None if automatic else keep)
     chosen = [planned for planned in made.sites if planned.target is not None]
-    prove(made, chosen, flow, progress)
-    _classify(chosen, least, flow)
-    _fit(made, flow)
+    indices: Counter[int] = Counter()
+
+    def settle(planned: PlannedSite, values: Values) -> None:
+        """While its values are there: they are memory that is not held for every site at once."""
+        _classify(planned, least, flow, indices)
+        if planned.status == "convert":
+            _fit(planned, flow, values)
+            _measure(planned, flow, values)
+
+    prove(made, chosen, flow, progress, settle)
     made.build()
     if max_rewrites is not None:
         made.limit(max_rewrites)
@@ -85,7 +93,6 @@ def plan(
     if automatic:
         keep_the_worst(made, budget, measure)
     _count(made)
-    _measure(made)
     made.values = {node: made.values[node] for node in _references(made.capture.root.output)}  # the rest is memory
     return made
 
@@ -98,7 +105,10 @@ def decided(made: Plan, to: Any, fidelity: str, options: dict[str, Any]) -> Plan
     least, targets = _fidelity(fidelity), _targets(to, options)
     chosen = Plan(made.model, made.flow, [PlannedSite(planned.site) for planned in made.sites], made.refused)
     _choose(chosen, targets, None, None)
-    _classify([planned for planned in chosen.sites if planned.target is not None], least, made.flow)
+    indices: Counter[int] = Counter()
+    for planned in chosen.sites:
+        if planned.target is not None:
+            _classify(planned, least, made.flow, indices)
     return chosen
 
 
@@ -136,6 +146,8 @@ def _look_around(made: Plan) -> None:
         lambda: seen(same_size_look(made.capture)),
         lambda: all_seen(one_sided_looks(made.capture)),
     )
+    if made.sites and not made.looks.others:
+        _ = made.looks.other_batch  # wanted for every module then, and no values take memory yet
     for planned, site in zip(made.sites, made.looks.sites, strict=True):
         planned.site = site
 
@@ -207,59 +219,65 @@ def _selector(selector: Selector | None, made: Plan, argument: str) -> Callable[
     return lambda site: id(site) in names
 
 
-def prove(made: Plan, chosen: list[PlannedSite], flow: Dataflow, progress: bool) -> None:
-    """Certify the chosen sites during one run of the captured graph; sites that fail are refused.
+def prove(
+    made: Plan,
+    chosen: list[PlannedSite],
+    flow: Dataflow,
+    progress: bool,
+    settle: Callable[[PlannedSite, Values], None] = lambda planned, values: None,
+) -> None:
+    """Certify the chosen sites during one run of the captured graph; sites that fail are refused, those that do not are
+    settled on the values that they were certified on.
 
-    What the sites and their modules are given stays in ``made.values``, to run and to measure what replaces them.
+    The model's outputs stay in ``made.values``, and what is given to the first module of every kind that is changed.
     """
-    kept = {node for planned in chosen for node in (*_arguments(planned.site.owner), *_measured_from(planned.site))}
-    kept |= _references(made.capture.root.output)
+    firsts = {(type(each.site.owner.module), each.site.describe()): each.site.owner for each in reversed(chosen)}
+    kept = {node for owner in firsts.values() for node in _arguments(owner)} | _references(made.capture.root.output)
     with torch.no_grad(), tqdm(total=len(chosen), desc="certify", disable=not progress or None, leave=False) as bar:
 
-        def certified(place: int, certificate: Certificate) -> None:
-            chosen[place].certificate = certificate
-            if not certificate.passed:
-                chosen[place].refuse(f"{certificate}: its lifted form does not reproduce the model")
+        def certified(place: int, certificate: Certificate, values: Values) -> None:
+            planned = chosen[place]
+            planned.certificate = certificate
+            if certificate.passed:
+                settle(planned, values)
+            else:
+                planned.refuse(f"{certificate}: its lifted form does not reproduce the model")
             bar.update()
 
         made.values = certify_running([planned.site for planned in chosen], flow, kept, certified)
 
 
-def _classify(chosen: list[PlannedSite], least: Exactness, flow: Dataflow) -> None:
-    converted: dict[int, int] = {}
-    for planned in chosen:
-        if planned.status == "refused":
-            continue
-        assert planned.target is not None
-        index = converted.get(id(planned.target), 0)
-        try:
-            conversion = planned.target.convert(planned.site, index, flow.weights)
-        except NothingToDo as reason:
-            planned.why = str(reason)
-            continue
-        except NotConvertible as reason:
-            planned.refuse(str(reason))
-            continue
-        if conversion.exactness < least:
-            planned.keep(f"{conversion.exactness.name} is below fidelity={least.name.lower()!r}: {conversion.why}")
-            continue
-        _match(conversion, planned.site)
-        if least is Exactness.EXACT:
-            for core in _cores(conversion):
-                hold_exact(core)
-        planned.status, planned.conversion = "convert", conversion
-        converted[id(planned.target)] = index + 1
+def _classify(planned: PlannedSite, least: Exactness, flow: Dataflow, indices: Counter[int]) -> None:
+    """Ask the target for the conversion of a site; ``indices`` counts those that it gave, by its identity."""
+    assert planned.target is not None
+    try:
+        conversion = planned.target.convert(planned.site, indices[id(planned.target)], flow.weights)
+    except NothingToDo as reason:
+        planned.why = str(reason)
+        return
+    except NotConvertible as reason:
+        planned.refuse(str(reason))
+        return
+    if conversion.exactness < least:
+        planned.keep(f"{conversion.exactness.name} is below fidelity={least.name.lower()!r}: {conversion.why}")
+        return
+    _match(conversion, planned.site)
+    if least is Exactness.EXACT:
+        for core in _cores(conversion):
+            hold_exact(core)
+    planned.status, planned.conversion = "convert", conversion
+    indices[id(planned.target)] += 1
 
 
-def _fit(made: Plan, flow: Dataflow) -> None:
-    """Let targets refit on the example input what only data tell."""
-    for planned in made.converting:
-        assert planned.target is not None
-        assert planned.conversion is not None
-        fitted = planned.target.fit(planned.conversion, planned.site, flow.weights, lambda node: _value(made, node))
-        if fitted is not planned.conversion:
-            _match(fitted, planned.site)
-            planned.conversion = fitted
+def _fit(planned: PlannedSite, flow: Dataflow, values: Values) -> None:
+    """Let the target refit on the example input what only data tell."""
+    assert planned.target is not None
+    assert planned.conversion is not None
+    conversion, site = planned.conversion, planned.site
+    fitted = planned.target.fit(conversion, site, flow.weights, lambda node: _value(node, flow, values))
+    if fitted is not conversion:
+        _match(fitted, site)
+        planned.conversion = fitted
 
 
 def _match(conversion: Conversion, site: Site) -> None:
@@ -348,29 +366,29 @@ def _count(made: Plan) -> None:
                 planned.measured["macs"] = (macs_before(planned.site), after)
 
 
-def _measure(made: Plan) -> None:
-    """The local error of every new core on the example input, and what the target can say of what is lost."""
-    with torch.no_grad():
-        for planned in made.converting:
-            site, conversion = planned.site, planned.conversion
-            assert conversion is not None
-            planned.keeps_prefix = conversion.keeps_function
-            if conversion.exactness is Exactness.EXACT:
-                continue
-            if isinstance(site, AttentionSite):
-                _measure_attention(planned, site, conversion, made)
-            elif conversion.whole and conversion.until is None:
-                core, source = conversion.core.eval(), made.values[site.source]
-                actual = core(source) if conversion.run is None else conversion.run(core, source, *conversion.sizes)
-                planned.measured["error"] = relative_error(actual, _value(made, site.result))
+def _measure(planned: PlannedSite, flow: Dataflow, values: Values) -> None:
+    """The local error of a new core on the example input, and what the target can say of what is lost."""
+    site, conversion = planned.site, planned.conversion
+    assert conversion is not None
+    planned.keeps_prefix = conversion.keeps_function
+    if conversion.exactness is Exactness.EXACT:
+        return
+    if isinstance(site, AttentionSite):
+        _measure_attention(planned, site, conversion, flow, values)
+    elif conversion.whole and conversion.until is None:
+        core, source = conversion.core.eval(), values[site.source]
+        actual = core(source) if conversion.run is None else conversion.run(core, source, *conversion.sizes)
+        planned.measured["error"] = relative_error(actual, values[site.result])
 
 
-def _measure_attention(planned: PlannedSite, site: AttentionSite, conversion: Conversion, made: Plan) -> None:
+def _measure_attention(
+    planned: PlannedSite, site: AttentionSite, conversion: Conversion, flow: Dataflow, values: Values
+) -> None:
     """On all queries, or on those that certification looks at, and the prefix tokens."""
     if not isinstance(site.keys, Global | Reduced) or "local" in conversion.extras or conversion.whole:
         return
-    nodes, flow = site.nodes, made.flow
-    operands = evaluate(operands_of(site), made.values, made.capture, flow.constants)
+    nodes = site.nodes
+    operands = {node: _value(node, flow, values) for node in operands_of(site)}
     parts = [operand_heads_last(operands[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
     for scale in site.learned_scales:
         parts[0] = scale_heads(parts[0], flow.constants[scale])
@@ -382,7 +400,7 @@ def _measure_attention(planned: PlannedSite, site: AttentionSite, conversion: Co
     expected = operand_heads_last(captured_mixture(site, flow, operands, rows, exact), nodes.output, site)
     core = conversion.core.eval()
     if "pixels" in conversion.extras:
-        actual = core(parts[0], pixels=made.values[site.source])
+        actual = core(parts[0], pixels=values[site.source])
         planned.measured["error"] = relative_error(actual[:, places], expected)
         return
     bias = () if site.bias is None else (site.bias.values[None].to(parts[0].dtype),)
@@ -396,15 +414,9 @@ def _measure_attention(planned: PlannedSite, site: AttentionSite, conversion: Co
     planned.measured |= planned.target.measure(conversion, site, seen, places)
 
 
-def _measured_from(site: Site) -> list[Node]:
-    """What a site that may be measured is computed from."""
-    unmeasured = isinstance(site, AttentionSite) and not isinstance(site.keys, Global | Reduced)
-    return [] if unmeasured else inputs_of(site)
-
-
-def _value(made: Plan, node: Node) -> Tensor:
-    """A value of the example input that was kept, or that is computed from such."""
-    found: Tensor = evaluate([node], made.values, made.capture, made.flow.constants)[node]
+def _value(node: Node, flow: Dataflow, values: Values) -> Tensor:
+    """A value of the example input that is known, or that is computed from such."""
+    found: Tensor = evaluate([node], values, flow.capture, flow.constants)[node]
     return found
 
 

@@ -17,12 +17,13 @@ from ..lift.contraction import canonical
 from ..lift.cores import Core, find_cores
 from ..lift.dataflow import Dataflow
 from ..lift.grid import token_grids
+from ..lift.movement import Provenance
 from ..lift.query_key_norm import kind_of, normalised_parts, require_scales_of_heads
 from ..lift.roles import Grouping, NotSeparable, Projected, group_sizes, grouping, projected, projection, source_tokens
 from ..lift.scores import excluded
 from ..lift.source_map import map_on_the_way
 from ..lift.token_order import is_reordered
-from ..lift.values import argument, input_of, needed_nodes, operator_name, shape_of
+from ..lift.values import argument, digest, input_of, needed_nodes, operator_name, shape_of
 from ..targets import register_recogniser
 from .map_groups import groups_of_map
 from .querying_tokens import querying_tokens, require_queries_of_tokens, token_ranks
@@ -226,7 +227,26 @@ def _merge(
     if linear is None:
         return None
     found = flow.provenance(input_of(linear), stop=lambda node: node is core.output.node)
-    if found.source is not core.output.node or bool((found.address < 0).any()):
+    if found.source is not core.output.node:
+        return None
+    axes, shape = core.output.axes, shape_of(core.output.node)
+    told_by = (digest(query.token), digest(query.channel), digest(grouped.group_of_head))
+    key = (_merge, found.spelling, axes, shape, core.groups, *told_by)
+    read = flow.once(key, lambda: _tokens_and_columns(core, query, grouped, found))
+    if read is None:
+        return None
+    token, columns = read
+    result = _in_source_order(linear, token if ranks is None else ranks[token], source_shape, flow)
+    output = Projection(argument(linear, 1), argument(linear, 2), columns)
+    return None if result is None else _Merged(linear, result, output)
+
+
+def _tokens_and_columns(
+    core: Core, query: Projected, grouped: Grouping, merged: Provenance
+) -> tuple[Tensor, Tensor] | None:
+    """The token of every row that goes into the output projection, and ``[heads, dims]`` the column of every channel;
+    None if rows mix tokens."""
+    if bool((merged.address < 0).any()):
         return None
     extents = dict(zip(core.output.axes, shape_of(core.output.node), strict=True))
     heads, dims = len(grouped.group_of_head), extents["e"]
@@ -235,14 +255,11 @@ def _merge(
     number = (query.token * width)[..., None] + (head * dims)[:, None, None] + torch.arange(dims)
     number = number.view(*(extents[axis] for axis in core.groups), *number.shape[1:])
     number = canonical(number, core.groups + "xe", core.output.axes).flatten()
-    number = number[found.address.reshape(-1, found.address.shape[-1])]  # token and column of every channel
+    number = number[merged.address.reshape(-1, merged.address.shape[-1])]  # token and column of every channel
     token, column = number[:, 0] // width, number[0] % width
     if len(column) != width or not torch.equal(number, (token * width)[:, None] + column):
         return None
-    columns = torch.argsort(column).view(heads, dims)
-    result = _in_source_order(linear, token if ranks is None else ranks[token], source_shape, flow)
-    output = Projection(argument(linear, 1), argument(linear, 2), columns)
-    return None if result is None else _Merged(linear, result, output)
+    return token, torch.argsort(column).view(heads, dims)
 
 
 def _heads_of_groups(query: Projected, group_of_head: Tensor) -> Tensor:
@@ -258,19 +275,16 @@ def _in_source_order(linear: Node, token: Tensor, shape: tuple[int, ...], flow: 
 
     One that has the source's ``shape`` is preferred.
     """
-    count = math.prod(shape)
-    expected = torch.arange(count)
+    count, told_by = math.prod(shape), digest(token)
 
     def restored(node: Node) -> bool:
         if node.meta["val"].numel() != count * shape_of(linear)[-1]:
             return False
         found = flow.provenance(node, stop=lambda n: n is linear)
-        if found.source is not linear or bool((found.address < 0).any()):
+        if found.source is not linear:
             return False
-        address = found.address.reshape(count, -1)
-        width = address.shape[1]
-        in_order = bool((address == address[:, :1] + torch.arange(width)).all())
-        return in_order and torch.equal(token[address[:, 0] // width], expected)
+        key = (_in_source_order, found.spelling, count, shape_of(linear)[-1], told_by)
+        return flow.once(key, lambda: _is_in_order(found, count, shape_of(linear)[-1], token))
 
     def restored_map(node: Node) -> bool:
         return shape_of(node)[:-1] == shape and restored(node)
@@ -280,6 +294,15 @@ def _in_source_order(linear: Node, token: Tensor, shape: tuple[int, ...], flow: 
         if result is not None:
             return result
     return None
+
+
+def _is_in_order(moved: Provenance, count: int, width: int, token: Tensor) -> bool:
+    """Whether moved rows, which stand for ``token``s, come to lie as ``count`` tokens, each once and in order."""
+    if bool((moved.address < 0).any()):
+        return False
+    address = moved.address.reshape(count, -1)
+    in_order = bool((address == address[:, :1] + torch.arange(address.shape[1])).all())
+    return in_order and torch.equal(token[address[:, 0] // width], torch.arange(count))
 
 
 def _follow(node: Node, flow: Dataflow, reached: Callable[[Node], bool]) -> Node | None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -117,12 +116,4 @@ def _resized(leaf: Any, first: Capture, sides: Sides | None, batch: int) -> Any:
         shape[-2:] = sides
     if shape == list(leaf.shape):
         return leaf
-    return _tiled(leaf, shape)
-
-
-def _tiled(value: Tensor, shape: list[int]) -> Tensor:
-    """``value`` repeated and cut to ``shape``: what is valid in it, such as an index, stays valid."""
-    for axis, size in enumerate(shape):
-        index = torch.arange(size, device=value.device) % value.shape[axis]
-        value = value.index_select(axis, index)
-    return value
+    return leaf.new_zeros(shape)  # it is traced by its shape alone

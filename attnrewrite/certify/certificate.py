@@ -83,12 +83,12 @@ def certify(site: Site, flow: Dataflow, captured: Values) -> Certificate:
 
 
 def certify_running(
-    sites: Sequence[Site], flow: Dataflow, kept: set[Node], certified: Callable[[int, Certificate], None]
+    sites: Sequence[Site], flow: Dataflow, kept: set[Node], certified: Callable[[int, Certificate, Values], None]
 ) -> Values:
     """Certify ``sites`` during one run of the captured graph, each as soon as its values are known.
 
-    ``certified`` is told the place in ``sites`` and the certificate. Values are dropped as soon as no site needs them,
-    but for those of the nodes in ``kept``, which are returned.
+    ``certified`` is told the place in ``sites``, the certificate, and the values that it was certified on. These are
+    dropped as soon as no site needs them, but for those of the nodes in ``kept``, which are returned.
     """
     wanted = [wanted_nodes([site]) for site in sites]
     missing = [set(nodes) for nodes in wanted]
@@ -106,7 +106,7 @@ def certify_running(
             if missing[place]:
                 continue
             with same_draws(sites[place].owner.module):  # the run goes on with its own
-                certified(place, certify(sites[place], flow, values))
+                certified(place, certify(sites[place], flow, values), values)
             needing.subtract(wanted[place])
             for used in wanted[place]:
                 if not needing[used]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ class Dataflow:
         self.channel_maps = restate_convolutions(capture)
         self.constants: Values = fold_constants(capture)
         self.learned = _reached_by_parameters(capture, self.constants)
-        self._remembered: dict[tuple[Callable[..., Any], Node], Any] = {}
+        self._remembered: dict[Any, Any] = {}
 
     @cached_property
     def outputs(self) -> list[Node]:
@@ -55,10 +55,14 @@ class Dataflow:
 
     def remembered(self, question: Callable[[Node, Dataflow], Answer], node: Node) -> Answer:
         """``question(node, self)``, asked once: query, key and value often come from one linear map."""
-        key = (question, node)
+        return self.once((question, node), lambda: question(node, self))
+
+    def once(self, key: Hashable, answer: Callable[[], Answer]) -> Answer:
+        """``answer()``, asked once for a ``key`` that says all it hangs on: blocks of a model repeat one another."""
         if key not in self._remembered:
-            self._remembered[key] = question(node, self)
-        return self._remembered[key]
+            self._remembered[key] = answer()
+        found: Answer = self._remembered[key]
+        return found
 
     def is_movement(self, node: Node) -> bool:
         return movement.is_movement(node, self.constants)

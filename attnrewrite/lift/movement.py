@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx import Node
 
 from .values import Values, argument, operator_name, run_node, shape_of
@@ -114,6 +114,20 @@ class Provenance:
     def source(self) -> Node | None:
         """The only source, if there is only one."""
         return next(iter(self.offsets)) if len(self.offsets) == 1 else None
+
+    @cached_property
+    def spelling(self) -> str:
+        """The path without the names of its nodes: where two are the same, so are the addresses."""
+        number = {node: f"%{place}" for place, node in enumerate((*self.offsets, *self.path))}
+
+        def named(used: Node) -> str:
+            if used in number:
+                return number[used]
+            return f"constant {id(self.constants[used])}" if used in self.constants else f"like {shape_of(used)}"
+
+        sources = [(tuple(shape_of(source)), offset) for source, offset in self.offsets.items()]
+        steps = [(str(step.target), fx.node.map_arg((step.args, step.kwargs), named)) for step in self.path]
+        return repr((sources, steps))
 
     @cached_property
     def address(self) -> Tensor:

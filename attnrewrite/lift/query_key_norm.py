@@ -96,8 +96,16 @@ def _normalised(operand: Operand, core: Core, flow: Dataflow) -> tuple[Projected
     moved = flow.provenance(region.source, stop=flow.is_linear)
     assert moved.source is not None
     within = found.address
-    address = torch.where(within < 0, -1, moved.address.flatten()[within])
-    part = read_projected(moved.source, address, found.factor, operand, core, flow)
+    spelling = f"{moved.spelling}, then {found.spelling}"
+    part = read_projected(
+        moved.source,
+        spelling,
+        lambda: torch.where(within < 0, -1, moved.address.flatten()[within]),
+        found.factor,
+        operand,
+        core,
+        flow,
+    )
     order = core.groups + "".join(position_and_dim(operand.axes))
     vectors = canonical(within, operand.axes, order).flatten(0, -2)
     try:

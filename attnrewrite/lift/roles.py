@@ -5,6 +5,7 @@ Everything is read from addresses: the flat positions that index propagation fin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,23 +64,39 @@ def projected(operand: Operand, core: Core, flow: Dataflow) -> Projected | None:
     linear = found.source
     if linear is None or not flow.is_linear(linear):
         return None
-    return read_projected(linear, found.address, found.factor, operand, core, flow)
+    return read_projected(linear, found.spelling, lambda: found.address, found.factor, operand, core, flow)
 
 
 def read_projected(
-    linear: Node, address: Tensor, factor: float, operand: Operand, core: Core, flow: Dataflow
+    linear: Node,
+    spelling: str,
+    address: Callable[[], Tensor],
+    factor: float,
+    operand: Operand,
+    core: Core,
+    flow: Dataflow,
 ) -> Projected:
-    """``operand`` made of ``linear``'s result: ``address``, shaped as the operand, is where each element came from.
+    """``operand`` made of ``linear``'s result: ``address``, shaped as the operand, is where each element came from, and
+    ``spelling`` all that it hangs on.
 
     Raises:
         NotSeparable: tokens and channels are entangled.
     """
-    order = core.groups + "".join(position_and_dim(operand.axes))
-    address = canonical(address, operand.axes, order).expand(*group_sizes(core), -1, -1).flatten(0, -3)
     width = shape_of(linear)[-1]
-    token, channel = address[..., 0] // width, address[:, 0] % width
-    if bool((token < 0).any()) or not torch.equal(address, (token * width)[..., None] + channel[:, None]):
+    order = core.groups + "".join(position_and_dim(operand.axes))
+    sizes = tuple(group_sizes(core))
+
+    def separated() -> tuple[Tensor, Tensor] | None:
+        places = canonical(address(), operand.axes, order).expand(*sizes, -1, -1).flatten(0, -3)
+        token, channel = places[..., 0] // width, places[:, 0] % width
+        if bool((token < 0).any()) or not torch.equal(places, (token * width)[..., None] + channel[:, None]):
+            return None
+        return token, channel
+
+    found = flow.once((read_projected, spelling, operand.axes, order, sizes, width), separated)
+    if found is None:
         raise NotSeparable("an operand mixes tokens and channels")
+    token, channel = found
     source, slots = flow.remembered(source_tokens, input_of(linear))
     return Projected(linear, source, slots[token], channel, factor)
 

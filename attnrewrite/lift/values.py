@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -103,6 +104,12 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
     if dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
         return value.to(dtype)
     return value
+
+
+def digest(value: Tensor) -> str:
+    """Says all that ``value`` holds, to tell by it."""
+    content: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{value.dtype} {tuple(value.shape)} {hashlib.blake2b(content).hexdigest()}"
 
 
 def is_call(node: Node) -> bool:

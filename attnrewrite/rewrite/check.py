@@ -108,8 +108,8 @@ def _donor_at_two_samples(
     unless the donor then does not run: it was spread over the samples, as a class token is. One that the twin passes
     over, such as a mask, is what the model makes it for twice the samples."""
     values = constants | captured
-    chosen = [_at_two_samples(owner.call.arguments, values, fixed, batch) for fixed in (constants, {})]
     given = _given_at_two_samples(owner.call, root, values, batch) if owner.passes_over else None
+    chosen = (_at_two_samples(owner.call.arguments, values, fixed, batch) for fixed in (constants, {}))
     for arguments in chosen if given is None else [given]:
         try:
             return arguments, _run(owner.call.module, owner.call.module, arguments, training)
