@@ -313,7 +313,9 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     sides = image_sides(made.capture)
     if made.looks is not None and sides is not None:
         made.looks.size.note(sides)  # modules run alone, as on the captured image
-    unseen = {node for owner in made.programs for node in _arguments(owner.call)} - made.values.keys()
+    structures = {owner.path: _structure(owner) for owner in made.programs}
+    firsts = {structures[owner.path]: owner for owner in reversed(made.programs)}
+    unseen = {node for owner in firsts.values() for node in _arguments(owner.call)} - made.values.keys()
     if unseen:  # of modules around those that were certified
         made.values |= collect_values(flow, unseen)
     inputs = {node: made.capture.tensors[node] for node in made.capture.inputs}
@@ -321,8 +323,7 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     verdicts: dict[str, str | None] = {}
     unrun: list[tuple[OwnerProgram, OwnerProgram]] = []
     for owner in made.programs:
-        owned = [planned[id(site)] for site in owner.sites]
-        structure = f"{type(owner.call.module)} {owner.program.source} {list(owner.modules.values())}"
+        structure, owned = structures[owner.path], [planned[id(site)] for site in owner.sites]
         kept = all(p.conversion and p.conversion.keeps_function for p in owned)
         twin: OwnerProgram | None = None
         if structure not in verdicts or verdicts[structure] is None:
@@ -344,6 +345,11 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         made.looks.size.forget()
     if reason or any(verdicts.values()):
         made.build()
+
+
+def _structure(owner: OwnerProgram) -> str:
+    """The same for modules that are rewritten alike."""
+    return f"{type(owner.call.module)} {owner.program.source} {list(owner.modules.values())}"
 
 
 def _with_own_function(owner: OwnerProgram, made: Plan) -> OwnerProgram | None:
