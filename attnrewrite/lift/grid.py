@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +42,13 @@ class _Cells:
 
     number: Any
     size: tuple[int, int]
+
+    @cached_property
+    def of_tokens(self) -> Tensor | None:
+        """``[..., 1]`` where all channels of a token have one number, else None."""
+        number: Tensor = self.number
+        expanded = number.stride(-1) == 0  # from one number a token, by an earlier linear map
+        return number[..., :1] if expanded or bool((number == number[..., :1]).all()) else None
 
 
 def token_grids(flow: Dataflow, wanted: Iterable[Node]) -> dict[Node, Grid]:
@@ -108,10 +116,9 @@ def _moved(node: Node, cells: dict[Node, _Cells], flow: Dataflow) -> _Cells | No
 
 def _projected(node: Node, inputs: _Cells) -> _Cells | None:
     """A linear map keeps tokens; where one token gathers several cells it makes a coarser map of them."""
-    number = inputs.number
-    same = number.stride(-1) == 0  # expanded from one number a token, by an earlier linear map
-    if same or bool((number == number[..., :1]).all()):
-        return _Cells(number[..., :1].expand(shape_of(node)), inputs.size)
+    number, of_tokens = inputs.number, inputs.of_tokens
+    if of_tokens is not None:
+        return _Cells(of_tokens.expand(shape_of(node)), inputs.size)
     if bool((number == 0).any()):
         return None
     rows = ((number - 1) // inputs.size[1]).mean(-1)
