@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .capture.draws import Stream
 from .ir import Site, line
 from .lift.dataflow import Dataflow
 from .plan import Plan
@@ -42,7 +43,8 @@ def explain(model: nn.Module, example_inputs: Any | None = None) -> Explanation:
     """
     made, flow = lifted(model, example_inputs)
     prove(made, made.sites, flow, progress=False)
-    return Explanation(made, [_options(planned.site, flow) for planned in made.sites])
+    with Stream().drawn_from():
+        return Explanation(made, [_options(planned.site, flow) for planned in made.sites])
 
 
 def _options(site: Site, flow: Dataflow) -> dict[str, str]:

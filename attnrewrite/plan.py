@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -14,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from .calibration.places import find_places
 from .capture import Capture, NodeRef
-from .capture.snapshot import same_draws
+from .capture.draws import same_draws
+from .capture.replica import independent, replica
 from .certify import Certificate
 from .certify.certificate import relative_error
 from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, first_line
@@ -124,7 +124,7 @@ class Plan:
                     f"{owner.path or '(root)'} was rewritten since the plan was made; revert the model, or plan anew"
                 )
         expected = self._expected()
-        model = self.model if inplace else copy.deepcopy(self.model)
+        model = self.model if inplace else independent(self.model)
         rewritten: list[nn.Module] = []
         try:
             for owner in self.programs:
@@ -138,7 +138,7 @@ class Plan:
                 self.looks.size.forget()
         except Exception as cause:
             for module in rewritten:
-                restore_module(module)  # type: ignore[arg-type]  # rewritten above
+                restore_module(module)
             forget_images(model)
             if isinstance(cause, UNFORESEEN) and not isinstance(cause, AttnRewriteError):
                 raise ConversionError(
@@ -230,13 +230,8 @@ def _versions(model: nn.Module) -> list[tuple[int, int]]:
 
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad(), same_draws(model):
-            output = model.eval()(*args, **kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.no_grad(), same_draws(model):
+        output = replica(model, own_buffers=True).eval()(*args, **kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 

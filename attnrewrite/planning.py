@@ -25,6 +25,7 @@ from .capture import (
     same_size_look,
     training_look,
 )
+from .capture.draws import Stream
 from .certify import Certificate, certify_running, collect_values
 from .certify.certificate import TOLERANCE
 from .certify.ends import operands_of
@@ -76,13 +77,15 @@ def plan(
     _choose(made, targets, sites, None if automatic else keep)
     chosen = [planned for planned in made.sites if planned.target is not None]
     indices: Counter[int] = Counter()
+    new_weights = Stream()
 
     def settle(planned: PlannedSite, values: Values) -> None:
         """While its values are there: they are memory that is not held for every site at once."""
-        _classify(planned, least, flow, indices)
-        if planned.status == "convert":
-            _fit(planned, flow, values)
-            _measure(planned, flow, values)
+        with new_weights.drawn_from():
+            _classify(planned, least, flow, indices)
+            if planned.status == "convert":
+                _fit(planned, flow, values)
+                _measure(planned, flow, values)
 
     prove(made, chosen, flow, progress, settle)
     made.build()
@@ -106,9 +109,10 @@ def decided(made: Plan, to: Any, fidelity: str, options: dict[str, Any]) -> Plan
     chosen = Plan(made.model, made.flow, [PlannedSite(planned.site) for planned in made.sites], made.refused)
     _choose(chosen, targets, None, None)
     indices: Counter[int] = Counter()
-    for planned in chosen.sites:
-        if planned.target is not None:
-            _classify(planned, least, made.flow, indices)
+    with Stream().drawn_from():
+        for planned in chosen.sites:
+            if planned.target is not None:
+                _classify(planned, least, made.flow, indices)
     return chosen
 
 

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
-import torch
-from torch.amp.autocast_mode import autocast
-
-from .boundaries import trace_length
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
+from torch.overrides import _get_current_function_mode_stack
 
 Interval = tuple[int, int]
 """Trace positions, half open."""
 
 
-@contextmanager
-def disabled_regions_in_place() -> Iterator[list[Interval]]:
-    """An exporter would make a graph of its own of such a region; this one gives where they were instead."""
+def idle_regions() -> list[Interval]:
+    """Where they are, in the trace that is being made from now on: an exporter would make a graph of its own of each.
+
+    A region tells the trace of itself through the mode that this thread traces by; that mode is not told of idle ones.
+    """
     found: list[Interval] = []
-    entered: list[tuple[autocast, int]] = []
-    enter, leave = autocast.__enter__, autocast.__exit__
+    entered: list[tuple[str, int | None]] = []  # a device, and where a region is idle its start
+    mode: Any = next(m for m in _get_current_function_mode_stack() if isinstance(m, PreDispatchTorchFunctionMode))
+    told, nodes = mode.__torch_function__, mode.tracer.graph.nodes
 
-    def enter_unless_idle(region: autocast) -> Any:
-        if region._enabled or torch.is_autocast_enabled(region.device):
-            return enter(region)
-        entered.append((region, trace_length()))
-        return region
+    def told_unless_idle(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _enter_autocast:
+            device, _, enabled, _ = args
+            idle = not enabled and (device, None) not in entered
+            entered.append((device, len(nodes) if idle else None))
+            if idle:
+                return None
+        elif func is _exit_autocast:
+            _, start = entered.pop()
+            if start is not None:
+                found.append((start, len(nodes)))
+                return None
+        return told(func, types, args, kwargs)
 
-    def leave_unless_idle(region: autocast, *exception: Any) -> Any:
-        if not entered or entered[-1][0] is not region:
-            return leave(region, *exception)
-        found.append((entered.pop()[1], trace_length()))
-        return False
-
-    autocast.__enter__, autocast.__exit__ = enter_unless_idle, leave_unless_idle  # type: ignore[method-assign]  # exchanged for a while
-    try:
-        yield found
-    finally:
-        autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]  # and back
+    mode.__torch_function__ = MethodType(told_unless_idle, mode)
+    return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .autocast_regions import Interval, idle_regions
 from .sizes import Term, plain
 
 _MARK = "attnrewrite_position"
@@ -58,28 +58,25 @@ class ModuleCall:
 
 
 class BoundaryRecorder:
-    """Hooks on every module of a model that write down each call during an export."""
+    """Hooks on every module of the ``traced`` replica of a model that write down each call during an export, as one of
+    the model's own modules. ``uncast`` are the regions in which its code has autocast turned off.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, traced: nn.Module) -> None:
         self.root: ModuleCall | None = None
+        self.uncast: list[Interval] = []
         self._open: list[ModuleCall] = []
-        self._model = model
+        self._model, self._traced = model, traced
 
     def running(self) -> ModuleCall | None:
         """The call that is being traced."""
         return self._open[-1] if self._open else None
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        handles = []
-        for path, module in self._model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._enter(path, module), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._exit, with_kwargs=True, prepend=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def attach(self) -> None:
+        """Hook the replica."""
+        for (path, module), traced in zip(self._model.named_modules(), self._traced.modules(), strict=True):
+            traced.register_forward_pre_hook(self._enter(path, module), with_kwargs=True)
+            traced.register_forward_hook(self._exit, with_kwargs=True, prepend=True)
 
     def calls(self, final: dict[int, Node], resolved: Callable[[Any], Any]) -> ModuleCall:
         """The tree of calls, with every reference resolved to a node of the final graph, and sizes by ``resolved``."""
@@ -98,6 +95,7 @@ class BoundaryRecorder:
             call.sizes = [getattr(leaf, "term", None) for leaf in tree_leaves(arguments)]
             if parent is None:
                 self.root, self._open = call, []
+                self.uncast = idle_regions()
                 _tracer().record_stack_traces = False  # of every node: a tenth of an export's time, and nobody reads it
             else:
                 parent.children.append(call)

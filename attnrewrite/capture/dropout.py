@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from .boundaries import ModuleCall, NodeRef
-from .snapshot import untouched
+from .replica import replica
 
 
 def training_dropout(call: ModuleCall, scale: float) -> float:
@@ -23,17 +23,12 @@ def training_dropout(call: ModuleCall, scale: float) -> float:
     """
     if not _may_drop(call.module, scale):
         return 0.0
-    with (
-        untouched(call.module),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _RateRecorder() as recorder,
-        torch.no_grad(),
-    ):
-        call.module.train()
+    module = replica(call.module, own_buffers=True).train()
+    with FakeTensorMode(allow_non_fake_inputs=True), _RateRecorder() as recorder, torch.no_grad():
         arguments = tree_map(_stand_in, call.arguments)
-        bound = inspect.BoundArguments(inspect.signature(call.module.forward), OrderedDict(arguments))
+        bound = inspect.BoundArguments(inspect.signature(module.forward), OrderedDict(arguments))
         try:
-            call.module.forward(*bound.args, **bound.kwargs)
+            module.forward(*bound.args, **bound.kwargs)
         except (RuntimeError, TypeError, ValueError, AssertionError):
             return 0.0
     return recorder.rate

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,16 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError, CaptureError, first_line
-from .autocast_regions import Interval, disabled_regions_in_place
+from .autocast_regions import Interval
 from .boundaries import BoundaryRecorder, ModuleCall, final_node, positions
+from .draws import same_draws
 from .examples import Inputs, normalise_inputs
 from .in_place import restate_in_place
+from .replica import replica
 from .sizes import SizeRecord, SizeTracker
-from .snapshot import untouched
+
+_TRACING = threading.RLock()
+"""torch's exporter puts what it needs into Python's and torch's own namespaces: one trace at a time."""
 
 
 @dataclass
@@ -81,8 +84,7 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
     except CaptureError:
         raise
     except Exception as cause:
-        with untouched(model):
-            _require_runs(model.eval(), args, kwargs)
+        _require_runs(replica(model, own_buffers=True).eval(), args, kwargs)
         raise CaptureError(
             f"{type(model).__name__} cannot be exported: {first_line(cause)}; make its forward free of "
             "data-dependent control flow, or convert the submodule that can be exported"
@@ -96,12 +98,13 @@ def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Ca
         CaptureError: what it does is not one graph. Whatever else keeps the model from being traced is raised as it is.
     """
     args, kwargs = inputs
-    recorder = BoundaryRecorder(model)
+    traced = replica(model)
+    traced.train(training)
+    recorder = BoundaryRecorder(model, traced)
+    recorder.attach()
     tracker = SizeTracker(recorder.running)
-    with untouched(model):
-        model.train(training)
-        with recorder.recording(), _traceable(), disabled_regions_in_place() as uncast, tracker:
-            program = torch.export.export(model, args, kwargs, strict=False)
+    with _TRACING, torch.no_grad(), tracker:
+        program = torch.export.export(traced, args, kwargs, strict=False)
     graph = program.graph
     if any(node.op == "get_attr" for node in graph.nodes):
         raise CaptureError(
@@ -115,19 +118,7 @@ def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Ca
     final = {index: node for node, index in reversed(position.items())}
     sizes, resolved = tracker.record.resolve(lambda node: final_node(node, final))
     root = recorder.calls(final, resolved)
-    return Capture(model, graph, placeholders, tensors, names, position, root, inputs, uncast, sizes)
-
-
-@contextmanager
-def _traceable() -> Iterator[None]:
-    """No gradients, and no fused encoder kernels that would hide attention from the graph."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    return Capture(model, graph, placeholders, tensors, names, position, root, inputs, recorder.uncast, sizes)
 
 
 def _placeholders(
@@ -189,7 +180,7 @@ def _require_finite(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 def _require_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell a wrong example from a model that cannot be exported: only the first fails without the exporter too."""
     try:
-        with _traceable():
+        with torch.no_grad(), same_draws(model):
             model(*args, **kwargs)
     except Exception as cause:
         leaves = tree_leaves((args, kwargs))

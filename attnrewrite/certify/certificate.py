@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..capture.snapshot import same_draws
+from ..capture.draws import same_draws
 from ..errors import UNFORESEEN, first_line
 from ..ir import AttentionSite, HeadNorm, Site
 from ..lift.dataflow import Dataflow

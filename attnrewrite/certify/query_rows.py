@@ -20,7 +20,7 @@ from ..ir import AttentionSite
 from ..lift.contraction import contraction
 from ..lift.dataflow import Dataflow
 from ..lift.movement import permutation
-from ..lift.values import Values, cast, evaluate, exact_attention, needed_nodes, operator_name, run_node, shape_of
+from ..lift.values import Values, cast, evaluate, needed_nodes, operator_name, run_node, shape_of
 
 FEW = 2**18
 """Pairs of a query and a key, of one group, up to which all queries are looked at."""
@@ -92,15 +92,14 @@ def captured_mixture(
     if rows is None:
         return evaluate([output], operands, flow.capture, flow.constants, dtype)[output]
     values: Values = {**operands, query: cut(operands[query], rows.axes[query], rows)}
-    with exact_attention(dtype):
-        for node in needed_nodes([output], operands, flow.constants):
-            if node in flow.constants:
-                values[node] = cast(flow.constants[node], dtype)
-            elif node in rows.axes:
-                beside = _beside(node, values, rows, flow)
-                values[node] = run_node(node, beside, dtype, _arguments(node, rows))
-            else:
-                values[node] = run_node(node, values, dtype)
+    for node in needed_nodes([output], operands, flow.constants):
+        if node in flow.constants:
+            values[node] = cast(flow.constants[node], dtype)
+        elif node in rows.axes:
+            beside = _beside(node, values, rows, flow)
+            values[node] = run_node(node, beside, dtype, _arguments(node, rows))
+        else:
+            values[node] = run_node(node, values, dtype)
     return values[output]
 
 

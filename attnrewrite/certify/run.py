@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..capture.snapshot import same_draws
+from ..capture.draws import same_draws
 from ..lift.dataflow import Dataflow
 from ..lift.values import Values, is_call, operator_name, run_node
 

@@ -74,5 +74,6 @@ def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
 def _copies_itself(kind: type) -> bool:
     """Whether a class has its own way of being copied; that of rewritten modules only finds their class again."""
     own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__")
-    classes = [base for base in kind.__mro__ if base not in (nn.Module, RewrittenModule, object)]
+    classes = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    classes = [base for base in classes if not issubclass(base, RewrittenModule)]
     return any(vars(base).get(name) for base in classes for name in own)

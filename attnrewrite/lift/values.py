@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..capture import Capture
+from ..private_kernels import private_kernel
 
 Values = dict[Node, Any]
 
@@ -54,20 +53,14 @@ def evaluate(
     With ``dtype`` all floating values are computed in it, casts inside the graph included.
     """
     values: Values = dict(bindings)
-    with exact_attention(dtype):
-        for node in needed_nodes(targets, bindings, constants):
-            if node in constants:
-                values[node] = cast(constants[node], dtype)
-            elif node.op == "placeholder":
-                values[node] = cast(capture.tensors[node], dtype)
-            else:
-                values[node] = run_node(node, values, dtype)
+    for node in needed_nodes(targets, bindings, constants):
+        if node in constants:
+            values[node] = cast(constants[node], dtype)
+        elif node.op == "placeholder":
+            values[node] = cast(capture.tensors[node], dtype)
+        else:
+            values[node] = run_node(node, values, dtype)
     return values
-
-
-def exact_attention(dtype: torch.dtype | None) -> AbstractContextManager[None]:
-    """In float64 attention is computed by its formula: the fused kernel of CPUs is good to some 3e-7 only."""
-    return sdpa_kernel(SDPBackend.MATH) if dtype == torch.float64 else nullcontext()
 
 
 def needed_nodes(targets: Iterable[Node], *known: Mapping[Node, Any]) -> list[Node]:
@@ -87,7 +80,10 @@ def needed_nodes(targets: Iterable[Node], *known: Mapping[Node, Any]) -> list[No
 def run_node(
     node: Node, values: Mapping[Node, Any], dtype: torch.dtype | None = None, args: tuple[Any, ...] | None = None
 ) -> Any:
-    """Call ``node``'s operator on ``values``; ``args`` stand in the place of its own positional arguments."""
+    """Call ``node``'s operator on ``values``; ``args`` stand in the place of its own positional arguments.
+
+    In float64 attention is computed by its formula: the fused kernel of CPUs is good to some 3e-7 only.
+    """
     own = node.args if args is None else args
     args, kwargs = torch.fx.node.map_arg((own, node.kwargs), lambda used: values[used])
     if dtype is not None:
@@ -96,7 +92,26 @@ def run_node(
         return None
     if operator_name(node) == "aten::view":  # strides may differ from those of the trace
         return torch.ops.aten.reshape.default(*args)
+    if dtype == torch.float64 and operator_name(node) == "aten::scaled_dot_product_attention":
+        return _attention_by_formula(*args, **kwargs)  # type: ignore[arg-type]  # values, by now
     return node.target(*args, **kwargs)  # type: ignore[operator]  # a call's target is a function
+
+
+def _attention_by_formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """``torch.sdpa_kernel`` would choose the formula for every thread of the process."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
+    operands = (query, key, value, attn_mask, dropout_p, is_causal)
+    mixed: Tensor = private_kernel("_scaled_dot_product_attention_math", *operands, **options)[0]
+    return mixed
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:

@@ -5,7 +5,6 @@ Alone where it runs alone, else inside the model. A check that could not run has
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import OrderedDict
 from typing import Any
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture import Inputs, ModuleCall, NodeRef
-from ..capture.snapshot import untouched
+from ..capture.draws import same_draws
+from ..capture.replica import replica
 from ..certify.certificate import relative_error
 from ..errors import first_line
 from ..lift.values import Values
@@ -37,7 +37,7 @@ def misbehaviour(owner: OwnerProgram, root: ModuleCall, captured: Values, consta
     """
     compared = False
     donor = owner.call.module
-    twin = twin_of(donor)
+    twin = replica(donor, own_buffers=True)
     rewrite_module(twin, owner.program, owner.modules, owner.buffers)
     with torch.no_grad():
         for training in (True, False) if owner.handed_on and not _is_random(donor) else (False,):
@@ -63,7 +63,7 @@ def misbehaviour_in_model(owners: list[OwnerProgram], model: nn.Module, example:
 
     On two samples, or on the example inputs where the model takes no other batch.
     """
-    twin = copy.deepcopy(model)
+    model, twin = replica(model, own_buffers=True), replica(model, own_buffers=True)
     for owner in owners:
         owner.install(twin.get_submodule(owner.path))
     doubled = tree_map(lambda leaf: _with_another_sample(leaf, batch), example)
@@ -80,8 +80,7 @@ def misbehaviour_in_model(owners: list[OwnerProgram], model: nn.Module, example:
 
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    with torch.no_grad(), untouched(model):
-        torch.manual_seed(0)
+    with torch.no_grad(), same_draws(model):
         return tree_leaves(model.eval()(*args, **kwargs))
 
 
@@ -112,7 +111,8 @@ def _donor_at_two_samples(
     chosen = (_at_two_samples(owner.call.arguments, values, fixed, batch) for fixed in (constants, {}))
     for arguments in chosen if given is None else [given]:
         try:
-            return arguments, _run(owner.call.module, owner.call.module, arguments, training)
+            donor = replica(owner.call.module, own_buffers=True)
+            return arguments, _run(donor, donor, arguments, training)
         except Exception:
             continue
     return None
@@ -132,25 +132,15 @@ def _given_at_two_samples(call: ModuleCall, root: ModuleCall, values: Values, ba
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
 
-    handle = call.module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    model = replica(root.module)
+    model.get_submodule(call.path).register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        _run(root.module, root.module, _at_two_samples(root.arguments, values, {}, batch), training=False)
+        _run(model, model, _at_two_samples(root.arguments, values, {}, batch), training=False)
     except _Reached as reached:
         return reached.arguments
     except Exception:  # another batch is not for this model: then no one gives it one
         return None
-    finally:
-        handle.remove()
     return None
-
-
-def twin_of(module: nn.Module) -> nn.Module:
-    """Another module object on the same children, parameters and buffers."""
-    twin = type(module).__new__(type(module))
-    twin.__dict__.update(
-        {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
-    )
-    return twin
 
 
 def _is_compared(actual: Any, expected: Any) -> bool:
@@ -160,9 +150,8 @@ def _is_compared(actual: Any, expected: Any) -> bool:
 
 def _run(module: nn.Module, donor: nn.Module, arguments: dict[str, Any], training: bool) -> list[Any]:
     bound = inspect.BoundArguments(inspect.signature(donor.forward), OrderedDict(arguments))
-    with untouched(module):
-        module.train(training)
-        torch.manual_seed(0)
+    module.train(training)
+    with same_draws(module):
         return tree_leaves(module.forward(*bound.args, **bound.kwargs))
 
 

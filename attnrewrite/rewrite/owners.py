@@ -111,7 +111,9 @@ def build_program(
         modules = {name: module for name, module in outlined.modules.items() if name in used}
         buffers = {name: value for name, value in outlined.constants.items() if name in used}
         read = {part for name in used for part in itertools.accumulate(name.split("."), "{}.{}".format)}
-        unused = [name for name in before if name not in read and _is_droppable(call, name, looks.first)]
+        called = {str(node.target) for node in outlined.graph.nodes if node.op == "call_module"}
+        unread = [name for name in before if name not in read and not _lies_in(name, called)]
+        unused = [name for name in unread if _is_droppable(call, name, looks.first)]
         noted = (outlined.handed_on, bool(outlined.passed_over()), any(map(_reads_image, modules.values())))
         live = frozenset(child.path for child in outlined.live)
         return OwnerProgram(call, sites, program, modules, buffers, unused, outlined.tied, *noted, live), failed
@@ -195,6 +197,11 @@ def _parameters_at(module: nn.Module, path: str) -> list[nn.Parameter]:
     parent, _, name = path.rpartition(".")
     own = module.get_submodule(parent)._parameters.get(name)
     return list(module.get_submodule(path).parameters()) if own is None else [own]
+
+
+def _lies_in(name: str, modules: set[str]) -> bool:
+    """Whether a part belongs to one of the ``modules``, whose hooks may read it."""
+    return any(path in modules for path in itertools.accumulate(name.split("."), "{}.{}".format))
 
 
 def _is_droppable(call: ModuleCall, name: str, flow: Dataflow) -> bool:

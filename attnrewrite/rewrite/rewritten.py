@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import new_class
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,15 +34,15 @@ class Rewriting:
     previous: Rewriting | None = None
 
 
-class RewrittenModule(nn.Module):
-    """Mixin of every rewritten class. ``attnrewrite_rewriting`` says what was done."""
+class RewrittenModule:
+    """Marks every rewritten class. ``attnrewrite_rewriting`` says what was done.
 
+    The last of its bases, and without an attribute of its own: an object's class can only be exchanged for one of the
+    same layout, which the donor's first base decides.
+    """
+
+    __slots__ = ()
     attnrewrite_rewriting: Rewriting
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made at run time: restore it from the donor's class, which can be imported."""
-        reduced: Any = super().__reduce_ex__(protocol)
-        return (_empty_rewritten, (self.attnrewrite_rewriting.donor_class,), *reduced[2:])
 
 
 def rewrite_module(
@@ -69,9 +70,9 @@ def rewrite_module(
     module.__class__ = rewritten_class(donor_class)
 
 
-def restore_module(module: RewrittenModule) -> None:
+def restore_module(module: nn.Module) -> None:
     """Undo ``rewrite_module``."""
-    done = module.attnrewrite_rewriting
+    done: Rewriting = module.__dict__["attnrewrite_rewriting"]
     for name in (*done.modules, *done.buffers):
         delattr(module, name)
     for path, kind, parts in reversed(done.dropped):
@@ -82,7 +83,7 @@ def restore_module(module: RewrittenModule) -> None:
         module.__dict__["attnrewrite_rewriting"] = done.previous
         return
     del module.__dict__["attnrewrite_rewriting"]
-    module.__class__ = done.donor_class  # type: ignore[assignment]  # mypy knows no change of class
+    module.__class__ = done.donor_class
 
 
 def _take_out(module: nn.Module, path: str) -> tuple[str, str, dict[str, Any]]:
@@ -112,9 +113,25 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 def rewritten_class(donor_class: type[nn.Module]) -> type[nn.Module]:
     """The subclass of the donor's class with the rewritten forward; one for each donor class."""
     if donor_class not in _CLASSES:
-        own = {"__module__": __name__, "__doc__": donor_class.__doc__, "forward": _forward_like(donor_class)}
-        _CLASSES[donor_class] = type(f"Rewritten{donor_class.__name__}", (RewrittenModule, donor_class), own)
+        own = {
+            "__module__": __name__,
+            "__doc__": donor_class.__doc__,
+            "__reduce_ex__": _reduced_like(donor_class),
+            "forward": _forward_like(donor_class),
+        }
+        bases = (donor_class, RewrittenModule)
+        _CLASSES[donor_class] = new_class(f"Rewritten{donor_class.__name__}", bases, {}, lambda body: body.update(own))
     return _CLASSES[donor_class]
+
+
+def _reduced_like(donor_class: type[nn.Module]) -> Callable[[Any, Any], Any]:
+    """The class is made at run time: restore it from the donor's class, which can be imported."""
+
+    def __reduce_ex__(self: RewrittenModule, protocol: Any) -> Any:
+        reduced: Any = donor_class.__reduce_ex__(self, protocol)
+        return (_empty_rewritten, (self.attnrewrite_rewriting.donor_class,), *reduced[2:])
+
+    return __reduce_ex__
 
 
 def _forward_like(donor_class: type[nn.Module]) -> Callable[..., Any]:

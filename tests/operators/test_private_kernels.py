@@ -150,6 +150,11 @@ def test_private_kernels_are_called_through_one_function_alone():
     lookups = {str(path.relative_to(ROOT)): private_lookups(path.read_text()) for path in sources}
     assert {file: found for file, found in lookups.items() if found} == {
         DOOR: {"torch.ops.aten._computed"},
+        "attnrewrite/capture/autocast_regions.py": {  # what a trace is told of such regions, and by which mode
+            "torch.amp.autocast_mode._enter_autocast",
+            "torch.amp.autocast_mode._exit_autocast",
+            "torch.overrides._get_current_function_mode_stack",
+        },
         "attnrewrite/capture/in_place.py": {"torch.ops.aten._computed"},  # the public operator beside one in place
         "attnrewrite/image_map.py": {"torch._C", "torch._C._current_graph_task_id"},  # whether a backward pass runs
     }
