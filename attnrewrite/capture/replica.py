@@ -37,6 +37,16 @@ def independent(model: Model) -> Model:
     return copy.deepcopy(model, made)
 
 
+def without_hooks(model: Model) -> Model:
+    """A replica on which no hook of the model's fires."""
+    twin = replica(model)
+    for module in twin.modules():
+        for name, hooks in vars(module).items():
+            if "hook" in name and "forward" in name and hooks:
+                hooks.clear()
+    return twin
+
+
 class _Replicating:
     def __init__(self, own_buffers: bool) -> None:
         self.own_buffers = own_buffers

@@ -12,8 +12,8 @@ import sympy
 from sympy import Expr, Integer
 from torch import nn
 
-from ..capture import hooks_left_out
 from ..capture.examples import Inputs
+from ..capture.replica import without_hooks
 from ..errors import ArgumentError, CaptureError, first_line
 from ..ir import Site
 from ..lift.dataflow import Dataflow
@@ -118,8 +118,7 @@ def lifted_without_hooks(model: nn.Module, example: Inputs) -> tuple[Plan, Dataf
         ArgumentError, CaptureError: as ``capture`` does.
     """
     args, kwargs = example
-    with hooks_left_out(model):
-        return lifted(model, kwargs if kwargs and not args else args)
+    return lifted(without_hooks(model), kwargs if kwargs and not args else args)
 
 
 def _read(flow: Dataflow, sites: list[Site], sizer: Sizer) -> ModelFormula:
