@@ -98,19 +98,13 @@ def run_node(
 
 
 def _attention_by_formula(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *others: Any, **options: Any
 ) -> Tensor:
     """``torch.sdpa_kernel`` would choose the formula for every thread of the process."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
-    operands = (query, key, value, attn_mask, dropout_p, is_causal)
-    mixed: Tensor = private_kernel("_scaled_dot_product_attention_math", *operands, **options)[0]
+    kernel = "_scaled_dot_product_attention_math"
+    mixed: Tensor = private_kernel(kernel, query, key, value, attn_mask, *others, **options)[0]
     return mixed
 
 
