@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .capture.ambient import plain_modes
 from .capture.draws import Stream
 from .ir import Site, line
 from .lift.dataflow import Dataflow
@@ -32,6 +33,7 @@ class Explanation:
         return "\n".join(rows) if rows else "no attention, MLP or stem recognised"
 
 
+@plain_modes()
 def explain(model: nn.Module, example_inputs: Any | None = None) -> Explanation:
     """Lift and certify every site of ``model`` and say what each could become, in which class.
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .calibration.places import find_places
 from .capture import Capture, NodeRef
+from .capture.ambient import plain_modes
 from .capture.draws import same_draws
 from .capture.replica import independent, replica
 from .certify import Certificate
@@ -111,6 +112,7 @@ class Plan:
         self.build()
         return self
 
+    @plain_modes()
     def apply(self, inplace: bool = False) -> nn.Module:
         """The converted model: a copy, or with ``inplace`` the model itself. A failure leaves the model as it was.
 

@@ -25,6 +25,7 @@ from .capture import (
     same_size_look,
     training_look,
 )
+from .capture.ambient import plain_modes
 from .capture.draws import Stream
 from .certify import Certificate, certify_running, collect_values
 from .certify.certificate import TOLERANCE
@@ -50,6 +51,7 @@ from .targets import Conversion, Exactness, NotConvertible, NothingToDo, Target,
 Selector = str | Iterable[str] | Callable[[Site], bool]
 
 
+@plain_modes()
 def plan(
     model: nn.Module,
     to: str | Target | Mapping[str, str | Target],
@@ -116,6 +118,7 @@ def decided(made: Plan, to: Any, fidelity: str, options: dict[str, Any]) -> Plan
     return chosen
 
 
+@plain_modes()
 def lifted(model: nn.Module, example_inputs: Any | None) -> tuple[Plan, Dataflow]:
     """Everything recognised in ``model``, with nothing decided yet."""
     flow = Dataflow(capture(model, example_inputs))

@@ -157,6 +157,11 @@ def _require_plain_module(model: nn.Module) -> None:
             f"model: {type(model).__name__} is on the meta device, without values to recognise or certify anything "
             "by; build it on a real device (only attnrewrite.analyze(model, ...).total does without)"
         )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ArgumentError(
+            f"model: the parameters of {type(model).__name__} were made in inference mode, and can be neither traced nor "
+            "trained outside it; build or load the model outside torch.inference_mode"
+        )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     inner = model._orig_mod if hasattr(model, "_orig_mod") else None
     if isinstance(model, wrappers) or isinstance(inner, nn.Module):
