@@ -159,8 +159,8 @@ def _require_plain_module(model: nn.Module) -> None:
         )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ArgumentError(
-            f"model: the parameters of {type(model).__name__} were made in inference mode, and can be neither traced nor "
-            "trained outside it; build or load the model outside torch.inference_mode"
+            f"model: the parameters of {type(model).__name__} were made in inference mode, and can be neither traced "
+            "nor trained outside it; build or load the model outside torch.inference_mode"
         )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     inner = model._orig_mod if hasattr(model, "_orig_mod") else None
