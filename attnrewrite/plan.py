@@ -233,7 +233,7 @@ def _versions(model: nn.Module) -> list[tuple[int, int]]:
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     with torch.no_grad(), same_draws(model):
-        output = replica(model, own_buffers=True).eval()(*args, **kwargs)
+        output = replica(model, training=False, own_buffers=True)(*args, **kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 

@@ -23,7 +23,7 @@ def training_dropout(call: ModuleCall, scale: float) -> float:
     """
     if not _may_drop(call.module, scale):
         return 0.0
-    module = replica(call.module, own_buffers=True).train()
+    module = replica(call.module, training=True, own_buffers=True)
     with FakeTensorMode(allow_non_fake_inputs=True), _RateRecorder() as recorder, torch.no_grad():
         arguments = tree_map(_stand_in, call.arguments)
         bound = inspect.BoundArguments(inspect.signature(module.forward), OrderedDict(arguments))

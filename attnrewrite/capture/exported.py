@@ -84,7 +84,7 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
     except CaptureError:
         raise
     except Exception as cause:
-        _require_runs(replica(model, own_buffers=True).eval(), args, kwargs)
+        _require_runs(replica(model, training=False, own_buffers=True), args, kwargs)
         raise CaptureError(
             f"{type(model).__name__} cannot be exported: {first_line(cause)}; make its forward free of "
             "data-dependent control flow, or convert the submodule that can be exported"
@@ -98,8 +98,7 @@ def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Ca
         CaptureError: what it does is not one graph. Whatever else keeps the model from being traced is raised as it is.
     """
     args, kwargs = inputs
-    traced = replica(model)
-    traced.train(training)
+    traced = replica(model, training=training)
     recorder = BoundaryRecorder(model, traced)
     recorder.attach()
     tracker = SizeTracker(recorder.running)

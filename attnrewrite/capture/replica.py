@@ -18,10 +18,13 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def replica(model: Model, *, own_buffers: bool = False) -> Model:
-    """``model`` in module objects of the same classes, with containers of their own. Parameters, and whatever else the
-    modules hold, are shared; buffers too, unless ``own_buffers`` asks for clones that a run may write to."""
+def replica(model: Model, *, training: bool | None = None, own_buffers: bool = False) -> Model:
+    """``model`` in module objects of the same classes, with containers of their own; in ``training`` mode or not, if that
+    is given. Parameters, and whatever else the modules hold, are shared; buffers too, unless ``own_buffers`` asks for
+    clones that a run may write to."""
     twin: Model = _Replicating(own_buffers).of(model)
+    if training is not None:
+        twin.train(training)  # whatever that returns: some models forget to
     return twin
 
 

@@ -30,12 +30,17 @@ def meta_copy(model: nn.Module) -> nn.Module:
             memo[id(tensor)] = on_meta(tensor)
     if any(_copies_itself(type(module)) for module in modules):
         memo |= {id(hooks): type(hooks)() for module in modules for hooks in (vars(module)[name] for name in _HOOKS)}
-        return copy.deepcopy(model, memo).eval()
+        return _in_eval_mode(copy.deepcopy(model, memo))
     memo |= {id(module): module.__class__.__new__(module.__class__) for module in modules}
     for module in modules:
         state = {name: _copied(name, value, memo) for name, value in vars(module).items()}
         memo[id(module)].__setstate__(state)
-    return memo[id(model)].eval()
+    return _in_eval_mode(memo[id(model)])
+
+
+def _in_eval_mode(model: nn.Module) -> nn.Module:
+    model.eval()  # whatever that returns: some models forget to
+    return model
 
 
 def on_meta(tensor: Tensor) -> Tensor:

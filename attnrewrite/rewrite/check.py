@@ -63,7 +63,7 @@ def misbehaviour_in_model(owners: list[OwnerProgram], model: nn.Module, example:
 
     On two samples, or on the example inputs where the model takes no other batch.
     """
-    model, twin = replica(model, own_buffers=True), replica(model, own_buffers=True)
+    model, twin = (replica(model, training=False, own_buffers=True) for _ in range(2))
     for owner in owners:
         owner.install(twin.get_submodule(owner.path))
     doubled = tree_map(lambda leaf: _with_another_sample(leaf, batch), example)
@@ -81,7 +81,7 @@ def misbehaviour_in_model(owners: list[OwnerProgram], model: nn.Module, example:
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     with torch.no_grad(), same_draws(model):
-        return tree_leaves(model.eval()(*args, **kwargs))
+        return tree_leaves(model(*args, **kwargs))
 
 
 def _with_another_sample(leaf: Any, batch: int) -> Any:

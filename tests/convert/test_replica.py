@@ -146,6 +146,20 @@ def test_models_convert_whatever_they_hold(change, inplace):
         assert type(model) is type(donor)
 
 
+def test_modes_that_return_nothing():
+    """As LeViT's, whose ``train`` drops a cache."""
+
+    class Model(Counting):
+        def train(self, mode=True):
+            super().train(mode)
+
+    model, batch = Model(), torch.randn(2, 3, 32, 32)
+    model.eval()
+    expected = model(batch)
+    converted = attnrewrite.convert(model, "identity", batch, progress=False)
+    assert float((converted(batch) - expected).detach().abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("bases", [(ABC, Counting), (Counting, ABC), (Generic[Item], Counting), (Slotted, Counting)])
 def test_classes_of_any_layout_are_rewritten(bases):
     class Model(*bases):
