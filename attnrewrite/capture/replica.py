@@ -19,9 +19,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def replica(model: Model, *, training: bool | None = None, own_buffers: bool = False) -> Model:
-    """``model`` in module objects of the same classes, with containers of their own; in ``training`` mode or not, if that
-    is given. Parameters, and whatever else the modules hold, are shared; buffers too, unless ``own_buffers`` asks for
-    clones that a run may write to."""
+    """``model`` in module objects of the same classes, with containers of their own; in ``training`` mode or not, if
+    that is given. Parameters, and whatever else the modules hold, are shared; buffers too, unless ``own_buffers`` asks
+    for clones that a run may write to."""
     twin: Model = _Replicating(own_buffers).of(model)
     if training is not None:
         twin.train(training)  # whatever that returns: some models forget to
