@@ -53,11 +53,21 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
         return _lift_normalised(core, flow) or _lift_live(core, flow)
     grouped = grouping(query, key, value)
     bias, mask = _bias(core, grouped, flow), _mask(core, grouped)
+    sequences = _sequences((query, key, value)) if bias is None and mask is None else None
     padded = bool((grouped.queries < 0).any() or (grouped.keys < 0).any())
     if grouped.queries.shape[0] > 1 or padded or _is_one_block(query, key, grouped, bias, flow):
-        return _windowed(core, flow, (query, key, value), grouped, bias, mask)
+        try:
+            return _windowed(core, flow, (query, key, value), grouped, bias, mask)
+        except NotSeparable:
+            if sequences is None:
+                raise
+        (query, key, value), grouped = sequences
     queries = querying_tokens(query, grouped)
     merged = _merge(core, query, *token_ranks(query, grouped, queries), grouped, flow)
+    if merged is None and sequences is not None:
+        (query, key, value), grouped = sequences
+        queries = querying_tokens(query, grouped)
+        merged = _merge(core, query, *token_ranks(query, grouped, queries), grouped, flow)
     keys = _whole_map_keys(query, key, grouped, flow)
     linears = (query.linear, key.linear, value.linear)
     nodes = _nodes(
@@ -83,6 +93,22 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
         scale_of_operands=core.scale,
         queries=queries,
     )
+
+
+def _sequences(parts: tuple[Projected, ...]) -> tuple[tuple[Projected, ...], Grouping] | None:
+    """The same operands made of their linear maps' own input, where that is another value and every sample of it is one
+    group: the rows or the columns of a map, say, that a model cuts up before it calls its attention."""
+    own = tuple(part.of_own_input for part in parts)
+    source = own[0].source
+    if source is parts[0].source or any(part.source is not source for part in own) or len(shape_of(source)) != 3:
+        return None
+    try:
+        grouped = grouping(*own)
+    except NotSeparable:
+        return None
+    whole = torch.arange(shape_of(source)[1])
+    same = all(torch.equal(tokens, whole[None]) for tokens in (grouped.queries, grouped.keys))
+    return (own, grouped) if same and grouped.batch_axis == 0 else None
 
 
 def _windowed(

@@ -6,7 +6,7 @@ Everything is read from addresses: the flat positions that index propagation fin
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,15 +28,22 @@ class NotSeparable(Exception):
 class Projected:
     """An operand made from one linear map by data movement.
 
-    ``token[group, position]`` is a flat position among the tokens of ``source`` (-1: padding), ``channel[group, dim]``
-    a row of the linear map's weight. ``factor`` multiplies the operand on the way.
+    ``token[group, position]`` is a flat position among the tokens of ``source`` (-1: padding), ``row`` likewise among
+    those of the linear map's own input, and ``channel[group, dim]`` a row of its weight. ``factor`` multiplies the
+    operand on the way.
     """
 
     linear: Node
     source: Node
     token: Tensor
+    row: Tensor
     channel: Tensor
     factor: float
+
+    @property
+    def of_own_input(self) -> Projected:
+        """The same, with the linear map's own input for a source."""
+        return replace(self, source=input_of(self.linear), token=self.row)
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,9 @@ def read_projected(
     found = flow.once((read_projected, spelling, operand.axes, order, sizes, width), separated)
     if found is None:
         raise NotSeparable("an operand mixes tokens and channels")
-    token, channel = found
+    row, channel = found
     source, slots = flow.remembered(source_tokens, input_of(linear))
-    return Projected(linear, source, slots[token], channel, factor)
+    return Projected(linear, source, slots[row], row, channel, factor)
 
 
 def source_tokens(node: Node, flow: Dataflow) -> tuple[Node, Tensor]:

@@ -600,6 +600,19 @@ class SequenceAttention(nn.Module):
 # --- other steps of training ---
 
 
+class RowsAndColumns(Classifier):
+    """Attention along rows, then along columns, which the model cuts up before it calls it."""
+
+    def __init__(self, dim=16):
+        super().__init__(nn.Identity(), dim)
+        self.rows, self.columns = SequenceAttention(dim), SequenceAttention(dim)
+
+    def mixed(self, x):
+        b, c, h, w = x.shape
+        x = self.rows(x.permute(0, 2, 3, 1).reshape(b * h, w, c)).view(b, h, w, c)
+        return self.columns(x.transpose(1, 2).reshape(b * w, h, c)).view(b, w, h, c).transpose(1, 2)
+
+
 class AuxiliaryInTraining(Classifier):
     """Two outputs in training, one else."""
 

@@ -74,6 +74,10 @@ def test_numbers_and_branches_in_the_attention_of_a_large_map_seen_first(attenti
     right_or_refused(lambda: Classifier(attention()), (32, 32), [(16, 16), (16, 32), (24, 20)], IDENTITY)
 
 
+def test_attention_along_rows_and_columns_runs_at_all_sizes():
+    right(kinds.RowsAndColumns, (16, 24), SIZES, IDENTITY)
+
+
 def test_what_ties_a_module_to_its_size_does_not_tie_it_to_its_batch():
     found = right_or_refused(lambda: kinds.FlippedInParts(inline=True), (32, 24), SIZES, IDENTITY)
     same = [finding for finding in found if "captured size" in finding.where]
