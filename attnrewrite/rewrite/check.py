@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..capture import Inputs, ModuleCall, NodeRef
 from ..capture.draws import same_draws
 from ..capture.replica import replica
 from ..certify.certificate import relative_error
-from ..errors import first_line
+from ..errors import ConversionError, first_line
 from ..lift.values import Values
 from .attention_weights import Unavailable
 from .owners import OwnerProgram
@@ -41,16 +42,22 @@ def misbehaviour(owner: OwnerProgram, root: ModuleCall, captured: Values, consta
     rewrite_module(twin, owner.program, owner.modules, owner.buffers)
     with torch.no_grad():
         for training in (True, False) if owner.handed_on and not _is_random(donor) else (False,):
-            found = _donor_at_two_samples(owner, root, captured, constants, batch, training)
+            chosen = _two_samples(owner, root, captured, constants, batch, as_given=owner.passes_over)
+            found = _donor_at(donor, chosen, training)
             if found is None:
                 continue
-            arguments, expected = found
             compared = True
             where = "in training" if training else f"at a batch of {2 * batch}"
             try:
-                actual = _run(twin, donor, arguments, training)
+                try:
+                    actual = _run(twin, donor, found[0], training)
+                except ConversionError:  # arguments that the model itself does not give, where samples are one sequence
+                    chosen = _two_samples(owner, root, captured, constants, batch, as_given=True)
+                    found = _donor_at(donor, chosen, training) or found
+                    actual = _run(twin, donor, found[0], training)
             except Exception as cause:
                 return f"the rewritten module does not run {where}: {first_line(cause)}"
+            _, expected = found
             reason = _difference(actual, expected)
             if reason:
                 return f"the rewritten module differs from the original {where} ({reason})"
@@ -100,19 +107,32 @@ def _difference(actual: list[Any], expected: list[Any]) -> str:
     return f"error {error:.0e}" if pairs and not error <= TOLERANCE.get(pairs[0][1].dtype, 1e-3) else ""
 
 
-def _donor_at_two_samples(
-    owner: OwnerProgram, root: ModuleCall, captured: Values, constants: Values, batch: int, training: bool
-) -> tuple[dict[str, Any], list[Any]] | None:
-    """Arguments for twice the samples and the donor's results. A constant, such as a shared bias, stays as it is,
-    unless the donor then does not run: it was spread over the samples, as a class token is. One that the twin passes
-    over, such as a mask, is what the model makes it for twice the samples."""
+def _two_samples(
+    owner: OwnerProgram, root: ModuleCall, captured: Values, constants: Values, batch: int, as_given: bool
+) -> Iterator[dict[str, Any]]:
+    """Arguments for twice the samples, in the order in which they are tried.
+
+    A constant, such as a shared bias, stays as it is, unless the donor then does not run: it was spread over the
+    samples, as a class token is. With ``as_given`` they are what the model makes of twice the samples, where it takes
+    them: of a constant that the rewritten module passes over, such as a mask, too.
+    """
     values = constants | captured
-    given = _given_at_two_samples(owner.call, root, values, batch) if owner.passes_over else None
-    chosen = (_at_two_samples(owner.call.arguments, values, fixed, batch) for fixed in (constants, {}))
-    for arguments in chosen if given is None else [given]:
+    given = _given_at_two_samples(owner.call, root, values, batch) if as_given else None
+    if given is not None:
+        yield given
+        return
+    for fixed in (constants, {}):
+        yield _at_two_samples(owner.call.arguments, values, fixed, batch)
+
+
+def _donor_at(
+    donor: nn.Module, chosen: Iterable[dict[str, Any]], training: bool
+) -> tuple[dict[str, Any], list[Any]] | None:
+    """The first arguments that the donor runs on, and its results."""
+    for arguments in chosen:
+        fresh = replica(donor, own_buffers=True)
         try:
-            donor = replica(owner.call.module, own_buffers=True)
-            return arguments, _run(donor, donor, arguments, training)
+            return arguments, _run(fresh, fresh, arguments, training)
         except Exception:
             continue
     return None
