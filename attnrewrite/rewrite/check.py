@@ -152,7 +152,7 @@ def _given_at_two_samples(call: ModuleCall, root: ModuleCall, values: Values, ba
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
 
-    model = replica(root.module)
+    model = replica(root.module, own_buffers=True)
     model.get_submodule(call.path).register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         _run(model, model, _at_two_samples(root.arguments, values, {}, batch), training=False)
