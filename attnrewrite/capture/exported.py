@@ -161,6 +161,11 @@ def _require_plain_module(model: nn.Module) -> None:
             f"model: the parameters of {type(model).__name__} were made in inference mode, and can be neither traced "
             "nor trained outside it; build or load the model outside torch.inference_mode"
         )
+    if torch.get_default_device().type == "meta":
+        raise ArgumentError(
+            "model: the default device is meta here, and what is computed to recognise a model would have no values; "
+            "convert it outside `with torch.device('meta')`"
+        )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     inner = model._orig_mod if hasattr(model, "_orig_mod") else None
     if isinstance(model, wrappers) or isinstance(inner, nn.Module):

@@ -81,7 +81,7 @@ def _numbered(flow: Dataflow, wanted: set[Node]) -> dict[Node, _Cells]:
 def _cells(node: Node, cells: dict[Node, _Cells], flow: Dataflow) -> _Cells | None:
     if operator_name(node) in _REGRIDDING:
         height, width = shape_of(node)[-2:]
-        number = torch.arange(1.0, height * width + 1.0).view(height, width)
+        number = torch.arange(1, height * width + 1, dtype=torch.float32).view(height, width)
         return _Cells(number.expand(shape_of(node)), (height, width))
     if flow.is_movement(node):
         return _moved(node, cells, flow) or (_own(node) if node in flow.channel_maps.moved.values() else None)
@@ -101,7 +101,7 @@ def _own(node: Node) -> _Cells | None:
     _, *sides, _ = shape_of(node)
     if len(sides) != 2 or 1 in sides:
         return None
-    number = torch.arange(1.0, sides[0] * sides[1] + 1.0).view(*sides, 1)
+    number = torch.arange(1, sides[0] * sides[1] + 1, dtype=torch.float32).view(*sides, 1)
     return _Cells(number.expand(shape_of(node)), (sides[0], sides[1]))
 
 
@@ -110,7 +110,8 @@ def _moved(node: Node, cells: dict[Node, _Cells], flow: Dataflow) -> _Cells | No
     size = next((cells[used].size for used in moved if used in cells), None)
     if size is None:
         return None
-    values = {used: cells[used].number if used in cells else torch.zeros(shape_of(used)) for used in moved}
+    none = {used: torch.zeros(shape_of(used), dtype=torch.float32) for used in moved if used not in cells}
+    values = none | {used: cells[used].number for used in moved if used in cells}
     return _Cells(move(node, values, flow.constants), size)
 
 

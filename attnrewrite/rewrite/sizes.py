@@ -256,15 +256,33 @@ class _Restating:
         if len(constants) != 1:
             return None
         (constant,) = constants
-        for known in [*self.known, *self.donors]:
-            if any(term is not None and value != k for value, k, term in zip(vector, known, given, strict=True)):
-                continue
-            for function in (torch.sym_max, torch.sym_min):
-                if all(function(k, constant) == value for k, value in zip(known, vector, strict=True)):
-                    emitted = self._expression(known)
-                    if emitted is not None:
-                        return self.graph.call_function(function, (emitted, constant))
+        everywhere = self._everywhere(given)
+        emitted = self._emitted(given)
+        if everywhere is None or emitted is None:
+            return None
+        for function in (torch.sym_max, torch.sym_min):
+            if all(function(number, constant) == value for number, value in zip(everywhere, vector, strict=True)):
+                return self.graph.call_function(function, (emitted, constant))
         return None
+
+    def _everywhere(self, terms: tuple[Any, ...]) -> Vector | None:
+        """What the model would have computed on every look, those too on which it did not come to it; None if the graph
+        does not know the values that it asked for their extents."""
+        seen = [term for term in terms if term is not None]
+        if len(set(map(_kind, seen))) > 1:
+            return None
+        if isinstance(seen[0], Arithmetic):
+            operands = [self._everywhere(each) for each in _operands(terms)]
+            if None in operands:
+                return None
+            return tuple(seen[0].function(*each) for each in zip(*operands, strict=True))
+        if not isinstance(seen[0], Side):
+            return (seen[0],) * len(terms) if len(set(seen)) == 1 else None
+        asked = self._asked(terms, self._vector(terms))
+        argument = self._argument(terms)
+        if argument is not None:
+            return tuple(each.meta["value"] for each in (argument, *self.twins[argument]))
+        return None if asked is None else self.extents[asked[0]][0][asked[1]]
 
     def _emitted(self, terms: tuple[Any, ...]) -> Any:
         """What the model computed, computed again from what the graph knows; None if that is not enough. A look that

@@ -46,6 +46,31 @@ def test_a_model_made_in_inference_mode_is_refused_by_name():
         attnrewrite.convert(model, "identity", images("timm_vit", 1), progress=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype):
+    """A bfloat16 counts to 256 only: tokens of a map are more."""
+    model = small_model("timm_vit", img_size=(288, 320)).float()
+    batch = images("timm_vit", 1, torch.float32, (288, 320))
+
+    def converted():
+        return attnrewrite.convert(model, "neighborhood", batch, kernel_size=5, progress=False)
+
+    expected = converted()
+    torch.set_default_dtype(dtype)
+    try:
+        actual = converted()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        assert difference(actual(batch), expected(batch)) < 1e-6
+
+
+def test_the_meta_device_as_default_is_refused_by_name():
+    model, batch = small_model("timm_vit"), images("timm_vit", 1)
+    with torch.device("meta"), pytest.raises(ArgumentError, match="default device is meta"):
+        attnrewrite.convert(model, "identity", batch, progress=False)
+
+
 def test_modes_are_as_before_afterwards():
     model, batch = small_model("timm_vit"), images("timm_vit", 1)
     with ExitStack() as modes:
