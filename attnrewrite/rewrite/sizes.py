@@ -218,6 +218,8 @@ class _Restating:
             emitted = self._emitted(given)
             if emitted is not None:
                 return emitted
+            if len(set(map(_way, given))) > 1:  # what explains a few looks is no explanation of several ways
+                return None
         if len(set(vector)) == 1:  # it comes from sizes that move: that it did not move proves nothing
             return None
         if vector in self.known:

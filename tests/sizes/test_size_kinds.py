@@ -247,6 +247,15 @@ def test_a_kernel_that_covers_no_more_than_the_map_at_capture_is_exact_there_alo
 # --- what has to run ---
 
 
+def test_a_window_that_is_one_side_or_the_other_or_neither():
+    """transformers' Swin cuts its window to the smaller side; here its returned weights keep all that arithmetic."""
+    donor = lively(functools.partial(libraries.transformers_swin, attn_implementation="eager", window_size=7))
+    converted = attnrewrite.convert(donor, "identity", images(1, (56, 56)), progress=False)
+    for size in [(56, 56), (224, 56), (56, 224), (112, 56), (84, 112)]:
+        found = compare(converted, donor, images(2, size), tolerance=1e-6)  # its softmax is in float32
+        assert found[0] in ("equal", "refused"), (size, found)
+
+
 @pytest.mark.parametrize(
     ("make", "captured", "others"),
     [
