@@ -33,6 +33,10 @@ class BackendError(AttnRewriteError, RuntimeError):
     """No backend can run an operator as asked."""
 
 
+class ConversionWarning(UserWarning):
+    """Something is not as it was before a conversion, and would go unnoticed."""
+
+
 UNFORESEEN = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError,
 )  # fmt: skip

@@ -99,7 +99,8 @@ class AttentionNodes:
     with the values; ``result`` is the first value after the output projection whose tokens lie as those of ``source``.
     ``groups`` are the letters of the operands' batch-like axes, and ``head_groups`` those of them that run over heads.
     ``merged`` is the output projection and ``linears`` the others; ``batch_axis`` is the axis of ``source`` that counts
-    samples; ``placement`` is known where the projections are.
+    samples; ``placement`` is known where the projections are. ``weights`` are the attention weights, where the graph
+    shows them.
     """
 
     query: Operand
@@ -116,6 +117,7 @@ class AttentionNodes:
     batch_axis: int = 0
     linears: tuple[Node, ...] = ()
     placement: Placement | None = field(default=None, repr=False)
+    weights: Operand | None = None
 
     @property
     def batch_groups(self) -> str:

@@ -6,9 +6,10 @@ import copy
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .cores import WindowAttention
 from .errors import UNFORESEEN
 from .ir import AttentionSite, MapGroups
 from .lift.values import shape_of
@@ -32,7 +33,7 @@ def macs_after(site: AttentionSite, conversion: Conversion) -> int | None:
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
             dtype = site.nodes.query.node.meta["val"].dtype
-            operands = [None if part is None else part.to(dtype) for part in _operands(site, pixels)]
+            operands = [None if part is None else part.to(dtype) for part in _operands(site, core, pixels)]
             extras = {name: part.to(dtype) for name, part in _extras(site, conversion).items()}
             core(*operands, **extras)
     except UNFORESEEN:
@@ -40,7 +41,7 @@ def macs_after(site: AttentionSite, conversion: Conversion) -> int | None:
     return counter.get_total_flops() // 2
 
 
-def _operands(site: AttentionSite, pixels: bool) -> list[Tensor | None]:
+def _operands(site: AttentionSite, core: nn.Module, pixels: bool) -> list[Tensor | None]:
     batch, nodes = _batch(site), site.nodes
     dims = [dict(zip(part.axes, shape_of(part.node), strict=True)) for part in (nodes.query, nodes.key, nodes.value)]
     widths = [sizes.get("d", sizes.get("e", 1)) for sizes in dims]
@@ -49,7 +50,8 @@ def _operands(site: AttentionSite, pixels: bool) -> list[Tensor | None]:
         grid = site.map_grid
         parts = [torch.empty(batch, grid.height, grid.width, site.heads, width) for width in widths]
         bias = None if site.bias is None else torch.empty(site.heads, *site.bias.values.shape[1:])
-        pads = [torch.empty(site.heads, width) for width in widths[1:]] if site.keys.phantom else []
+        padded = isinstance(core, WindowAttention) and core.window.phantom
+        pads = [torch.empty(site.heads, width) for width in widths[1:]] if padded else []
         return [*parts, bias, *pads]
     lengths = (dims[0]["x"], dims[1]["y"], dims[1]["y"])
     lengths = (lengths[0],) * 3 if pixels else lengths

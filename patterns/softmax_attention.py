@@ -399,7 +399,7 @@ def _nodes(
     return AttentionNodes(
         core.query, core.key, core.value, core.output, core.product, core.groups, head_groups, source, key_source,
         merged.linear if merged else None, merged.result if merged else None, batch_axis, linears,
-        placement,
+        placement, core.weights,
     )  # fmt: skip
 
 

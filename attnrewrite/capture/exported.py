@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .boundaries import BoundaryRecorder, ModuleCall, final_node, positions
 from .draws import same_draws
 from .examples import Inputs, normalise_inputs
 from .in_place import restate_in_place
+from .keywords import names_read
 from .replica import replica
 from .sizes import SizeRecord, SizeTracker
 
@@ -52,6 +54,11 @@ class Capture:
     def batch(self) -> int:
         """Samples in the example input."""
         return int(self.tensors[self.inputs[0]].shape[0])
+
+    @cached_property
+    def keywords_read(self) -> dict[str, frozenset[str]]:
+        """By the path of a module that takes any keyword argument: what its code could read, as ``is_read`` tells."""
+        return names_read(self.model, self.example)
 
     def is_uncast(self, node: Node) -> bool:
         """Whether the model computes ``node`` with autocast turned off, whatever its surroundings have."""

@@ -57,6 +57,8 @@ class AggregatedCore(ExactWhereHeld):
             holds its relative table. The table serves the local window; cells have it where each is one token.
     """
 
+    only_weighs_values = True
+
     def __init__(
         self,
         local: LocalBranch | None,
@@ -142,7 +144,7 @@ class MaskedAggregatedCore(nn.Module):
         self.local, self.blocks, self.grid, self.scale = local, blocks, grid, scale
         self.register_buffer("entries", entries, persistent=False)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *_pads: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` by slots of a block.
 
         Raises:

@@ -28,6 +28,8 @@ class GroupedCore(ExactWhereHeld):
         position_bias: gives ``[heads, n, n]`` for a group of given size, added to the scores.
     """
 
+    only_weighs_values = True
+
     def __init__(
         self,
         group: Pair,

@@ -27,17 +27,9 @@ class InterleavedAttention(OfMap):
         super().__init__(GroupedCore(keys.group, keys.interval, grid, scale, dropout))
         self.keys, self.grid = keys, grid
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None = None,
-        pad_key: Tensor | None = None,
-        pad_value: Tensor | None = None,
-    ) -> Tensor:
-        """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` by slots of a group. Nothing is
-        padded with keys, so ``pad_key`` and ``pad_value`` stay None. Returns the map of mixed values.
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` by slots of a group. Returns the
+        map of mixed values.
 
         Raises:
             ConversionError: the map is not the one at conversion.

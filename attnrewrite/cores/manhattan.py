@@ -109,6 +109,8 @@ class ReducedManhattanCore(nn.Module):
         grid, reduced: the query and the key map at conversion.
     """
 
+    only_weighs_values = True
+
     def __init__(
         self, log_decay: tuple[float, ...], grid: Grid, reduced: Grid, scale: float, dropout: float = 0.0
     ) -> None:

@@ -32,6 +32,8 @@ class NeighborhoodAttention(ExactWhereHeld):
         entries: positions in a flattened dense bias ``[heads, tokens, tokens]`` that hold its relative table.
     """
 
+    only_weighs_values = True
+
     def __init__(
         self,
         kernel_size: Pair,
@@ -125,15 +127,7 @@ class SlidingAttention(ExactWhereHeld):
         self.table_step = table_step or dilation
         self.register_buffer("entries", entries, persistent=False)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None = None,
-        pad_key: Tensor | None = None,
-        pad_value: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` by slots of a window.
 
         What windows hold in padded slots is not attended to: a neighbourhood never leaves the map.
@@ -170,6 +164,8 @@ class ReducedNeighborhoodAttention(ExactWhereHeld):
         grid, reduced: the query and the key map at conversion.
     """
 
+    only_weighs_values = True
+
     def __init__(self, kernel_size: Pair, grid: Grid, reduced: Grid, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.kernel_size, self.grid, self.reduced = kernel_size, grid, reduced
@@ -181,7 +177,8 @@ class ReducedNeighborhoodAttention(ExactWhereHeld):
         mask = bias
         self.hold(covers(self.kernel_size, (1, 1), reduced), reduced)
         if any(k < side for k, side in zip(self.kernel_size, (reduced.height, reduced.width), strict=True)):
-            mask = reduced_mask(self.kernel_size, grid, reduced).to(query.device)
+            seen = reduced_mask(self.kernel_size, grid, reduced).to(query.device)
+            mask = seen if bias is None else bias.to(query.dtype).masked_fill(~seen, -math.inf)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         rate = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, mask, rate, scale=self.scale).transpose(1, 2)

@@ -45,15 +45,7 @@ class OfMap(nn.Module):
         super().__init__()
         self.core = core
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None = None,
-        pad_key: Tensor | None = None,
-        pad_value: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` of the one window that is the map."""
         parts = [part.flatten(1, 2) for part in (query, key, value)]
         mixed = self.core(*parts, None if bias is None else bias[None])

@@ -9,7 +9,7 @@ from sympy import Expr
 from torch import nn
 from torch.fx import Node
 
-from ..cores import Activation, GatherPatches, MapToTokens
+from ..cores import Activation, GatherPatches, MapToTokens, WindowAttention
 from ..cores.conv_gate import ConvGate, ConvGatedMlp
 from ..cores.cross_scale import CrossScaleConv, CrossScalePatches
 from ..cores.tokens_to_token import TokensToTokenBranch, TokensToTokenStem
@@ -54,7 +54,7 @@ def _attention(
     parts = {name: getattr(before, name).subs(PADDED, N) for name in ("dense", "streams", "weights")}
     known = {name: value for name, value in values.items() if name is not PADDED and name not in core.values}
     made = core.plus(known, saved=C * N, **parts)
-    if windowed and site.keys.phantom:  # type: ignore[union-attr]  # windowed says so
+    if isinstance(conversion.core, WindowAttention) and conversion.core.window.phantom:
         made = made.plus(once=_projections(site, site.key, site.value))
     if conversion.extras:
         made = made.plus(dense=N * _projections(site, site.key, site.value))

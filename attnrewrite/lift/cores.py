@@ -38,7 +38,7 @@ class Core:
 
     ``bias`` is learned, ``mask`` constant; both are float64 ``[*groups or 1, queries, keys]`` or None. ``addends`` are
     the learned bias values in the graph. ``anchor`` is the node that names the place, ``nodes`` all between operands
-    and output.
+    and output; ``weights`` are the softmax's result, unless it is fused.
     """
 
     anchor: Node
@@ -54,6 +54,7 @@ class Core:
     bias: Tensor | None
     mask: Tensor | None
     nodes: tuple[Node, ...]
+    weights: Operand | None = None
 
 
 def find_cores(flow: Dataflow) -> tuple[list[Core], list[tuple[Node, str]]]:
@@ -117,8 +118,9 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     bias, mask = (None if part is None else canonical(part, letters, groups + "xy") for part in (bias, mask))
     nodes = (product.node, *chain.path, *softmax.nodes, *path_after, final.node)
     scales = tuple(chain.learned_scales)
+    shown = Operand(anchor, letters) if shape_of(anchor) == scores else None
     return Core(
-        anchor, query, key, value, output, product.node, groups, chain.factor, scales, addends, bias, mask, nodes
+        anchor, query, key, value, output, product.node, groups, chain.factor, scales, addends, bias, mask, nodes, shown
     )
 
 

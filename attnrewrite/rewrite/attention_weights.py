@@ -1,15 +1,22 @@
-"""Attention weights that a module returns beside its result: the donor's are not those of a new operator."""
+"""Attention weights that a module uses beside its product with the values, most of all to return them: the donor's are
+not those of a new operator."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from ..errors import ConversionError
-from ..ir import AttentionSite
-from .outline import Outlined
+from ..ir import AttentionSite, Operand
+from ..layout import from_heads_last
+from .outline import NotOutlinable, Outlined
+
+Reader = Callable[[], Node]
+"""Adds to the graph what computes the new operator's weights, heads-last ``[batch, queries, heads, keys]``."""
 
 
 class Unavailable:
@@ -25,8 +32,9 @@ class Unavailable:
 
     def _refuse(self) -> NoReturn:
         raise ConversionError(
-            "this module's attention was converted, and the new operator does not give attention weights; leave the "
-            "module unconverted with `keep`, or revert the model, to look at them"
+            "this module's attention was converted, and its new attention weights are not computed: convert the model "
+            "with example inputs that make it return them (for transformers output_attentions=True, with eager "
+            "attention); where the new operator has none, leave the module out with `keep`, or revert the model"
         )
 
 
@@ -34,26 +42,86 @@ def unavailable() -> Unavailable:
     return Unavailable()
 
 
-def withhold(outlined: Outlined, site: AttentionSite) -> None:
-    """Put a stand-in where the module returns the weights that the site's old product with the values was fed."""
-    weights = _weights_of(site)
-    returned = {made for node in weights for made in outlined.made.get(node, [])}
+def unit_mixture(core: nn.Module, query: Tensor, key: Tensor, *terms: Tensor) -> Tensor:
+    """``[batch, queries, heads, keys]``: the weights that ``core`` gives to the keys, without dropout.
+
+    A core that does nothing to its values but weigh them shows its weights on unit vectors, as many at once as a head
+    has dimensions.
+    """
+    keys, width = key.shape[1], key.shape[-1]
+    units = torch.eye(keys, dtype=key.dtype, device=key.device)
+    training = core.training
+    core.train(False)
+    try:
+        columns = units.split(width, dim=1)
+        parts = [core(query, key, _spread(part, key, width), *terms)[..., : part.shape[1]] for part in columns]
+    finally:
+        core.train(training)
+    return torch.cat(parts, dim=-1)
+
+
+def _spread(units: Tensor, key: Tensor, width: int) -> Tensor:
+    """One value ``[keys, units]`` for all samples and heads, padded to the width of a head."""
+    padded = nn.functional.pad(units, (0, width - units.shape[1]))
+    return padded[None, :, None].expand(*key.shape).contiguous()
+
+
+def exchange_weights(outlined: Outlined, site: AttentionSite, read: Reader | None) -> None:
+    """Give what still uses a site's old weights, beside their product with the values, those of the new operator.
+
+    Weights that the captured call never looks at, or that the new operator does not have (``read`` is None) and that
+    the model returns, are not computed: a stand-in is returned for them.
+
+    Raises:
+        NotOutlinable: the model computes with weights that the new operator does not have.
+    """
+    weights = site.nodes.weights
+    if weights is None:
+        return
+    viewers = _viewers(outlined, site, weights.node)
+    for node in [made for made in outlined.made.get(weights.node, []) if made in outlined.graph.nodes]:
+        if viewers and read is not None:
+            _exchange(outlined, site, weights, node, read)
+        elif all(viewer.op == "output" for viewer in viewers):
+            _hide(outlined, node)
+        else:
+            raise NotOutlinable("the model computes with its attention weights, which the new operator does not have")
+
+
+def _viewers(outlined: Outlined, site: AttentionSite, weights: Node) -> set[Node]:
+    """Captured nodes outside of the module, or the captured output, that look at ``weights`` or what is made of them
+    beside their product with the values."""
+    viewers: set[Node] = set()
+    pending, seen = [weights], {weights, site.nodes.output.node}
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "output" or not outlined.call.encloses(outlined.capture.position.get(user, -1)):
+                viewers.add(user)
+            elif user not in seen:
+                pending.append(user)
+                seen.add(user)
+    return viewers
+
+
+def _exchange(outlined: Outlined, site: AttentionSite, weights: Operand, old: Node, read: Reader) -> None:
+    nodes, graph = site.nodes, outlined.graph
+    axes = weights.axes.replace("y", "e")  # a weight for every key, as the values have a dimension
+    with graph.inserting_before(old.next):
+        groups = (nodes.batch_groups, nodes.head_groups, site.head_sizes)
+        new = graph.call_function(from_heads_last, (read(), axes, *groups))
+    new.meta["val"] = old.meta["val"]
+    old.replace_all_uses_with(new)
+
+
+def _hide(outlined: Outlined, weights: Node) -> None:
+    """Return a stand-in for whatever is made of the weights."""
+    made = {weights}
+    for node in outlined.graph.nodes:
+        if made & set(node.all_input_nodes):
+            made.add(node)
     output = next(node for node in outlined.graph.nodes if node.op == "output")
-    if not returned & set(output.all_input_nodes):
+    if not made & set(output.all_input_nodes):
         return
     with outlined.graph.inserting_before(output):
         stand_in = outlined.graph.call_function(unavailable)
-    output.args = fx.node.map_arg(output.args, lambda node: stand_in if node in returned else node)
-
-
-def _weights_of(site: AttentionSite) -> set[Node]:
-    """What lies between the product of query and key and that with the values."""
-    found: set[Node] = set()
-    pending = [node for node in site.nodes.output.node.all_input_nodes if node is not site.nodes.value.node]
-    while pending:
-        node = pending.pop()
-        if node is site.nodes.product or node in found or node.op != "call_function":
-            continue
-        found.add(node)
-        pending += node.all_input_nodes
-    return found
+    output.args = fx.node.map_arg(output.args, lambda node: stand_in if node in made else node)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 from torch.fx import Node
 
-from ..cores import DenseAttention, GatherPatches, InterleavedAttention, InTokenOrder, WindowAttention
-from ..ir import AttentionSite, MapGroups, MlpSite, Projection, Site, StemSite
+from ..cores import GatherPatches, InTokenOrder, WindowAttention
+from ..ir import AttentionSite, MapGroups, MlpSite, Operand, Projection, Site, StemSite
 from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..lift.values import shape_of
 from ..targets import Conversion
-from .attention_weights import withhold
+from .attention_weights import Reader, unit_mixture
 from .head_norms import again, normalised, scaled
 from .outline import NotOutlinable, Outlined
-from .sizes import CHECK
 
 
-def install(outlined: Outlined, site: Site, conversion: Conversion) -> None:
+def install(outlined: Outlined, site: Site, conversion: Conversion) -> Reader | None:
     """Replace what ``site`` computes in the graph by a call of the conversion's core, a new child of the module.
+
+    Returns:
+        What computes the attention weights of the new core, if it has any.
 
     Raises:
         NotOutlinable: the site's values are not where the graph can replace them.
@@ -33,11 +36,12 @@ def install(outlined: Outlined, site: Site, conversion: Conversion) -> None:
         if isinstance(site.keys, MapGroups):
             _windowed(outlined, site, site.keys, conversion.core)
         else:
-            _operands(outlined, site, conversion)
+            return _operands(outlined, site, conversion)
     elif isinstance(site, MlpSite):
         _mlp(outlined, site, conversion)
     else:
         _stem(outlined, site, conversion)
+    return None
 
 
 def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node]]:
@@ -61,75 +65,40 @@ def whole_ends(site: Site, conversion: Conversion) -> tuple[Node, Node]:
     return site.source, conversion.until or site.result
 
 
-def remove_dead_code(graph: fx.Graph) -> None:
-    """Drop what nothing uses any more. Calls of children that nothing uses go too: the new core does their work."""
-    count = -1
-    while count != len(graph.nodes):  # a write is read by what comes before it, too, until that is dropped
-        count = len(graph.nodes)
-        for node in reversed(graph.nodes):
-            needed = node.op in ("placeholder", "output") or CHECK in node.meta
-            if not node.users and not needed and not _writes_to_what_is_read(node):
-                graph.erase_node(node)
-
-
-def _writes_to_what_is_read(node: Node) -> bool:
-    """``bias[a:b].zero_()``: nothing uses the result, and what it was written to is used."""
-    if not _is_in_place(node):
-        return False
-    written: Node = node.args[0]  # type: ignore[assignment]  # a node
-    while _is_view(written):
-        written = written.args[0]  # type: ignore[assignment]  # a node
-    pending, seen = [written], {written}
-    while pending:
-        for user in pending.pop().users:
-            if _is_view(user) or _is_in_place(user):
-                pending += [user] if user not in seen else []
-                seen.add(user)
-            else:
-                return True
-    return False
-
-
-def _is_in_place(node: Node) -> bool:
-    return _schema(node) is not None and _schema(node).is_mutable  # type: ignore[union-attr]  # asked just before
-
-
-def _is_view(node: Node) -> bool:
-    """Whether its result may be a part of its first operand."""
-    if node.target is operator.getitem:
-        return True
-    schema = _schema(node)
-    info = None if schema is None or not schema.arguments else schema.arguments[0].alias_info
-    return info is not None and not info.is_write
-
-
-def _schema(node: Node) -> torch.FunctionSchema | None:
-    return getattr(node.target, "_schema", None)
-
-
-def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -> None:
+def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -> Reader | None:
     """Query, key and value stay as they are computed; the product with the values is replaced."""
-    nodes, graph = site.nodes, outlined.graph
+    nodes, graph, extras = site.nodes, outlined.graph, conversion.extras
     old = outlined.first(nodes.output.node)
-    consumers = ((nodes.query, nodes.product), (nodes.key, nodes.product), (nodes.value, nodes.output.node))
-    if "pixels" in conversion.extras:
-        consumers = consumers[:1]  # type: ignore[assignment]  # the query alone
+
+    def query() -> Node:
+        return scaled(outlined, site, _heads_last(outlined, site, nodes.query, nodes.product))
+
+    def key() -> Node:
+        return _heads_last(outlined, site, nodes.key, nodes.product)
+
     with graph.inserting_before(old):
+        if "pixels" in extras:
+            parts = [query()]
+            local: dict[str, Any] = {"pixels": outlined.value(site.source)}
+        else:
+            parts = [query(), key(), _heads_last(outlined, site, nodes.value, nodes.output.node)]
+            local = _local_operands(outlined, site) if "local" in extras else {}
+        core = outlined.add_module("attention", conversion.core)
+        new = graph.call_module(core, (*parts, *_dense_bias(outlined, site)), local)
         groups = (nodes.batch_groups, nodes.head_groups, site.head_sizes)
-        parts = [
-            graph.call_function(heads_last, (outlined.argument(consumer, part.node), part.axes, *groups))
-            for part, consumer in consumers
-        ]
-        parts[0] = scaled(outlined, site, parts[0])
-        bias = _dense_bias(outlined, site)
-        local = _local_operands(outlined, site) if "local" in conversion.extras else {}
-        if "pixels" in conversion.extras:
-            local = {"pixels": outlined.value(site.source)}
-        new = graph.call_module(outlined.add_module("attention", conversion.core), (*parts, *bias), local)
         new = graph.call_function(from_heads_last, (new, nodes.output.axes, *groups))
     _replace(old, new)
-    if not isinstance(conversion.core, DenseAttention):
-        withhold(outlined, site)
+    if not getattr(conversion.core, "only_weighs_values", False):
+        return None
+    return lambda: graph.call_function(
+        unit_mixture, (graph.get_attr(core), query(), key(), *_dense_bias(outlined, site))
+    )
+
+
+def _heads_last(outlined: Outlined, site: AttentionSite, part: Operand, consumer: Node) -> Node:
+    groups = (site.nodes.batch_groups, site.nodes.head_groups, site.head_sizes)
+    operand = outlined.argument(consumer, part.node)
+    return outlined.graph.call_function(heads_last, (operand, part.axes, *groups))
 
 
 def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Any]:
@@ -175,9 +144,10 @@ def _windowed(outlined: Outlined, site: AttentionSite, keys: MapGroups, core: An
         query = scaled(outlined, site, normalised(outlined, site.query_norm, query))
         arguments: list[Node | None] = [query, normalised(outlined, site.key_norm, key), value]
         arguments += _block_bias(outlined, site)
-        if keys.phantom:
+        if keys.phantom and isinstance(core, WindowAttention):
             zero = graph.call_function(zero_token, (source,))
-            key, value = (graph.call_function(operator.getitem, (project(p, zero), 0)) for p in (site.key, site.value))
+            padding = _projector(outlined, site, source, partial(_padding_call, outlined, query, core.window.size))
+            key, value = (graph.call_function(operator.getitem, (padding(p, zero), 0)) for p in (site.key, site.value))
             arguments += [*([None] if site.bias is None else []), normalised(outlined, site.key_norm, key), value]
         placed = core if site.place is None else InTokenOrder(core, site.place, site.map_grid)
         if site.place is not None:
@@ -191,20 +161,21 @@ def _windowed(outlined: Outlined, site: AttentionSite, keys: MapGroups, core: An
             mixed = graph.call_method("flatten", (mixed, 1, 2))
         new = _after_projection(outlined, site, mixed)
     _replace(old, new)
-    if not isinstance(core, WindowAttention | InterleavedAttention):
-        withhold(outlined, site)
 
 
-def _projector(outlined: Outlined, site: AttentionSite, source: Node) -> Callable[[Projection, Node], Node]:
+def _projector(
+    outlined: Outlined, site: AttentionSite, source: Node, call: Callable[[Node, Node], Node] | None = None
+) -> Callable[[Projection, Node], Node]:
     """Calls the projections' own modules on whole maps, each once for each value."""
     calls: dict[tuple[Node, Node], Node] = {}
     graph = outlined.graph
     linears = {made.args[1]: made for made in site.nodes.linears}
+    call = call or partial(again, outlined)
 
     def project(part: Projection, value: Node) -> Node:
         linear = linears[part.weight]
         if (linear, value) not in calls:
-            calls[linear, value] = again(outlined, outlined.first(linear), value)
+            calls[linear, value] = call(outlined.first(linear), value)
         head_step, start, dim_step = _steps(part.rows)
         taken = graph.call_function(
             take_heads, (calls[linear, value], start, part.heads, part.head_dim, head_step, dim_step)
@@ -214,6 +185,22 @@ def _projector(outlined: Outlined, site: AttentionSite, source: Node) -> Callabl
         return taken
 
     return project
+
+
+def _padding_call(outlined: Outlined, image: Node, window: tuple[int, int], made: Node, zero: Node) -> Node:
+    """The call ``made`` on a padded slot, which hooks see on maps that have such slots."""
+    if made.op != "call_module":
+        return again(outlined, made, zero)
+    module = outlined.graph.get_attr(str(made.target))
+    return outlined.graph.call_function(project_padding, (module, zero, image, window))
+
+
+def project_padding(module: nn.Module, zero: Tensor, image: Tensor, window: tuple[int, int]) -> Tensor:
+    """What ``module`` makes of a padded slot. On a map that windows divide there is none, and the model itself calls
+    it for none: no hook sees that."""
+    divided = all(side % size == 0 for side, size in zip(image.shape[1:3], window, strict=True))
+    made: Tensor = module.forward(zero) if divided else module(zero)
+    return made
 
 
 def _block_bias(outlined: Outlined, site: AttentionSite) -> list[Node]:
@@ -305,8 +292,6 @@ def _whole(outlined: Outlined, site: Site, conversion: Conversion) -> None:
         if isinstance(site, AttentionSite):
             new = _after_merge(outlined, site, new)
     _replace(old, new)
-    if isinstance(site, AttentionSite):
-        withhold(outlined, site)
 
 
 def _replace(old: Node, new: Node) -> None:

@@ -18,7 +18,6 @@ from ..capture import IN_PLACE, Capture, ModuleCall, NodeRef
 from ..layout import map_channels
 from ..lift.dataflow import Dataflow
 from ..lift.values import argument, input_of, is_call, operator_name
-from .image_sides import NoteImage
 
 
 class NotOutlinable(Exception):
@@ -79,6 +78,17 @@ class Outlined:
         """Whether the module's own code, or that of a child dissolved into it, ran at a trace position."""
         return self.call.encloses(position) and not any(child.encloses(position) for child in self.live)
 
+    def relative(self, path: str) -> str:
+        """The path below the module of a path below the model."""
+        return path.removeprefix(f"{self.call.path}.") if self.call.path else path
+
+    def dissolved(self) -> list[ModuleCall]:
+        """Calls below the module's that are not made any more."""
+        parts = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
+        return [
+            call for call in self.call.walk() if call is not self.call and not lies_in(self.relative(call.path), parts)
+        ]
+
     def add_module(self, stem: str, module: nn.Module) -> str:
         taken = {*self.modules, *dict(self.call.module.named_children())}
         name = next(n for n in _numbered(f"attnrewrite_{stem}") if n not in taken)
@@ -99,6 +109,11 @@ class Outlined:
         name = f"attnrewrite_constant_{len(self.constants)}"
         self.constants[name] = value
         return self.graph.get_attr(name)
+
+
+def lies_in(path: str, modules: set[str]) -> bool:
+    """Whether it is the path of one of the ``modules``, or of a part of one."""
+    return any(prefix in modules for prefix in itertools.accumulate(path.split("."), "{}.{}".format))
 
 
 def outline(call: ModuleCall, flow: Dataflow, opened: Callable[[ModuleCall], bool]) -> Outlined:
@@ -146,10 +161,6 @@ class _Outliner:
             if self.opened(child) and self._is_convolution(child):
                 self._convolution(child)
             elif self.opened(child):
-                module = child.module
-                hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-                hooked = any(not isinstance(hook, NoteImage) for hook in hooks)
-                self._require(not hooked, f"hooks on its child {self._relative(child.path)} would not fire any more")
                 self._body(child)
             else:
                 self._call(child)
@@ -169,7 +180,7 @@ class _Outliner:
         """Show the linear map that a convolution is; the convolution's own module is called for it."""
         result = child.output.node
         linear = self.flow.channel_maps.linear[result]
-        operands = (self._value(input_of(linear)), self.graph.get_attr(self._relative(child.path)))
+        operands = (self._value(input_of(linear)), self.graph.get_attr(self.result.relative(child.path)))
         rank = len(result.meta["val"].shape)
         self._made(linear, self.graph.call_function(map_channels, (*operands, rank)))
         self._node(result)
@@ -235,7 +246,7 @@ class _Outliner:
         self.result.live.append(child)
         signature = inspect.signature(child.module.forward)
         bound = inspect.BoundArguments(signature, tree_map(self._reference, child.arguments))
-        called = self.graph.call_module(self._relative(child.path), bound.args, bound.kwargs)
+        called = self.graph.call_module(self.result.relative(child.path), bound.args, bound.kwargs)
         if isinstance(child.output, NodeRef):
             if child.output.node is not None:
                 self.result.handed_on |= child.output.node in self.result.made and type(child.module) is not nn.Identity
@@ -290,9 +301,6 @@ class _Outliner:
             value.meta["val"] = captured.meta["val"]
         self.result.made.setdefault(captured, []).append(value)
 
-    def _relative(self, path: str) -> str:
-        own = self.result.call.path
-        return path.removeprefix(f"{own}.") if own else path
 
     def _require(self, condition: bool, reason: str) -> None:
         if not condition:

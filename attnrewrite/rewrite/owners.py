@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
+from ..cores import DenseAttention, InterleavedAttention, WindowAttention
 from ..errors import UNFORESEEN, unforeseen
 from ..image_map import ImageSize
 from ..ir import AttentionSite, Grid, Site
@@ -19,13 +21,19 @@ from ..lift.dataflow import Dataflow
 from ..lift.looks import Look, Looks
 from ..lift.values import needed_nodes
 from ..targets import Conversion
+from .attention_weights import Reader, exchange_weights
+from .dead_code import remove_dead_code
 from .follow_sizes import follow_sizes
-from .install import install, must_open, remove_dead_code, whole_ends
-from .outline import NotOutlinable, Outlined, outline
+from .install import install, must_open, whole_ends
+from .outline import NotOutlinable, Outlined, lies_in, outline
 from .program import Program, program_of
-from .rewritten import rewrite_module
+from .rewritten import rewrite_module, tell_of_hooks
+from .silent_hooks import has_hooks
 
 ConversionOf = Callable[[Site], Conversion]
+
+_KEEPING_WEIGHTS = (DenseAttention, WindowAttention, InterleavedAttention)
+"""Cores with which the donor's attention weights stay true."""
 
 
 @dataclass
@@ -36,7 +44,7 @@ class OwnerProgram:
     identity. ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its
     own hands its input on in eval mode; ``passes_over`` whether it is given a constant that it no longer uses, and
     ``reads_image`` whether it asks for the image that the model was given. ``live`` are the paths of children that are
-    still called.
+    still called, and ``dissolved`` those, below the module's own, of the modules that are not.
     """
 
     call: ModuleCall
@@ -50,6 +58,7 @@ class OwnerProgram:
     passes_over: bool = False
     reads_image: bool = False
     live: frozenset[str] = frozenset()
+    dissolved: list[str] = field(default_factory=list)
     donor_class: type = field(init=False)
     lost: dict[int, int] = field(init=False)
 
@@ -65,6 +74,7 @@ class OwnerProgram:
     def install(self, module: nn.Module) -> None:
         """Rewrite ``module``, the owner or a copy of it, with cores of its own."""
         rewrite_module(module, self.program, copy.deepcopy(self.modules), copy.deepcopy(self.buffers), self.dropped)
+        tell_of_hooks(module, self.path, self.dissolved)
 
 
 def build_programs(
@@ -100,6 +110,7 @@ def build_program(
             again = partial(_outlined_again, call, sites, looks, conversion_of=conversion_of)
             outlined = follow_sizes(outlined, looks, again)
             remove_dead_code(outlined.graph)
+            dissolved = _dissolved(outlined)
             program = program_of(outlined)
         except _NotInstalled as without:
             failed.append((without.site, _reason(call, without.__cause__)))
@@ -112,11 +123,13 @@ def build_program(
         buffers = {name: value for name, value in outlined.constants.items() if name in used}
         read = {part for name in used for part in itertools.accumulate(name.split("."), "{}.{}".format)}
         called = {str(node.target) for node in outlined.graph.nodes if node.op == "call_module"}
-        unread = [name for name in before if name not in read and not _lies_in(name, called)]
+        unread = [name for name in before if name not in read and not lies_in(name, called)]
         unused = [name for name in unread if _is_droppable(call, name, looks.first)]
         noted = (outlined.handed_on, bool(outlined.passed_over()), any(map(_reads_image, modules.values())))
         live = frozenset(child.path for child in outlined.live)
-        return OwnerProgram(call, sites, program, modules, buffers, unused, outlined.tied, *noted, live), failed
+        return OwnerProgram(
+            call, sites, program, modules, buffers, unused, outlined.tied, *noted, live, dissolved
+        ), failed
     return None, failed
 
 
@@ -126,13 +139,42 @@ def _outlined(
     """The call's graph with ``sites`` installed, and the parts of the module that its own graph used before."""
     outlined = outline(call, flow, _opener(sites, conversion_of))
     before = _parts_used(outlined.graph)
+    readers: list[tuple[AttentionSite, Reader | None]] = []
     for site in sites:
-        try:
-            install(outlined, site, conversion_of(site))
-        except (NotOutlinable, *UNFORESEEN) as cause:
-            raise _NotInstalled(site) from cause
+        with _naming(site):
+            reader = install(outlined, site, conversion_of(site))
+        if isinstance(site, AttentionSite) and not isinstance(conversion_of(site).core, _KEEPING_WEIGHTS):
+            readers.append((site, reader))
+    remove_dead_code(outlined.graph)
+    for site, reader in readers:
+        with _naming(site):
+            exchange_weights(outlined, site, reader)
     remove_dead_code(outlined.graph)
     return outlined, before
+
+
+def _dissolved(outlined: Outlined) -> list[str]:
+    """The paths below the module of children that it does not call any more.
+
+    Raises:
+        NotOutlinable: one of them has hooks.
+    """
+    paths: dict[str, None] = {}
+    for call in outlined.dissolved():
+        path = outlined.relative(call.path)
+        if has_hooks(call.module):
+            raise NotOutlinable(f"hooks on its child {path} would not fire any more")
+        paths[path] = None
+    return list(paths)
+
+
+@contextmanager
+def _naming(site: Site) -> Iterator[None]:
+    """Say which of several sites cannot be installed."""
+    try:
+        yield
+    except (NotOutlinable, *UNFORESEEN) as cause:
+        raise _NotInstalled(site) from cause
 
 
 class _NotInstalled(Exception):
@@ -197,11 +239,6 @@ def _parameters_at(module: nn.Module, path: str) -> list[nn.Parameter]:
     parent, _, name = path.rpartition(".")
     own = module.get_submodule(parent)._parameters.get(name)
     return list(module.get_submodule(path).parameters()) if own is None else [own]
-
-
-def _lies_in(name: str, modules: set[str]) -> bool:
-    """Whether a part belongs to one of the ``modules``, whose hooks may read it."""
-    return any(path in modules for path in itertools.accumulate(name.split("."), "{}.{}".format))
 
 
 def _is_droppable(call: ModuleCall, name: str, flow: Dataflow) -> bool:

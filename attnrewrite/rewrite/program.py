@@ -18,10 +18,12 @@ from torch.fx.graph import CodeGen
 from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from ..capture import ModuleCall, NodeRef
+from ..capture.keywords import is_read
 from ..errors import ConversionError
 from .outline import NotOutlinable, Outlined
 
 _ALLOWED = (type(None), bool, int, float, str)
+_REMEDY = "convert the model with example inputs that make this call, or use `keep`"
 
 
 @dataclass
@@ -66,24 +68,28 @@ def expect_same(what: str, given: Any, captured: Any) -> None:
     if type(given) is not type(captured) or given != captured:
         raise ConversionError(
             f"{what} was {captured!r} when this module was converted and is {given!r} now; the rewritten forward holds "
-            "for the captured call only: convert the model with example inputs that make this call, or use `keep`"
+            f"for the captured call only: {_REMEDY}"
         )
 
 
-def expect_no_more(what: str, given: dict[str, Any], captured: list[str]) -> None:
-    """Keyword arguments that were not passed at capture must carry nothing that the forward would need.
-
-    A tensor (a mask) and a request for attention weights would be passed over in silence.
+def expect_keywords(what: str, given: dict[str, Any], captured: frozenset[str], needed: list[str], read: Any) -> None:
+    """Keyword arguments beyond the ``captured`` ones must be none that the donor's code may have ``read``, which would
+    be passed over in silence: a mask, a request for attention weights. Those that carry nothing pass. The ``needed``
+    ones must be there.
 
     Raises:
         ConversionError: naming the argument.
     """
+    for name in needed:
+        if name not in given:
+            raise ConversionError(
+                f"{what}[{name!r}] was given when this module was converted and is not given now; {_REMEDY}"
+            )
     for name, value in given.items():
-        asked = isinstance(value, torch.Tensor) or (name == "output_attentions" and value)
-        if name not in captured and asked:
+        if name not in captured and not (value is None or value is False) and is_read(name, read):
             raise ConversionError(
                 f"{what}[{name!r}] was not given when this module was converted; the rewritten forward does not "
-                "know it: convert the model with example inputs that make this call, or use `keep`"
+                f"know it: {_REMEDY}"
             )
 
 
@@ -107,7 +113,7 @@ def expect_constant(what: str, given: torch.Tensor | None, captured: torch.Tenso
     if not same:
         raise ConversionError(
             f"{what}, {now}, is not what it was when this module was converted; the rewritten forward does not read "
-            "it: convert the model with example inputs that make this call, or use `keep`"
+            f"it: {_REMEDY}"
         )
 
 
@@ -159,19 +165,29 @@ class _ForwardCode(CodeGen):
     def __init__(self, outlined: Outlined) -> None:
         super().__init__()
         self.outlined = outlined
+        self.keywords = _keywords(outlined.call)
+        self.read = None if self.keywords is None else outlined.capture.keywords_read.get(outlined.call.path)
         self.names: dict[str, Any] = {
-            "expect_same": expect_same, "expect_no_more": expect_no_more, "expect_alias": expect_alias,
+            "expect_same": expect_same, "expect_keywords": expect_keywords, "expect_alias": expect_alias,
             "expect_extents": expect_extents, "expect_table": expect_table, "expect_constant": expect_constant,
         }  # fmt: skip
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
         call = self.outlined.call
-        lines = [f"def forward(self, {self._signature(call)}):"]
+        lines: list[str] = []
+        needed: list[str] = []
         seen: dict[Any, str] = {}
         passed_over = self.outlined.passed_over()
         leaves = tree_flatten_with_path(call.arguments)[0]
         for placeholder, (path, leaf) in zip(self.outlined.leaves, leaves, strict=True):
+            keyword = self._keyword(path)
+            if keyword is not None and not placeholder.users and not is_read(keyword, self.read):
+                continue
             spelled = _spelled(path)
+            if keyword is not None and (leaf is None or leaf is False) and not placeholder.users:
+                spelled = f"{self.keywords}.get({keyword!r}, {leaf})"
+            elif keyword is not None:
+                needed.append(keyword)
             if isinstance(leaf, NodeRef):
                 lines.append(f"    {placeholder.name} = {spelled}")
                 if leaf.node in seen:
@@ -195,8 +211,18 @@ class _ForwardCode(CodeGen):
             f"    expect_table({name!r}, {_attribute(name)}.shape, {shape})"
             for name, shape in self.outlined.tables.items()
         ]
-        lines += [f"    expect_no_more({name!r}, {name}, {sorted(call.arguments[name])})" for name in _keywords(call)]
-        return "\n".join(lines)
+        return "\n".join([f"def forward(self, {self._signature(call)}):", *self._keywords(needed), *lines])
+
+    def _keyword(self, path: tuple[Any, ...]) -> str | None:
+        """The name of an argument that came in with ``**kwargs``, or holds the leaf at ``path``."""
+        return str(path[1].key) if len(path) > 1 and path[0].key == self.keywords else None
+
+    def _keywords(self, needed: list[str]) -> list[str]:
+        if self.keywords is None:
+            return []
+        captured, read = frozenset(self.outlined.call.arguments[self.keywords]), self.read
+        stated = f"{self._constant(captured)}, {sorted(set(needed))}, {self._constant(read)}"
+        return [f"    expect_keywords({self.keywords!r}, {self.keywords}, {stated})"]
 
     def generate_output(self, output_args: Any, *args: Any, **options: Any) -> str:
         structure = self.outlined.call.output
@@ -230,10 +256,10 @@ class _ForwardCode(CodeGen):
         return name
 
 
-def _keywords(call: ModuleCall) -> list[str]:
+def _keywords(call: ModuleCall) -> str | None:
     """The name of a ``**kwargs`` parameter, if there is one."""
     parameters = inspect.signature(call.module.forward).parameters.values()
-    return [p.name for p in parameters if p.kind == p.VAR_KEYWORD]
+    return next((p.name for p in parameters if p.kind == p.VAR_KEYWORD), None)
 
 
 def _attribute(name: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .program import Program
+from .silent_hooks import silence, unsilence
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Rewriting:
 
     ``dropped`` are the children and parameters that were taken out, each with its parent's path, whether it is one of
     the parent's ``_modules`` or ``_parameters``, and what the parent had there, in order.
-    ``previous`` is an earlier rewriting of the same module.
+    ``silent`` are the paths of children that are not called any more. ``previous`` is an earlier rewriting of the same
+    module.
     """
 
     program: Program
@@ -31,6 +33,7 @@ class Rewriting:
     modules: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
     dropped: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+    silent: list[str] = field(default_factory=list)
     previous: Rewriting | None = None
 
 
@@ -63,16 +66,27 @@ def rewrite_module(
     for name, value in buffers.items():
         module.register_buffer(name, value, persistent=False)
     module.__dict__["attnrewrite_rewriting"] = Rewriting(
-        program, donor_class, list(modules), list(buffers), taken, previous
+        program, donor_class, list(modules), list(buffers), taken, previous=previous
     )
     if isinstance(module, nn.MultiheadAttention):
         module._qkv_same_embed_dim = False  # or torch's encoder layers would use its weights past its forward
     module.__class__ = rewritten_class(donor_class)
 
 
+def tell_of_hooks(module: nn.Module, path: str, dissolved: Sequence[str]) -> None:
+    """Warn whoever registers a hook on a child, at one of the ``dissolved`` paths, that ``module``, which is the
+    model's at ``path``, does not call any more."""
+    known = dict(module.named_modules(remove_duplicate=False))  # not all: some were taken out
+    children = [(name, known[name]) for name in dissolved if name in known]
+    done: Rewriting = module.__dict__["attnrewrite_rewriting"]
+    done.silent += [name for name, child in children if silence(child, f"{path}.{name}" if path else name)]
+
+
 def restore_module(module: nn.Module) -> None:
     """Undo ``rewrite_module``."""
     done: Rewriting = module.__dict__["attnrewrite_rewriting"]
+    for name in done.silent:
+        unsilence(module.get_submodule(name))
     for name in (*done.modules, *done.buffers):
         delattr(module, name)
     for path, kind, parts in reversed(done.dropped):

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
+from collections import OrderedDict
+
 import pytest
+import timm
+import torch
 from model_queries import projections_of, rewritten_names, run
 from pairs import CONVERSIONS, SWINS, converted_from
 from repetition import thinned
@@ -11,6 +18,7 @@ from torch import nn
 
 import attnrewrite
 from attnrewrite import AttnRewriteError
+from attnrewrite.errors import ConversionWarning
 
 
 def fired(model, batch, kinds):
@@ -117,3 +125,84 @@ def test_backward_hooks_fire(identity):
             module.register_full_backward_hook(lambda module, given, taken: seen.append(module))
     logits(converted(identity.batch)).sum().backward()
     assert len(set(seen)) == sum(isinstance(module, nn.LayerNorm) for module in converted.modules())
+
+
+WINDOWS = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2,), "num_heads": (2,)}
+
+
+def swin(**options):
+    model = timm.models.swin_transformer.SwinTransformer(**{**WINDOWS, "num_classes": 5, **options}).eval()
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # then its softmax and dropout are modules that are called
+    return model
+
+
+@pytest.mark.parametrize("child", ["attn.softmax", "attn.attn_drop", "attn", "mlp.act"])
+@pytest.mark.parametrize("to", ["identity", "neighborhood", "conv_glu"])
+def test_a_hook_on_a_child_fires_after_conversion_or_the_site_is_refused(child, to):
+    donor, seen = swin(), []
+    donor.layers[0].blocks[1].get_submodule(child).register_forward_hook(lambda *_: seen.append(1))
+    converted, report = attnrewrite.convert(donor, to, torch.randn(1, 3, 32, 32), progress=False, return_report=True)
+    seen.clear()
+    converted(torch.randn(2, 3, 32, 32))
+    reasons = [site.why for site in report.sites if site.status == "refused"]
+    assert seen == [1]
+    assert (to == "conv_glu") == child.startswith("mlp") or not reasons or "would not fire any more" in reasons[0]
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_a_hook_put_on_later_on_a_child_that_is_not_called_says_so(kind):
+    converted = attnrewrite.convert(swin(), "identity", torch.randn(1, 3, 32, 32), progress=False)
+    for path in ("attn", "attn.softmax", "attn.attn_drop"):
+        child = converted.layers[0].blocks[0].get_submodule(path)
+        with pytest.warns(ConversionWarning, match=rf"layers.0.blocks.0.{path} is not called any more") as told:
+            getattr(child, f"register_{kind}")(lambda *_: None)
+        assert told[0].filename == __file__ or "torch" in told[0].filename
+
+
+def test_hooks_put_on_later_are_quiet_where_they_fire_and_after_revert(recwarn):
+    converted = attnrewrite.convert(swin(), "identity", torch.randn(1, 3, 32, 32), progress=False)
+    live = [m for n, m in converted.named_modules() if n.endswith(("qkv", "proj", "norm1", "mlp", "blocks.0"))]
+    assert len(live) > 5
+    for module in live:
+        module.register_forward_hook(lambda *_: None)
+    for module in copy.deepcopy(attnrewrite.revert(converted)).modules():
+        module.register_forward_hook(lambda *_: None)
+        assert type(module._forward_hooks) is OrderedDict
+    assert not [warning for warning in recwarn if issubclass(warning.category, ConversionWarning)]
+
+
+def test_a_late_hook_outlives_revert_and_can_be_removed():
+    converted = attnrewrite.convert(swin(), "identity", torch.randn(1, 3, 32, 32), progress=False)
+    seen = []
+    with pytest.warns(ConversionWarning):
+        handle = converted.layers[0].blocks[0].attn.register_forward_hook(lambda *_: seen.append(1))
+    reverted = attnrewrite.revert(converted)
+    reverted(torch.randn(1, 3, 32, 32))
+    assert seen == [1]
+    handle.remove()
+    reverted(torch.randn(1, 3, 32, 32))
+    assert seen == [1]
+
+
+def test_a_copy_of_a_converted_model_still_tells_and_converts_again():
+    converted = attnrewrite.convert(swin(), "identity", torch.randn(1, 3, 32, 32), progress=False)
+    loaded = pickle.loads(pickle.dumps(copy.deepcopy(converted)))
+    with pytest.warns(ConversionWarning, match="attn.softmax"):
+        loaded.layers[0].blocks[1].attn.softmax.register_forward_pre_hook(lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        attnrewrite.convert(loaded, "conv_glu", torch.randn(1, 3, 32, 32), progress=False)
+
+
+@pytest.mark.parametrize(("size", "times"), [(32, 1), (40, 1), (36, 2)])
+@pytest.mark.parametrize(("to", "options"), [("identity", {}), ("neighborhood", {"kernel_size": 3})])
+def test_a_projection_fires_once_and_again_for_the_padding_that_the_original_gives_it(size, times, to, options):
+    """36 pixels are 18 tokens a side, which windows of 4 do not divide."""
+    donor, seen = swin(strict_img_size=False), []
+    converted = attnrewrite.convert(donor, to, torch.randn(1, 3, 32, 32), progress=False, **options)
+    converted.layers[0].blocks[0].attn.qkv.register_forward_hook(lambda m, given, made: seen.append(tuple(made.shape)))
+    converted(torch.randn(2, 3, size, size))
+    assert seen[0] == (2, size // 2, size // 2, 48)
+    assert len(seen) == (times if to == "identity" else 1)

@@ -36,25 +36,24 @@ def test_output_attentions_gives_weights_or_an_error(pairs, name, to):
     try:
         with torch.no_grad():
             attentions = pair.converted(pair.batch, output_attentions=True).attentions
+        assert all(weights.shape[-1] >= 17 for weights in attentions)
     except ConversionError:
         return
-    assert attentions
-    assert all(isinstance(weights, torch.Tensor) and weights.shape[-1] >= 17 for weights in attentions)
     assert len(attentions) >= 2
     for weights in attentions:
         assert float((weights.sum(-1) - 1).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["transformers_vit", "transformers_swin"])
-def test_eager_attentions_of_a_new_operator_are_withheld(name):
+def test_eager_attentions_of_a_new_operator_are_not_the_originals(name):
     """The original's dense weights beside another operator's result would be wrong."""
     donor = small_model(name, attn_implementation="eager").float()
     example = images(name, 1, torch.float32)
     converted = attnrewrite.convert(donor, "neighborhood", example, kernel_size=3)
-    with torch.no_grad(), pytest.raises(ConversionError, match=r"output_attentions|does not give attention weights"):
+    with torch.no_grad(), pytest.raises(ConversionError, match="example inputs that make it return them"):
         converted(example, output_attentions=True).attentions[-1].sum()
     donor.config.output_attentions = converted.config.output_attentions = True
-    with torch.no_grad(), pytest.raises(ConversionError, match=r"output_attentions|does not give attention weights"):
+    with torch.no_grad(), pytest.raises(ConversionError, match="example inputs that make it return them"):
         converted(example).attentions[-1].sum()
 
 

@@ -115,6 +115,18 @@ def test_a_reduced_map_is_seen_from_the_cell_above() -> None:
         torch.testing.assert_close(mixed[:, token], value[:, row * 2 + column])
 
 
+def test_a_bias_to_a_reduced_map_counts_inside_the_kernel() -> None:
+    grid, reduced = Grid(4, 4), Grid(2, 2)
+    query, key, value = (torch.randn(1, tokens, 1, 8, dtype=torch.float64) for tokens in (16, 4, 4))
+    bias = torch.randn(1, 1, 16, 4, dtype=torch.float64)
+    core = ReducedNeighborhoodAttention((1, 2), grid, reduced, 0.5).eval()
+    above = torch.arange(16) // 4 // 2 * 2  # the row of cells that a query sees
+    seen = torch.arange(4) // 2 * 2 == above[:, None]
+    scores = 0.5 * query[0, :, 0] @ key[0, :, 0].T + bias[0, 0]
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[0, :, 0]
+    assert torch.allclose(core(query, key, value, bias)[0, :, 0], expected, atol=1e-12)
+
+
 def test_other_sizes_keep_the_aspect_ratio_or_raise() -> None:
     core = NeighborhoodAttention((3, 3), (1, 1), Grid(4, 6, 1), 1.0).eval()
     assert core(*operands(8 * 12 + 1, 8 * 12 + 1)).shape == (2, 97, HEADS, DIM)

@@ -1,0 +1,127 @@
+"""Which keyword arguments a module's code could read, where it takes any (``**kwargs``).
+
+Trainers pass arguments down that are for somebody else (``num_items_in_batch``, which the loss reads). One may pass by
+a rewritten module if the code that was rewritten cannot have read it. What can be read of ``**kwargs`` is spelled out
+in the code that runs, as a parameter or a constant, unless it goes through all of them; so that code is seen running.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import accumulate
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .draws import same_draws
+from .examples import Inputs
+from .replica import replica
+
+_STRANGER = "attnrewrite_stranger"
+
+
+def names_read(model: nn.Module, example: Inputs) -> dict[str, frozenset[str]]:
+    """By the path of every module that takes any keyword argument: the strings in the code that its calls ran.
+
+    Empty where that is no evidence: the model does not run, or handles keyword arguments that it cannot know.
+    """
+    seen = _Seen()
+    twin = replica(model, training=False, own_buffers=True)
+    for path, module in twin.named_modules():
+        if takes_any_keyword(module):
+            module.register_forward_pre_hook(seen.enter(path), with_kwargs=True)
+            module.register_forward_hook(seen.leave, prepend=True)
+    args, kwargs = example
+    try:
+        with torch.no_grad(), same_draws(model), seen.profiling():
+            twin(*args, **kwargs)
+    except Exception:  # most of all: it takes no argument of that name
+        return {}
+    if seen.stranger.touched:
+        return {}
+    return {path: frozenset().union(*map(_strings, codes)) for path, codes in seen.codes.items()}
+
+
+def takes_any_keyword(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def is_read(name: str, read: frozenset[str] | None) -> bool:
+    """Whether code that holds these strings may read the keyword ``name``, spelled out or made of parts (``"output_" +
+    kind``). Without such evidence it may."""
+    if read is None:
+        return True
+    words = name.split("_")
+    heads = accumulate(words[:-1], lambda head, word: f"{head}{word}_", initial="")
+    tails = accumulate(reversed(words[1:]), lambda tail, word: f"_{word}{tail}", initial="")
+    return name in read or any(part in read for part in (*heads, *tails) if part)
+
+
+class _Stranger(Tensor):
+    """A keyword argument that no code can know: who touches it goes through all that it is given."""
+
+    touched = False
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        for value in args:
+            if isinstance(value, _Stranger):
+                value.__dict__["touched"] = True
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class _Seen:
+    """The code that ran during the calls of every module, by its path."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, set[CodeType]] = {}
+        self.stranger: _Stranger = torch.zeros(1).as_subclass(_Stranger)
+        self.stranger.__dict__["touched"] = False
+        self._open: list[str] = []
+
+    def enter(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._open.append(path)
+            self.codes.setdefault(path, set())
+            return args, kwargs | {_STRANGER: self.stranger}
+
+        return hook
+
+    def leave(self, *_: Any) -> None:
+        self._open.pop()
+
+    @contextmanager
+    def profiling(self) -> Iterator[None]:
+        """Of this thread alone."""
+        before = sys.getprofile()
+        sys.setprofile(self._on_event)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+    def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            for path in self._open:
+                self.codes[path].add(frame.f_code)
+
+
+def _strings(code: CodeType) -> set[str]:
+    """Parameters and constants of a function and of those it defines."""
+    found = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    pending = list(code.co_consts)
+    while pending:
+        constant = pending.pop()
+        if isinstance(constant, str):
+            found.add(constant)
+        elif isinstance(constant, tuple | frozenset):
+            pending += constant
+        elif isinstance(constant, CodeType):
+            found |= _strings(constant)
+    return found

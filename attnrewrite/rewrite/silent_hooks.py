@@ -1,0 +1,65 @@
+"""Hooks of modules that a rewritten one no longer calls: whoever registers one is told that it will not fire."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConversionWarning
+from .image_sides import NoteImage
+
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class SilentHooks(OrderedDict[int, Any]):
+    """The hooks of the module at ``path``. A shallow copy is a plain dictionary: hooks on a replica are nobody's."""
+
+    def __init__(self, path: str, hooks: Iterable[tuple[int, Any]] = ()) -> None:
+        super().__init__()
+        self.path = path
+        for key, hook in hooks:
+            super().__setitem__(key, hook)
+
+    def __setitem__(self, key: int, hook: Any) -> None:
+        if self.path:
+            warnings.warn(
+                f"{self.path} is not called any more since the model was converted, so this hook will not fire; hook "
+                "the module around it, or leave the site out with `keep`",
+                ConversionWarning,
+                stacklevel=3,
+            )
+        super().__setitem__(key, hook)
+
+    def __copy__(self) -> OrderedDict[int, Any]:
+        return OrderedDict(self)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.path, list(self.items()))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` calls anything else, of other people."""
+    hooks = [hook for kind in _KINDS for hook in getattr(module, kind).values()]
+    return any(not isinstance(hook, NoteImage) for hook in hooks)
+
+
+def silence(module: nn.Module, path: str) -> bool:
+    """Tell who registers a hook on ``module`` from now on, if it has none yet. Whether that was not done before."""
+    if has_hooks(module) or isinstance(module._forward_hooks, SilentHooks):
+        return False
+    for kind in _KINDS:
+        module.__dict__[kind] = SilentHooks(path)
+    return True
+
+
+def unsilence(module: nn.Module) -> None:
+    """Undo ``silence``. Hooks that were registered in spite of it stay, and their handles hold."""
+    for kind in _KINDS:
+        hooks = module.__dict__[kind]
+        hooks.path = ""
+        if not hooks:
+            module.__dict__[kind] = OrderedDict()

@@ -1,0 +1,134 @@
+"""Arguments that a trainer passes down through ``**kwargs`` pass by a rewritten module, if it could not read them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import difference, images, small_model
+from torch import nn
+
+import attnrewrite
+from attnrewrite.errors import ConversionError
+
+
+def masked(scores, mask=None, **others):
+    return scores if mask is None else scores + mask
+
+
+def scaled(scores, **others):
+    return scores * others.get("temperature", 1.0)
+
+
+def composed(scores, **others):
+    kind = "slope"
+    return scores * others.get(f"score_{kind}", 1.0)
+
+
+def summed(scores, **others):
+    for value in others.values():
+        scores = scores + value
+    return scores
+
+
+READERS = {"mask": masked, "temperature": scaled, "score_slope": composed, "anything": summed}
+
+
+class Attention(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.qkv, self.proj, self.change = nn.Linear(32, 96), nn.Linear(32, 32), change
+
+    def forward(self, x, **kwargs):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        scores = self.change(q @ k.transpose(-2, -1) * 0.25, **kwargs)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class Stem(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).flatten(2).transpose(1, 2)
+
+
+class Net(nn.Module):
+    """Its own code, which reads ``num_items_in_batch``, is not rewritten."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.stem, self.attention, self.head = Stem(3, 32, 8, 8), Attention(change), nn.Linear(32, 5)
+
+    def forward(self, x, labels=None, **kwargs):
+        logits = self.head(self.attention(self.stem(x), **kwargs).mean(1))
+        if labels is None:
+            return logits
+        loss = F.cross_entropy(logits, labels, reduction="sum") / kwargs.get("num_items_in_batch", 1)
+        return loss, logits
+
+
+def converted_net(name, **given):
+    torch.manual_seed(0)
+    donor = Net(READERS[name]).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    return donor, attnrewrite.convert(donor, "identity", {"x": x[:1], **given}, progress=False), x
+
+
+@pytest.mark.parametrize("name", ["mask", "temperature", "score_slope"])
+@pytest.mark.parametrize("count", [2, torch.tensor(2.0)])
+def test_what_the_module_cannot_read_passes_by_it(name, count):
+    donor, converted, x = converted_net(name)
+    labels = torch.tensor([1, 3])
+    expected = donor(x, labels=labels, num_items_in_batch=count)
+    actual = converted(x, labels=labels, num_items_in_batch=count)
+    assert difference(actual[0], expected[0]) < 1e-12
+    assert difference(actual[1], expected[1]) < 1e-12
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("value", [3.0, torch.tensor(3.0, dtype=torch.float64)])
+def test_what_it_may_read_is_refused(name, value):
+    _, converted, x = converted_net(name)
+    with pytest.raises(ConversionError, match=rf"kwargs\['{name}'\] was not given when this module was converted"):
+        converted(x, **{name: value})
+    converted(x, **{name: None} if name == "mask" else {})
+
+
+def test_an_argument_of_the_example_is_not_needed_if_nothing_reads_it():
+    donor, converted, x = converted_net("mask", num_items_in_batch=torch.tensor(2.0), note="anything", seed=7)
+    assert difference(converted(x), donor(x)) < 1e-12
+    assert difference(converted(x, note="another"), donor(x)) < 1e-12
+
+
+def test_an_argument_of_the_example_that_was_read_is_needed():
+    donor, converted, x = converted_net("temperature", temperature=2.0)
+    assert difference(converted(x, temperature=2.0), donor(x, temperature=2.0)) < 1e-12
+    with pytest.raises(ConversionError, match=r"kwargs\['temperature'\] was given when .* is not given now"):
+        converted(x)
+    with pytest.raises(ConversionError, match="was 2.0 when this module was converted and is 3.0 now"):
+        converted(x, temperature=3.0)
+
+
+def test_arguments_pass_by_under_a_compiler():
+    donor, converted, x = converted_net("mask")
+    compiled = torch.compile(converted, backend="eager", fullgraph=True)
+    count = torch.tensor(2.0)
+    labels = torch.tensor([1, 3])
+    expected = donor(x, labels=labels, num_items_in_batch=count)[0]
+    assert difference(compiled(x, labels=labels, num_items_in_batch=count)[0], expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["transformers_vit", "transformers_vit_eager", "transformers_swin"])
+@pytest.mark.parametrize("to", ["identity", "conv_glu", "tokens_to_token"])
+def test_labels_and_counts_reach_the_loss_of_transformers_models(name, to):
+    donor = small_model(name).float()
+    x, labels = images(name, 2, torch.float32), torch.tensor([1, 4])
+    try:
+        converted = attnrewrite.convert(donor, to, x[:1], progress=False)
+    except ConversionError as refused:
+        pytest.skip(str(refused).splitlines()[0])
+    given = {"labels": labels, "num_items_in_batch": torch.tensor(2)}
+    loss = converted(x, **given).loss
+    if to == "identity":
+        assert difference(loss, donor(x, **given).loss) < 1e-5
+    assert torch.isfinite(loss)
+    assert attnrewrite.convert(donor, to, {"pixel_values": x, **given}, progress=False)(x).loss is None
