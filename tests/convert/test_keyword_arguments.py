@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,9 +48,13 @@ class Attention(nn.Module):
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
 
 
-class Stem(nn.Conv2d):
+class Stem(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Conv2d(3, 32, 8, 8)
+
     def forward(self, x):
-        return super().forward(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class Net(nn.Module):
@@ -56,7 +62,7 @@ class Net(nn.Module):
 
     def __init__(self, change):
         super().__init__()
-        self.stem, self.attention, self.head = Stem(3, 32, 8, 8), Attention(change), nn.Linear(32, 5)
+        self.stem, self.attention, self.head = Stem(), Attention(change), nn.Linear(32, 5)
 
     def forward(self, x, labels=None, **kwargs):
         logits = self.head(self.attention(self.stem(x), **kwargs).mean(1))
@@ -104,7 +110,7 @@ def test_an_argument_of_the_example_that_was_read_is_needed():
     assert difference(converted(x, temperature=2.0), donor(x, temperature=2.0)) < 1e-12
     with pytest.raises(ConversionError, match=r"kwargs\['temperature'\] was given when .* is not given now"):
         converted(x)
-    with pytest.raises(ConversionError, match="was 2.0 when this module was converted and is 3.0 now"):
+    with pytest.raises(ConversionError, match=r"was 2\.0 when this module was converted and is 3\.0 now"):
         converted(x, temperature=3.0)
 
 
@@ -117,15 +123,17 @@ def test_arguments_pass_by_under_a_compiler():
     assert difference(compiled(x, labels=labels, num_items_in_batch=count)[0], expected) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["transformers_vit", "transformers_vit_eager", "transformers_swin"])
-@pytest.mark.parametrize("to", ["identity", "conv_glu", "tokens_to_token"])
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        *itertools.product(["transformers_vit", "transformers_vit_eager", "transformers_swin"], ["identity", "conv_glu"]),
+        ("transformers_vit", "tokens_to_token"),
+    ],
+)
 def test_labels_and_counts_reach_the_loss_of_transformers_models(name, to):
     donor = small_model(name).float()
     x, labels = images(name, 2, torch.float32), torch.tensor([1, 4])
-    try:
-        converted = attnrewrite.convert(donor, to, x[:1], progress=False)
-    except ConversionError as refused:
-        pytest.skip(str(refused).splitlines()[0])
+    converted = attnrewrite.convert(donor, to, x[:1], progress=False)
     given = {"labels": labels, "num_items_in_batch": torch.tensor(2)}
     loss = converted(x, **given).loss
     if to == "identity":
