@@ -130,10 +130,11 @@ class Plan:
         expected = self._expected()
         model = self.model if inplace else independent(self.model)
         rewritten: list[nn.Module] = []
+        names = {id(planned.site): planned.target.name for planned in self.converting if planned.target is not None}
         try:
             for owner in self.programs:
                 module = model.get_submodule(owner.path)
-                owner.install(module)
+                owner.install(module, {names[id(site)] for site in owner.sites})
                 rewritten.append(module)
             if self.looks is not None and any(owner.reads_image for owner in self.programs):
                 note_images(model, self.capture, self.looks.size)

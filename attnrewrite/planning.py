@@ -45,7 +45,7 @@ from .plan import Plan, PlannedSite, matching
 from .product_cost import macs_after, macs_before
 from .rewrite.check import misbehaviour, misbehaviour_in_model
 from .rewrite.owners import OwnerProgram, build_program
-from .rewrite.training import steps_of_training
+from .rewrite.training import same_place, steps_of_training
 from .targets import Conversion, Exactness, NotConvertible, NothingToDo, Target, recognise_all, target_of
 
 Selector = str | Iterable[str] | Callable[[Site], bool]
@@ -300,16 +300,23 @@ def _cores(conversion: Conversion) -> list[nn.Module]:
 
 
 def _check_training(made: Plan) -> None:
-    """Refuse what is another function in training mode, or is given what is no map there."""
-    look = training_look(made.capture) if made.programs else None
-    if look is not None:
-        restate_convolutions(look)
-    reasons = [(owner, steps_of_training(owner, made.capture, look)) for owner in made.programs]
-    planned = {id(p.site): p for p in made.converting}
-    for owner, reason in reasons:
-        for site in owner.sites if reason else ():
-            planned[id(site)].refuse(reason)
-    if any(reason for _, reason in reasons):
+    """Refuse what is another function in training mode, or is given what is no map there: at the captured size, and at
+    another, where a branch of training may come to another end."""
+    reasons: dict[int, str] = {}
+    looks = [] if made.looks is None else made.looks.others[:1]
+    for look in (made.capture, *(each.flow.capture for each in looks)) if made.programs else ():
+        training = training_look(look)
+        if training is not None:
+            restate_convolutions(training)
+        for owner in made.programs:
+            call = owner.call if look is made.capture else same_place(owner.call, made.capture, look)
+            if call is not None and not (look is not made.capture and owner.fixed_to):  # elsewhere that one raises
+                reason = steps_of_training(owner, call, look, training)
+                reasons |= {id(site): reason for site in owner.sites if reason}
+    for planned in made.converting:
+        if id(planned.site) in reasons:
+            planned.refuse(reasons[id(planned.site)])
+    if reasons:
         made.build()
 
 

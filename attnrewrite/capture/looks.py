@@ -24,9 +24,9 @@ _STEP = 32
 _LARGEST = 512
 """Sides up to which they also grow by multiples of themselves, which divides whatever divided the captured ones."""
 
-
-_ODD = (26, 13)
-"""Leaves, of patches and windows of 4, 7, 8 and 16, remainders told from each other and from what they lack."""
+_ODD = (30, 29)
+"""Leaves, of patches and windows of 4, 7, 8 and 16, remainders told from each other and, but for one, from what they
+lack; and an odd number of such patches, so that what a forward asks of it by ``%`` is another than at even ones."""
 
 
 def other_looks(first: Capture) -> list[Capture]:

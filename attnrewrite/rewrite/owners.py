@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -71,9 +71,10 @@ class OwnerProgram:
     def path(self) -> str:
         return self.call.path
 
-    def install(self, module: nn.Module) -> None:
+    def install(self, module: nn.Module, targets: Iterable[str] = ()) -> None:
         """Rewrite ``module``, the owner or a copy of it, with cores of its own."""
-        rewrite_module(module, self.program, copy.deepcopy(self.modules), copy.deepcopy(self.buffers), self.dropped)
+        parts = copy.deepcopy(self.modules), copy.deepcopy(self.buffers)
+        rewrite_module(module, self.program, *parts, self.dropped, targets)
         tell_of_hooks(module, self.path, self.dissolved)
 
 

@@ -7,11 +7,13 @@ from the donor's, so ``isinstance`` and the donor's methods stay. ``torch.nn.uti
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import new_class
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .program import Program
@@ -54,8 +56,11 @@ def rewrite_module(
     modules: dict[str, nn.Module],
     buffers: dict[str, Tensor],
     dropped: Sequence[str] = (),
+    targets: Iterable[str] = (),
 ) -> None:
-    """Give ``module`` the new forward, in place."""
+    """Give ``module`` the new forward, in place. Its state says from then on what it was converted to, by their names:
+    strict loading into another model reports that.
+    """
     previous: Rewriting | None = module.__dict__.get("attnrewrite_rewriting")
     donor_class = type(module) if previous is None else previous.donor_class
     parameter = next(module.parameters(), None)
@@ -65,8 +70,11 @@ def rewrite_module(
         module.add_module(name, child if parameter is None else child.to(parameter.device))
     for name, value in buffers.items():
         module.register_buffer(name, value, persistent=False)
+    marks = {MARK + re.sub(r"\W", "_", target) for target in targets} - module._buffers.keys()
+    for mark in sorted(marks):
+        module.register_buffer(mark, torch.zeros(1, device=None if parameter is None else parameter.device))
     module.__dict__["attnrewrite_rewriting"] = Rewriting(
-        program, donor_class, list(modules), list(buffers), taken, previous=previous
+        program, donor_class, list(modules), [*buffers, *marks], taken, previous=previous
     )
     if isinstance(module, nn.MultiheadAttention):
         module._qkv_same_embed_dim = False  # or torch's encoder layers would use its weights past its forward
@@ -121,6 +129,9 @@ class TakenOut(nn.Module):
         self.register_buffer("weight", next(child.parameters()).detach().new_empty(0), persistent=False)
 
 
+MARK = "attnrewrite_converted_to_"
+"""Begins the name of a buffer that says by its name what was done to a module."""
+
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -132,6 +143,7 @@ def rewritten_class(donor_class: type[nn.Module]) -> type[nn.Module]:
             "__doc__": donor_class.__doc__,
             "__reduce_ex__": _reduced_like(donor_class),
             "forward": _forward_like(donor_class),
+            "_load_from_state_dict": _loaded_like(donor_class),
         }
         bases = (donor_class, RewrittenModule)
         _CLASSES[donor_class] = new_class(f"Rewritten{donor_class.__name__}", bases, {}, lambda body: body.update(own))
@@ -146,6 +158,18 @@ def _reduced_like(donor_class: type[nn.Module]) -> Callable[[Any, Any], Any]:
         return (_empty_rewritten, (self.attnrewrite_rewriting.donor_class,), *reduced[2:])
 
     return __reduce_ex__
+
+
+def _loaded_like(donor_class: type[nn.Module]) -> Callable[..., None]:
+    """State that was never converted is the donor's, and what a conversion carries over; other state has to say that it
+    was converted to the same."""
+
+    def _load_from_state_dict(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(prefix + MARK) for key in state):
+            state |= {prefix + name: value for name, value in self._buffers.items() if name.startswith(MARK)}
+        donor_class._load_from_state_dict(self, state, prefix, *args)
+
+    return _load_from_state_dict
 
 
 def _forward_like(donor_class: type[nn.Module]) -> Callable[..., Any]:

@@ -29,17 +29,18 @@ _RATE = {"aten::scaled_dot_product_attention": 4}
 Step = tuple[Any, ...]
 
 
-def steps_of_training(owner: OwnerProgram, first: Capture, training: Capture | None) -> str:
-    """Why the module of ``owner`` is not, in training, what was captured; an empty string if it is, but for dropout.
+def steps_of_training(owner: OwnerProgram, call: ModuleCall, look: Capture, training: Capture | None) -> str:
+    """Why the module of ``owner`` is not, in training, what it is in eval mode; an empty string if it is, but for
+    dropout.
 
     Args:
-        training: the whole model in training mode, at the captured batch; None if that cannot be traced: then the
-            module is traced alone.
+        call: that of the module, on a ``look`` at the model in eval mode.
+        training: the same look in training mode; None if the model cannot be traced so: then the module is traced
+            alone.
     """
-    call = owner.call
-    counterpart = None if training is None else _counterpart(call, first, training)
+    counterpart = None if training is None else same_place(call, look, training)
     if counterpart is not None:
-        eval_steps, train_steps = _steps(call, first, owner.live), _steps(counterpart, training, owner.live)  # type: ignore[arg-type]  # it has the counterpart
+        eval_steps, train_steps = _steps(call, look, owner.live), _steps(counterpart, training, owner.live)  # type: ignore[arg-type]  # it has the counterpart
         if _shapes(call) != _shapes(counterpart):
             return _fewer_tokens(owner, eval_steps, train_steps)
     else:
@@ -131,9 +132,10 @@ def _numbers(node: fx.Node, capture: Capture) -> Iterator[Any]:
     return iter(found)
 
 
-def _counterpart(call: ModuleCall, first: Capture, training: Capture) -> ModuleCall | None:
-    number = next(i for i, each in enumerate(_calls(call.path, first)) if each is call)
-    calls = _calls(call.path, training)
+def same_place(call: ModuleCall, look: Capture, other: Capture) -> ModuleCall | None:
+    """The same call, by its number among those of its module, on another look; None if it is not made there."""
+    number = next(i for i, each in enumerate(_calls(call.path, look)) if each is call)
+    calls = _calls(call.path, other)
     return calls[number] if number < len(calls) else None
 
 

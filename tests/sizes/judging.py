@@ -112,8 +112,12 @@ def judge_target(make, captured, others, target, **options):
         return [Finding(target, "conversion", "FOREIGN", f"{type(cause).__name__}: {first_line(cause)}")]
     kinds = sorted({site.kind for site in attnrewrite.report(converted).converted})
     findings = [Finding(target, "conversion", "converted", ", ".join(kinds))]
+    in_step = True
     for where, batch, train in places(captured, others):
+        if not in_step and not train and where.endswith("after training"):
+            continue  # the donor went on where the other refused: its statistics are others now
         findings.append(Finding(target, where, *compare(converted, donor, batch, train, gradient=train)))
+        in_step &= not train or findings[-1].verdict != "refused"
     if compare(given, make(), images(2, captured))[0] in FAULTS:
         findings.append(Finding(target, "the donor after conversion", "HARMED"))
     return findings
