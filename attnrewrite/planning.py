@@ -37,9 +37,9 @@ from .cores.exactness import hold_exact
 from .cores.head_norm import scale_heads
 from .errors import UNFORESEEN, ArgumentError, ConversionError
 from .ir import AttentionSite, Global, Reduced, Refused, Site
-from .lift.channel_maps import restate_convolutions
 from .lift.dataflow import Dataflow
 from .lift.looks import Looks, Seen
+from .lift.restating import restate
 from .lift.values import Values, evaluate
 from .plan import Plan, PlannedSite, matching
 from .product_cost import macs_after, macs_before
@@ -307,7 +307,7 @@ def _check_training(made: Plan) -> None:
     for look in (made.capture, *(each.flow.capture for each in looks)) if made.programs else ():
         training = training_look(look)
         if training is not None:
-            restate_convolutions(training)
+            restate(training)
         for owner in made.programs:
             call = owner.call if look is made.capture else same_place(owner.call, made.capture, look)
             if call is not None and not (look is not made.capture and owner.fixed_to):  # elsewhere that one raises

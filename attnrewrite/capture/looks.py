@@ -24,25 +24,28 @@ _STEP = 32
 _LARGEST = 512
 """Sides up to which they also grow by multiples of themselves, which divides whatever divided the captured ones."""
 
-_ODD = (30, 29)
-"""Leaves, of patches and windows of 4, 7, 8 and 16, remainders told from each other and, but for one, from what they
-lack; and an odd number of such patches, so that what a forward asks of it by ``%`` is another than at even ones."""
+_ODD = ((4 * _STEP + 22, 5 * _STEP + 21), (6 * _STEP + 10, 3 * _STEP + 11))
+"""What sides grow by to sizes that nothing divides. Patches of 4, 8 and 16 leave remainders that are told from each
+other, and numbers of patches that windows of 4, 7 and 8 do not divide, by two or more: padding by one looks like
+rounding. On the first such look these numbers are odd for patches of 4 and 16, so that what a forward makes of them by
+``%`` is told from what it makes of even ones; on the second, more than a patch is missing to the next multiple of two.
+"""
 
 
 def other_looks(first: Capture) -> list[Capture]:
-    """Captures at two other sizes, the second with sides that nothing divides if the model takes them, each of another
-    aspect and batch; none where the model takes no other size."""
+    """Captures at other sizes, each of another aspect and batch: one that has the divisors of the captured sides, and
+    two that nothing divides, or one that is as the first if the model takes no such; none where it takes no other size.
+    """
     batch, sides = first.batch, image_sides(first)
-    looks: list[Capture] = []
-    if sides is not None:
-        for step in (_STEP, *([max(sides)] if max(sides) <= _LARGEST else [])):
-            grown = _look(first, _grown(sides, step, 1, 3), batch + 4)
-            if grown is not None:
-                odd = (sides[0] + 2 * step + _ODD[0], sides[1] + step + _ODD[1])
-                again = _look(first, odd, batch + 6) or _look(first, _grown(sides, step, 4, 2), batch + 6)
-                looks = [look for look in (grown, again) if look is not None]
-                break
-    return looks
+    if sides is None:
+        return []
+    for step in (_STEP, *([max(sides)] if max(sides) <= _LARGEST else [])):
+        grown = _look(first, _grown(sides, step, 1, 3), batch + 4)
+        if grown is not None:
+            odd = _look(first, _added(sides, _ODD[0]), batch + 6)
+            last = _added(sides, _ODD[1]) if odd is not None else _grown(sides, step, 4, 2)
+            return [look for look in (grown, odd, _look(first, last, batch + 2)) if look is not None]
+    return []
 
 
 def one_sided_looks(first: Capture) -> list[Capture]:
@@ -75,7 +78,11 @@ def is_image(value: Any) -> bool:
 
 
 def _grown(sides: Sides, step: int, rows: int, columns: int) -> Sides:
-    return sides[0] + rows * step, sides[1] + columns * step
+    return _added(sides, (rows * step, columns * step))
+
+
+def _added(sides: Sides, more: Sides) -> Sides:
+    return sides[0] + more[0], sides[1] + more[1]
 
 
 def _look(first: Capture, sides: Sides | None, batch: int, training: bool = False) -> Capture | None:

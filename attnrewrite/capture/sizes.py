@@ -78,15 +78,15 @@ class Given:
     numbers: tuple[tuple[Number, Term | None], ...]
     index: tuple[Any, ...] | None = None
 
-    def terms_of(self, numbers: list[Any]) -> list[Term | None]:
-        """Of the ``numbers`` of one of the nodes, the terms: by their order where that is the same, else by value."""
+    def terms_of(self, numbers: list[Any]) -> list[set[Term | None]]:
+        """Of the ``numbers`` of one of the nodes, the terms: by their order if that is the same, else by value, of which
+        there may be several."""
         if [number for number, _ in self.numbers] == numbers:
-            return [term for _, term in self.numbers]
+            return [{term} for _, term in self.numbers]
         by_value: dict[Number, set[Term | None]] = {}
         for number, term in self.numbers:
             by_value.setdefault(number, set()).add(term)
-        found = [by_value.get(number, {None}) for number in numbers]
-        return [next(iter(terms)) if len(terms) == 1 else None for terms in found]
+        return [by_value.get(number, {None}) for number in numbers]
 
 
 @dataclass

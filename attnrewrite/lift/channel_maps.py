@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from ..capture import Capture
-from .values import argument, input_of, is_call, operator_name, shape_of
+from .values import argument, call_beside, input_of, is_call, operator_name, shape_of
 
 _CONVOLUTIONS = {"aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution"}
 _POINTWISE = {"aten::conv1d", "aten::conv2d"}
@@ -94,21 +94,14 @@ def _restate(node: Node, found: ChannelMaps, capture: Capture) -> None:
     rank = len(shape_of(node))
     with capture.graph.inserting_before(node):
         if value not in found.moved:
-            found.moved[value] = _call(node, torch.ops.aten.permute.default, (value, _channels_last(rank)), capture)
-        matrix = _call(node, torch.ops.aten.flatten.using_ints, (weight, 1), capture)
+            arguments = (value, _channels_last(rank))
+            found.moved[value] = call_beside(node, torch.ops.aten.permute.default, arguments, capture)
+        matrix = call_beside(node, torch.ops.aten.flatten.using_ints, (weight, 1), capture)
         operands = (found.moved[value], matrix) if bias is None else (found.moved[value], matrix, bias)
-        found.linear[node] = _call(node, torch.ops.aten.linear.default, operands, capture)
+        found.linear[node] = call_beside(node, torch.ops.aten.linear.default, operands, capture)
     node.target, node.kwargs = torch.ops.aten.permute.default, {}
     node.args = (found.linear[node], [0, rank - 1, *range(1, rank - 1)])
     capture.position[node] = capture.position.pop(node)  # what is traced at one position stays in order
-
-
-def _call(convolution: Node, target: Any, arguments: tuple[Any, ...], capture: Capture) -> Node:
-    """A new call in the place of ``convolution``, at its position in the trace."""
-    made = convolution.graph.call_function(target, arguments)
-    made.meta = {**convolution.meta, "val": target(*torch.fx.node.map_arg(arguments, lambda used: used.meta["val"]))}
-    capture.position[made] = capture.position[convolution]
-    return made
 
 
 def _channels_last(rank: int) -> list[int]:

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..capture import Capture, NodeRef
 from . import movement
-from .channel_maps import restate_convolutions
 from .movement import Provenance
+from .restating import restate
 from .values import Values, fold_constants, is_call, needed_nodes, operator_name
 
 _LINEAR = {"aten::linear"}
@@ -29,7 +29,7 @@ class Dataflow:
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
-        self.channel_maps = restate_convolutions(capture)
+        self.channel_maps = restate(capture)
         self.constants: Values = fold_constants(capture)
         self.learned = _reached_by_parameters(capture, self.constants)
         self._remembered: dict[Any, Any] = {}

@@ -145,6 +145,14 @@ def argument(node: Node, position: int, name: str = "", default: Any = None) -> 
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def call_beside(node: Node, target: Any, arguments: tuple[Any, ...], capture: Capture) -> Node:
+    """A new call at the position of ``node`` in the trace."""
+    made = capture.graph.call_function(target, arguments)
+    made.meta = {**node.meta, "val": target(*torch.fx.node.map_arg(arguments, lambda used: used.meta["val"]))}
+    capture.position[made] = capture.position[node]
+    return made
+
+
 def shape_of(node: Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 

@@ -24,11 +24,11 @@ from ..targets import Conversion
 from .attention_weights import Reader, exchange_weights
 from .dead_code import remove_dead_code
 from .follow_sizes import follow_sizes
+from .hooks import has_hooks
 from .install import install, must_open, whole_ends
 from .outline import NotOutlinable, Outlined, lies_in, outline
 from .program import Program, program_of
 from .rewritten import rewrite_module, tell_of_hooks
-from .silent_hooks import has_hooks
 
 ConversionOf = Callable[[Site], Conversion]
 

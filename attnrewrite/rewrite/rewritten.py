@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .hooks import silence, stay_called, unsilence
 from .program import Program
-from .silent_hooks import silence, unsilence
 
 
 @dataclass
@@ -76,8 +76,8 @@ def rewrite_module(
     module.__dict__["attnrewrite_rewriting"] = Rewriting(
         program, donor_class, list(modules), [*buffers, *marks], taken, previous=previous
     )
-    if isinstance(module, nn.MultiheadAttention):
-        module._qkv_same_embed_dim = False  # or torch's encoder layers would use its weights past its forward
+    if isinstance(module, nn.MultiheadAttention) and previous is None:
+        module.register_forward_pre_hook(stay_called)
     module.__class__ = rewritten_class(donor_class)
 
 
@@ -99,13 +99,13 @@ def restore_module(module: nn.Module) -> None:
         delattr(module, name)
     for path, kind, parts in reversed(done.dropped):
         module.get_submodule(path).__dict__[kind] = dict(parts)
-    if isinstance(module, nn.MultiheadAttention):
-        module._qkv_same_embed_dim = module.in_proj_weight is not None
     if done.previous is not None:
         module.__dict__["attnrewrite_rewriting"] = done.previous
         return
     del module.__dict__["attnrewrite_rewriting"]
     module.__class__ = done.donor_class
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is stay_called]:
+        del module._forward_pre_hooks[key]
 
 
 def _take_out(module: nn.Module, path: str) -> tuple[str, str, dict[str, Any]]:

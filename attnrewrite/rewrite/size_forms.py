@@ -20,17 +20,13 @@ Vector = tuple[float, ...]
 Emit = Callable[[], Any]
 """Puts an expression into the graph, where it is being written, and gives its value."""
 
-_TELLING = 16
-
 _FACTORS = 40
 """The first this many known numbers are tried in products of two, a quarter of them in products of three."""
 
 
 def whole_form(graph: fx.Graph, known: Iterable[tuple[Vector, Emit]], wanted: Vector) -> Any:
-    """Of one known number: its sum or product with a constant, its whole root, and of numbers that are not small, of
-    which much is a quotient, its quotient by a constant, rounded either way, the next multiple of a constant, and what
-    is missing to that."""
-    telling = max(wanted) >= _TELLING and len(set(wanted)) > 2
+    """Of one known number: its sum or product with a constant, its whole root, its quotient by a constant, rounded
+    either way, the next multiple of a constant, and what is missing to that."""
     for numbers, emit in known:
         pairs = [(int(extent), int(value)) for extent, value in zip(numbers, wanted, strict=True)]
         (extent, value), *_ = pairs
@@ -40,7 +36,7 @@ def whole_form(graph: fx.Graph, known: Iterable[tuple[Vector, Emit]], wanted: Ve
             return graph.call_function(operator.mul, (emit(), value // extent))
         if all(e > 0 and math.isqrt(e) == v for e, v in pairs):
             return graph.call_function(_whole_root, (emit(),))
-        for unit in range(2, 65) if telling else ():
+        for unit in range(2, 65):
             for form in (_floor, _ceil, _up_to, _short_of):
                 if all(form(e, unit) == v for e, v in pairs):
                     return graph.call_function(form, (emit(), unit))

@@ -53,6 +53,10 @@ def difference(first: Outlined, other: Outlined) -> str:
     return ""
 
 
+_TELLING = 16
+"""A number of unknown origin is small if it is never this large."""
+
+
 def restate(
     first: Outlined,
     others: list[Outlined],
@@ -94,6 +98,7 @@ class _Restating:
         self.twins = {n: list(t) for n, *t in zip(self.nodes, *(o.graph.nodes for o in others), strict=True)}
         self.place = [dict(zip(each.graph.nodes, self.nodes, strict=True)) for each in self.outlined]
         self.known: dict[Vector, Emit] = {}
+        self.measured: set[Vector] = set()
         self.written: dict[tuple[Any, ...], Node] = {}
         self.extents: dict[Node, tuple[list[Vector], list[Emit]]] = {}
         self.donors: dict[Vector, list[tuple[Term, ...]]] = {}
@@ -124,7 +129,7 @@ class _Restating:
         number = node.meta.get("value")
         if _is_number(number):
             vector = (number, *(twin.meta.get("value", math.nan) for twin in self.twins[node]))
-            self._learn(vector, lambda: node)
+            self._measured(vector, lambda: node)
         values = [each.meta.get("val") for each in (node, *self.twins[node])]
         shapes = [value.shape for value in values if isinstance(value, Tensor)]
         if len(shapes) < len(values) or len({len(shape) for shape in shapes}) != 1:
@@ -133,7 +138,12 @@ class _Restating:
         emits = [_once(partial(self.graph.call_method, "size", (node, axis))) for axis in range(len(extents))]
         self.extents[node] = extents, emits
         for vector, emit in zip(extents, emits, strict=True):
-            self._learn(vector, emit)
+            self._measured(vector, emit)
+
+    def _measured(self, vector: Vector, emit: Emit) -> None:
+        """An extent, or a number that the module is given."""
+        self._learn(vector, emit)
+        self.measured.add(vector)
 
     def _learn(self, vector: Vector, emit: Emit) -> None:
         if len(set(vector)) > 1:
@@ -142,7 +152,7 @@ class _Restating:
     def _restate(self, node: Node) -> None:
         vectors = list(zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True))
         terms = self._given_terms(node)
-        moves = [own is not None and None not in own and self._moves(own) for own in terms]
+        moves = [own is not None and own != () and None not in own and self._moves(own) for own in terms]
         moving = [
             _is_number(vector[0]) and (len(set(vector)) > 1 or computed)
             for vector, computed in zip(vectors, moves, strict=True)
@@ -151,7 +161,7 @@ class _Restating:
             return
         with self.graph.inserting_before(node):
             found = [
-                self._expression(vector, own) if moves else vector[0]
+                vector[0] if not moves else self._untracked(vector) if own is None else self._expression(vector, own)
                 for vector, own, moves in zip(vectors, terms, moving, strict=True)
             ]
         if any(value is None and moves for value, moves in zip(found, moving, strict=True)):
@@ -163,7 +173,7 @@ class _Restating:
 
     def _given_terms(self, node: Node) -> list[tuple[Term | None, ...] | None]:
         """For every leaf of its arguments what the model's own code put there, look by look: a term if that came from
-        sizes. None where it is not known what the code put there."""
+        sizes. None where that is not known, and an empty tuple where it is one of several terms of one value."""
         counts = len(list(_leaves(node)))
         looks = []
         for each, outlined in zip((node, *self.twins[node]), self.outlined, strict=True):
@@ -174,8 +184,8 @@ class _Restating:
                 return [None] * counts
             leaves = list(_leaves(each))
             terms = iter(given.terms_of([leaf for leaf in leaves if _is_number(leaf)]))
-            looks.append([next(terms) if _is_number(leaf) else None for leaf in leaves])
-        return [None if not any(terms) else terms for terms in zip(*looks, strict=True)]
+            looks.append([next(terms) if _is_number(leaf) else {None} for leaf in leaves])
+        return [_told_apart(candidates) for candidates in zip(*looks, strict=True)]
 
     def _guard(self, courses: list[Course], before: Node) -> bool:
         """Put a check of the course there, as soon as the graph knows what its own course hangs on; whether it does."""
@@ -209,12 +219,19 @@ class _Restating:
             found.append(self._emitted(terms) if self._moves(terms) else _first(self._vector(terms)))
         return found
 
-    def _expression(self, vector: Vector, given: tuple[Term | None, ...] | None = None) -> Any:
+    def _untracked(self, vector: Vector) -> Any:
+        """A graph value for a number whose origin was lost, as by ``int``: small ones are equal to much by accident."""
+        telling = max(vector) >= _TELLING and len(set(vector)) == len(vector)
+        if telling or any(isinstance(value, float) for value in vector):
+            return self._expression(vector)
+        return self.known[vector]() if vector in self.measured else None
+
+    def _expression(self, vector: Vector, given: tuple[Term | None, ...] = ()) -> Any:
         """A graph value that is ``vector[look]`` on every look, or None; as the model itself computes it if that is
         ``given``."""
-        if given is not None and None in given:  # a number of its own on some looks: the larger or smaller one
+        if None in given:  # a number of its own on some looks: the larger or smaller one
             return self._extreme(vector, given)
-        if given is not None and self._vector(given) == vector:
+        if given and self._vector(given) == vector:
             emitted = self._emitted(given)
             if emitted is not None:
                 return emitted
@@ -239,11 +256,10 @@ class _Restating:
         batches = tuple(each.capture.batch for each in self.outlined)
         # few samples make small numbers, of which much is a multiple: they come last
         known = sorted(self.known.items(), key=lambda entry: entry[0] == batches)
-        for form in (whole_form, product_form):
-            formed = form(self.graph, known, vector)
-            if formed is not None:
-                return formed
-        return self.from_image(vector)
+        formed = product_form(self.graph, known, vector)
+        if formed is None:
+            formed = self.from_image(vector)
+        return whole_form(self.graph, known, vector) if formed is None else formed
 
     def _whole_donors(self) -> Iterator[tuple[Vector, Emit]]:
         """Whole numbers that the model computed and the graph can compute, too."""
@@ -370,6 +386,17 @@ class _Restating:
             if len({len(each) for each in lists}) != 1:
                 return
         yield from dict.fromkeys(zip(*lists, strict=True))
+
+
+def _told_apart(candidates: tuple[set[Term | None], ...]) -> tuple[Term | None, ...] | None:
+    """Of the terms that a number may be on every look, those that are computed in one way; None if it is none."""
+    if all(each == {None} for each in candidates):
+        return None
+    if all(len(each) == 1 for each in candidates):
+        return tuple(next(iter(each)) for each in candidates)
+    ways = [{_way(term): term for term in each if term is not None} for each in candidates]
+    common = set(ways[0]).intersection(*ways[1:])
+    return tuple(each[next(iter(common))] for each in ways) if len(common) == 1 else ()
 
 
 def _first(values: tuple[Any, ...]) -> Any:

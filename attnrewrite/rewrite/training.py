@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture import Capture, ModuleCall, NodeRef, capture_call
 from ..errors import first_line
-from ..lift.channel_maps import restate_convolutions
+from ..lift.restating import restate
 from ..lift.values import is_call, operator_name
 from .owners import OwnerProgram
 
@@ -47,7 +47,7 @@ def steps_of_training(owner: OwnerProgram, call: ModuleCall, look: Capture, trai
         try:
             modes = [capture_call(call.module, _arguments(call), training=mode) for mode in (False, True)]
             for mode in modes:
-                restate_convolutions(mode)
+                restate(mode)
         except Exception as cause:  # whatever it says: a look that could not be taken shows nothing
             return (
                 f"what it does in training could not be seen ({first_line(cause)}); set the model's training steps off"

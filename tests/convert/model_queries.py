@@ -21,6 +21,11 @@ def rewritten_names(module):
     return sorted(name for name, child in module.named_modules() if hasattr(child, "attnrewrite_rewriting"))
 
 
+def weights_of(model):
+    """Its state, but for what says that it was converted."""
+    return {name: value for name, value in model.state_dict().items() if "attnrewrite_converted_to_" not in name}
+
+
 def converted_sites(module):
     return [site.name for site in attnrewrite.report(module).converted]
 

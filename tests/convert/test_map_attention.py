@@ -21,6 +21,7 @@ from map_models import (
     map_images,
     map_model,
 )
+from model_queries import weights_of
 from neighborhood_oracle import neighborhood_mask
 from pairs import equal_or_refused
 from repetition import thinned
@@ -88,7 +89,7 @@ def test_float32_is_exact_to_its_precision(to):
 def test_the_convolutions_stay_alive_under_their_names(packing):
     donor = map_model(packing=packing)
     converted = attnrewrite.convert(donor, "neighborhood", map_images(), kernel_size=3, progress=False)
-    assert list(converted.state_dict()) == list(donor.state_dict())
+    assert list(weights_of(converted)) == list(donor.state_dict())
     seen = []
     for module in (*converted.mixer.inputs, converted.mixer.proj):
         assert isinstance(module, nn.Conv2d)
@@ -173,7 +174,7 @@ def test_windows_of_a_map_are_neighbourhoods_with_a_stride(to):
     assert attention_of(donor, images).keys == Window((3, 3))
     converted, report = attnrewrite.convert(donor, to, images, progress=False, return_report=True)
     assert replaced(report).exactness == "EXACT"
-    assert list(converted.state_dict()) == list(donor.state_dict())
+    assert list(weights_of(converted)) == list(donor.state_dict())
     calls = []
     converted.mixer.qkv.register_forward_hook(lambda module, given, result: calls.append(module))
     for size in ((24, 36), (48, 24)):

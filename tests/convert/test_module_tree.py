@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 import torch
-from model_queries import rewritten_names, run
+from model_queries import rewritten_names, run, weights_of
 from pairs import converted_from
 from small_models import difference, images, logits, small_model
 from torch import nn
@@ -26,7 +26,7 @@ def test_something_was_rewritten_and_the_donor_was_not(pair):
 
 
 def test_state_dict_keeps_keys_order_shapes_and_values(pair):
-    before, after = pair.donor.state_dict(), pair.converted.state_dict()
+    before, after = pair.donor.state_dict(), weights_of(pair.converted)
     assert list(before) == list(after)
     for key, value in before.items():
         assert torch.equal(value, after[key]), key
@@ -42,10 +42,10 @@ def test_the_original_checkpoint_loads_strictly(pair):
     assert torch.equal(run(converted, pair.batch), run(pair.converted, pair.batch))
 
 
-def test_a_checkpoint_of_the_converted_model_loads_into_the_original(pair):
+def test_the_weights_of_the_converted_model_load_into_the_original(pair):
     donor = small_model(pair.name)
     nn.init.zeros_(next(donor.parameters()))
-    donor.load_state_dict(pair.converted.state_dict(), strict=True)
+    donor.load_state_dict(weights_of(pair.converted), strict=True)
     assert torch.equal(run(donor, pair.batch), run(pair.donor, pair.batch))
 
 
