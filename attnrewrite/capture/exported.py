@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
@@ -109,8 +109,9 @@ def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Ca
     recorder = BoundaryRecorder(model, traced)
     recorder.attach()
     tracker = SizeTracker(recorder.running)
+    called = _Called(traced) if isinstance(traced, fx.GraphModule) else traced
     with _TRACING, torch.no_grad(), tracker:
-        program = torch.export.export(traced, args, kwargs, strict=False)
+        program = torch.export.export(called, args, kwargs, strict=False)
     graph = program.graph
     if any(node.op == "get_attr" for node in graph.nodes):
         raise CaptureError(
@@ -125,6 +126,19 @@ def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Ca
     sizes, resolved = tracker.record.resolve(lambda node: final_node(node, final))
     root = recorder.calls(final, resolved)
     return Capture(model, graph, placeholders, tensors, names, position, root, inputs, recorder.uncast, sizes)
+
+
+class _Called(nn.Module):
+    """Calls a module: an exporter runs the graph of an ``fx.GraphModule`` instead, past its hooks."""
+
+    PREFIX = "attnrewrite_called."
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.attnrewrite_called = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.attnrewrite_called(*args, **kwargs)
 
 
 def _placeholders(
@@ -143,17 +157,28 @@ def _placeholders(
             continue
         target = spec.target
         assert target is not None, "every lifted tensor has a name"
+        names[node] = target.removeprefix(_Called.PREFIX)
         if spec.kind == InputKind.CONSTANT_TENSOR or spec.persistent is False:
             tensors[node] = program.constants[target]
         else:
             tensors[node] = program.state_dict[target]
-        names[node] = target
     return tensors, names, inputs
 
 
 def _require_plain_module(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    scripted = next((path for path, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise ArgumentError(
+            f"model: {scripted or type(model).__name__} is a scripted or traced module of TorchScript, whose code can "
+            "not be read; convert the model that it was made from, then script or trace the result"
+        )
+    if any(isinstance(part, fx.GraphModule) and "train" in vars(part) for part in model.modules()):
+        raise ArgumentError(
+            f"model: {type(model).__name__} is the module of an exported program, which holds for one mode and one way "
+            "of being called; convert the model that it was made from, then export the result"
+        )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ArgumentError(
             f"model: the parameters of {type(model).__name__} are sharded; convert the model first, then wrap it"

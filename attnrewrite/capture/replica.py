@@ -13,7 +13,7 @@ from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,7 +37,10 @@ def independent(model: Model) -> Model:
             made |= {} if _has_copy(value) else {id(value): value}
         elif not value.is_leaf:
             made[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, made)
+    twin = copy.deepcopy(model, made)
+    for copied, module in zip(twin.modules(), model.modules(), strict=True):
+        copied.training = module.training  # an fx.GraphModule is copied as its graph, in training mode
+    return twin
 
 
 def without_hooks(model: Model) -> Model:
@@ -48,6 +51,19 @@ def without_hooks(model: Model) -> Model:
             if "hook" in name and "forward" in name and hooks:
                 hooks.clear()
     return twin
+
+
+def importable_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``; of an ``fx.GraphModule``, which has a class to itself, that from which this is made."""
+    kind = type(module)
+    if isinstance(module, fx.GraphModule) and kind.__qualname__.endswith("GraphModuleImpl"):
+        return kind.__bases__[0]
+    return kind
+
+
+def class_for(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a new module: ``kind``, or for an ``fx.GraphModule`` another one to itself."""
+    return type(kind.__new__(kind)) if issubclass(kind, fx.GraphModule) else kind
 
 
 class _Replicating:
@@ -69,13 +85,15 @@ class _Replicating:
         return self._container(value) if isinstance(value, list | dict | set | deque) else value
 
     def _module(self, module: nn.Module) -> nn.Module:
-        twin = object.__new__(type(module))
+        twin = object.__new__(class_for(importable_class(module)))
         self.made[id(module)] = twin
         for name, value in vars(module).items():
             twin.__dict__[name] = self._buffers(value) if name == "_buffers" else self.of(value)
         for name in _slots(type(module)):
             if hasattr(module, name):
                 object.__setattr__(twin, name, self.of(getattr(module, name)))
+        if isinstance(twin, fx.GraphModule):
+            twin.recompile()  # its class has the code of its graph
         return twin
 
     def _buffers(self, buffers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

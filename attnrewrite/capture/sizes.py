@@ -79,14 +79,14 @@ class Given:
     index: tuple[Any, ...] | None = None
 
     def terms_of(self, numbers: list[Any]) -> list[set[Term | None]]:
-        """Of the ``numbers`` of one of the nodes, the terms: by their order if that is the same, else by value, of which
-        there may be several."""
+        """Of the ``numbers`` of one of the nodes, the terms: by their order if that is the same, else by value: then
+        there may be several, and none for what the operator itself computed."""
         if [number for number, _ in self.numbers] == numbers:
             return [{term} for _, term in self.numbers]
         by_value: dict[Number, set[Term | None]] = {}
         for number, term in self.numbers:
             by_value.setdefault(number, set()).add(term)
-        return [by_value.get(number, {None}) for number in numbers]
+        return [by_value.get(number, set()) for number in numbers]
 
 
 @dataclass
@@ -154,7 +154,8 @@ class SizeTracker(TorchFunctionMode):
         if stop == start:
             return
         numbers = [leaf for leaf in _flat((args, kwargs or {})) if _is_number(leaf)]
-        if any(isinstance(number, _Tracked) for number in numbers):
+        # what torch does in Python may compute numbers of its own from shapes
+        if any(isinstance(number, _Tracked) for number in numbers) or hasattr(func, "__code__"):
             terms = tuple((plain(number), getattr(number, "term", None)) for number in numbers)
             index = _plain_index(args[1]) if func is torch.Tensor.__getitem__ else None
             self.record.given.append(Given(start, stop, terms, index))

@@ -19,6 +19,9 @@ from ..layout import map_channels
 from ..lift.dataflow import Dataflow
 from ..lift.values import argument, input_of, is_call, operator_name
 
+OWN = "attnrewrite_"
+"""Begins the names of the children and buffers that a rewritten module is given."""
+
 
 class NotOutlinable(Exception):
     """A module's own code cannot be restated as a graph over its children."""
@@ -91,7 +94,7 @@ class Outlined:
 
     def add_module(self, stem: str, module: nn.Module) -> str:
         taken = {*self.modules, *dict(self.call.module.named_children())}
-        name = next(n for n in _numbered(f"attnrewrite_{stem}") if n not in taken)
+        name = next(n for n in _numbered(f"{OWN}{stem}") if n not in taken)
         self.modules[name] = module
         return name
 
@@ -106,7 +109,7 @@ class Outlined:
             seen.update(node.all_input_nodes)
 
     def add_constant(self, value: Tensor) -> Node:
-        name = f"attnrewrite_constant_{len(self.constants)}"
+        name = f"{OWN}constant_{len(self.constants)}"
         self.constants[name] = value
         return self.graph.get_attr(name)
 

@@ -7,20 +7,29 @@ signature stays the donor's.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.graph import CodeGen
-from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.fx.node import has_side_effect
+from torch.utils._pytree import (
+    MappingKey,
+    SequenceKey,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_unflatten,
+)
 
 from ..capture import ModuleCall, NodeRef
 from ..capture.keywords import is_read
 from ..errors import ConversionError
-from .outline import NotOutlinable, Outlined
+from .outline import OWN, NotOutlinable, Outlined
 
 _ALLOWED = (type(None), bool, int, float, str)
 _REMEDY = "convert the model with example inputs that make this call, or use `keep`"
@@ -39,6 +48,21 @@ class Program:
         exec(compile(self.source, "<attnrewrite program>", "exec"), scope)
         self.forward = scope["forward"]
 
+    def traced_by(self, tracer: Any) -> FunctionType:
+        """The forward for a tracer of ``torch.fx``: every function that it calls, and every core, is one step."""
+        is_leaf = tracer.is_leaf_module
+
+        def is_step(module: nn.Module, name: str) -> bool:
+            return name.rpartition(".")[2].startswith(OWN) or is_leaf(module, name)
+
+        tracer.is_leaf_module = is_step  # of this trace alone
+        scope: dict[str, Any] = {
+            name: _step(value) if isinstance(value, FunctionType) else value for name, value in self.names.items()
+        }
+        exec(compile(self.source, "<attnrewrite program>", "exec"), scope)
+        forward: FunctionType = scope["forward"]
+        return forward
+
     def __getstate__(self) -> dict[str, Any]:
         modules = {name: value.__name__ for name, value in self.names.items() if isinstance(value, ModuleType)}
         others = {name: value for name, value in self.names.items() if name not in modules}
@@ -51,6 +75,16 @@ class Program:
         self.__post_init__()
 
 
+def _step(function: FunctionType) -> Callable[..., Any]:
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        proxy = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)), None)
+        if proxy is None:
+            return function(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return traced
+
+
 def program_of(outlined: Outlined) -> Program:
     """Generate the program of ``outlined``."""
     code = _ForwardCode(outlined)
@@ -59,6 +93,7 @@ def program_of(outlined: Outlined) -> Program:
     return Program(generated.src, {**generated.globals, **code.names})
 
 
+@has_side_effect
 def expect_same(what: str, given: Any, captured: Any) -> None:
     """An argument that was a plain value at capture must have that value again.
 
@@ -72,6 +107,7 @@ def expect_same(what: str, given: Any, captured: Any) -> None:
         )
 
 
+@has_side_effect
 def expect_keywords(what: str, given: dict[str, Any], captured: frozenset[str], needed: list[str], read: Any) -> None:
     """Keyword arguments beyond the ``captured`` ones must be none that the donor's code may have ``read``, which would
     be passed over in silence: a mask, a request for attention weights. Those that carry nothing pass. The ``needed``
@@ -93,6 +129,7 @@ def expect_keywords(what: str, given: dict[str, Any], captured: frozenset[str], 
             )
 
 
+@has_side_effect
 def expect_constant(what: str, given: torch.Tensor | None, captured: torch.Tensor) -> None:
     """A constant that the rewritten forward passes over, such as a mask that its core makes itself, must be the same.
 
@@ -117,6 +154,7 @@ def expect_constant(what: str, given: torch.Tensor | None, captured: torch.Tenso
         )
 
 
+@has_side_effect
 def expect_alias(what: str, first: Any, other: Any) -> None:
     """Two arguments that were one tensor at capture must be one again.
 
@@ -130,6 +168,7 @@ def expect_alias(what: str, first: Any, other: Any) -> None:
         )
 
 
+@has_side_effect
 def expect_extents(what: str, shape: torch.Size, captured: tuple[int | None, ...]) -> None:
     """Extents that were the same on every look at the model must be so again (None: any).
 
@@ -146,6 +185,7 @@ def expect_extents(what: str, shape: torch.Size, captured: tuple[int | None, ...
         )
 
 
+@has_side_effect
 def expect_table(what: str, shape: torch.Size, captured: tuple[int, ...]) -> None:
     """A bias table must not be resized behind a rewritten module, which reads it by position.
 

@@ -6,7 +6,8 @@ from the donor's, so ``isinstance`` and the donor's methods stay. ``torch.nn.uti
 
 from __future__ import annotations
 
-import inspect
+import copy
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from types import new_class
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from ..capture.replica import class_for, importable_class
 from .hooks import silence, stay_called, unsilence
 from .program import Program
 
@@ -62,7 +64,7 @@ def rewrite_module(
     strict loading into another model reports that.
     """
     previous: Rewriting | None = module.__dict__.get("attnrewrite_rewriting")
-    donor_class = type(module) if previous is None else previous.donor_class
+    donor_class = importable_class(module) if previous is None else previous.donor_class
     parameter = next(module.parameters(), None)
     taken = [_take_out(module, path) for path in dropped]  # first: what was there before is what revert restores
     for name, child in modules.items():
@@ -103,7 +105,9 @@ def restore_module(module: nn.Module) -> None:
         module.__dict__["attnrewrite_rewriting"] = done.previous
         return
     del module.__dict__["attnrewrite_rewriting"]
-    module.__class__ = done.donor_class
+    module.__class__ = class_for(done.donor_class)
+    if isinstance(module, fx.GraphModule):
+        module.recompile()  # its class has the code of its graph
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is stay_called]:
         del module._forward_pre_hooks[key]
 
@@ -144,6 +148,7 @@ def rewritten_class(donor_class: type[nn.Module]) -> type[nn.Module]:
             "__reduce_ex__": _reduced_like(donor_class),
             "forward": _forward_like(donor_class),
             "_load_from_state_dict": _loaded_like(donor_class),
+            **(_OF_GRAPH if issubclass(donor_class, fx.GraphModule) else {}),
         }
         bases = (donor_class, RewrittenModule)
         _CLASSES[donor_class] = new_class(f"Rewritten{donor_class.__name__}", bases, {}, lambda body: body.update(own))
@@ -154,10 +159,22 @@ def _reduced_like(donor_class: type[nn.Module]) -> Callable[[Any, Any], Any]:
     """The class is made at run time: restore it from the donor's class, which can be imported."""
 
     def __reduce_ex__(self: RewrittenModule, protocol: Any) -> Any:
+        if isinstance(self, fx.GraphModule):
+            return _empty_rewritten, (self.attnrewrite_rewriting.donor_class,), dict(vars(self))
         reduced: Any = donor_class.__reduce_ex__(self, protocol)
         return (_empty_rewritten, (self.attnrewrite_rewriting.donor_class,), *reduced[2:])
 
     return __reduce_ex__
+
+
+def _deepcopied(self: Any, memo: dict[int, Any]) -> Any:
+    twin = memo[id(self)] = _empty_rewritten(self.attnrewrite_rewriting.donor_class)
+    twin.__dict__.update(copy.deepcopy(vars(self), memo))
+    return twin
+
+
+_OF_GRAPH = {"__deepcopy__": _deepcopied, "recompile": lambda self: None}
+"""An ``fx.GraphModule`` is copied as its graph, and made anew from it: neither knows what was rewritten."""
 
 
 def _loaded_like(donor_class: type[nn.Module]) -> Callable[..., None]:
@@ -173,15 +190,24 @@ def _loaded_like(donor_class: type[nn.Module]) -> Callable[..., None]:
 
 
 def _forward_like(donor_class: type[nn.Module]) -> Callable[..., Any]:
-    """The rewritten forward under the donor's signature, by which trainers and exporters know the arguments."""
+    """The rewritten forward under the donor's signature, by which trainers, tracers and exporters know the arguments.
 
-    def forward(self: RewrittenModule, *args: Any, **kwargs: Any) -> Any:
-        return self.attnrewrite_rewriting.program.forward(self, *args, **kwargs)
+    ``torch.fx`` is told that a rewritten module is a leaf. Where it is the root of what is traced, its own steps are.
+    """
 
-    forward.__signature__ = inspect.signature(donor_class.forward)  # type: ignore[attr-defined]  # what inspect looks for
+    @functools.wraps(donor_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        program: Program = self.attnrewrite_rewriting.program
+        proxy = next((value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)), None)
+        if proxy is None:
+            return program.forward(self, *args, **kwargs)
+        tracer: Any = proxy.tracer
+        if self is not tracer.root:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return program.traced_by(tracer)(self, *args, **kwargs)
+
     return forward
 
 
 def _empty_rewritten(donor_class: type[nn.Module]) -> nn.Module:
-    kind = rewritten_class(donor_class)
-    return kind.__new__(kind)
+    return object.__new__(rewritten_class(donor_class))

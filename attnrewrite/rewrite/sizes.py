@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx import Node
+from torch.fx.node import has_side_effect
 
 from ..capture.sizes import Arithmetic, Decision, Side, Term
 from ..errors import ConversionError
@@ -76,6 +77,7 @@ def restate(
     return _Restating(first, others, from_image).run(courses)
 
 
+@has_side_effect
 def expect_course(ways: list[list[tuple[Any, bool]]], what: str) -> None:
     """Comparisons of sizes must turn out in one of the ``ways`` that were seen, each of comparisons and their outcomes:
     the rewritten forward has one course only.
@@ -173,7 +175,8 @@ class _Restating:
 
     def _given_terms(self, node: Node) -> list[tuple[Term | None, ...] | None]:
         """For every leaf of its arguments what the model's own code put there, look by look: a term if that came from
-        sizes. None where that is not known, and an empty tuple where it is one of several terms of one value."""
+        sizes. None where it put a plain number, or it is not known; an empty tuple where it is one of several terms of
+        one value, or the operator's own."""
         counts = len(list(_leaves(node)))
         looks = []
         for each, outlined in zip((node, *self.twins[node]), self.outlined, strict=True):

@@ -56,10 +56,10 @@ def value(term):
 def test_arithmetic_on_sizes_is_known_to_come_from_them(number):
     seen = capture(Arranged(lambda x, h, w: x.new_ones(number(h, w))), torch.randn(1, 3, 22, 31))
     made = next(node for node in seen.graph.nodes if "new_ones" in str(node.target))
-    (term,) = seen.sizes.given_at(seen.position[made]).terms_of([made.args[1][0]])
+    ((term,),) = seen.sizes.given_at(seen.position[made]).terms_of([made.args[1][0]])
     assert value(term) == number(22, 31) == made.args[1][0]
     other = capture(Arranged(lambda x, h, w: x.new_ones(number(h, w))), torch.randn(1, 3, 40, 17))
-    (later,) = other.sizes.given[-1].terms_of([number(40, 17)])
+    ((later,),) = other.sizes.given[-1].terms_of([number(40, 17)])
     assert value(later) == number(40, 17)
 
 

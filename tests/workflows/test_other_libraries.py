@@ -80,7 +80,7 @@ def test_lightning(model, tmp_path):
         max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path, callbacks=[lightning.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path)],
     )  # fmt: skip
-    trainer.fit(Classifier(), list(batches()))
+    trainer.fit(Classifier(), torch.utils.data.DataLoader(list(batches()), batch_size=None))
     (checkpoint,) = tmp_path.glob("*.ckpt")
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert state.keys() == {f"model.{name}" for name in model.state_dict()}
@@ -118,6 +118,7 @@ def test_low_rank_adapters_on_a_converted_multihead_attention():
     peft = pytest.importorskip("peft")
     torchvision = pytest.importorskip("torchvision")
     donor = torchvision.models.VisionTransformer(32, 4, 2, 2, 32, 64, num_classes=5).eval()
+    nn.init.normal_(donor.heads.head.weight)
     images, _ = next(batches(1))
     config = peft.LoraConfig(target_modules=["self_attention"], r=4, init_lora_weights=False)
     torch.manual_seed(0)
@@ -141,7 +142,7 @@ def test_grad_cam():
     model = converted_model(swin, "neighborhood", {"kernel_size": 3})
     images, _ = next(batches(1))
     target = model.layers[-1].blocks[-1].norm1
-    maps = GradCAM(model, [target], reshape_transform=lambda value: value.permute(0, 3, 1, 2))(images)
+    maps = GradCAM(model, [target], reshape_transform=lambda value: value.permute(0, 3, 1, 2))(images, None)
     assert maps.shape == (4, *IMAGE)
 
 
