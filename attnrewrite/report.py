@@ -232,7 +232,7 @@ def folded(sites: list[SiteReport]) -> Iterator[tuple[str, SiteReport]]:
     for _, group in groupby(sites, key=alike):
         members = list(group)
         worst = max(members, key=lambda site: (_badness(_only(site)), _badness(site.error)))
-        yield _folded_name([site.name for site in members]), worst
+        yield folded_name([site.name for site in members]), worst
 
 
 def _badness(error: float | None) -> tuple[int, float]:
@@ -250,7 +250,7 @@ def _without_nan(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _folded_name(names: list[str]) -> str:
+def folded_name(names: list[str]) -> str:
     if len(names) == 1:
         return names[0] or "(root)"
     first, last = (re.split(r"(\d+)", name) for name in (names[0], names[-1]))

@@ -28,6 +28,7 @@ from ..targets import register_recogniser
 from .map_groups import groups_of_map
 from .querying_tokens import querying_tokens, require_queries_of_tokens, token_ranks
 from .spatial_reduction import reduced_keys
+from .unread_queries import why_unread
 from .windows import relative_table
 
 
@@ -192,7 +193,7 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     source, _ = flow.remembered(source_tokens, input_of(linears[0]))
     queries = shape_of(core.query.node)[core.query.axes.index("x")]
     if queries * batch != math.prod(shape_of(source)[:-1]):
-        raise NotSeparable("windowed queries and keys are transformed between projection and product")
+        raise NotSeparable(why_unread(core, linears[0], above, flow))
     between = [node for node in above if not flow.is_movement(node) and not flow.is_linear(node)]
     acting = {operator_name(node).removeprefix("aten::") for node in between}
     heads = math.prod(sizes) // batch

@@ -93,19 +93,29 @@ def read_projected(
     order = core.groups + "".join(position_and_dim(operand.axes))
     sizes = tuple(group_sizes(core))
 
-    def separated() -> tuple[Tensor, Tensor] | None:
+    def separated() -> tuple[Tensor, Tensor] | str:
         places = canonical(address(), operand.axes, order).expand(*sizes, -1, -1).flatten(0, -3)
-        token, channel = places[..., 0] // width, places[:, 0] % width
-        if bool((token < 0).any()) or not torch.equal(places, (token * width)[..., None] + channel[:, None]):
-            return None
-        return token, channel
+        found = _tokens_and_channels(places, width)
+        if found is None and _tokens_and_channels(places.mT, width) is not None:
+            return (
+                f"attention over channels: the product of its queries {list(shape_of(operand.node))} with the keys "
+                "sums over the tokens, so that no token attends to another"
+            )
+        return found or f"an operand {list(shape_of(operand.node))} mixes tokens and channels"
 
     found = flow.once((read_projected, spelling, operand.axes, order, sizes, width), separated)
-    if found is None:
-        raise NotSeparable("an operand mixes tokens and channels")
+    if isinstance(found, str):
+        raise NotSeparable(found)
     row, channel = found
     source, slots = flow.remembered(source_tokens, input_of(linear))
     return Projected(linear, source, slots[row], row, channel, factor)
+
+
+def _tokens_and_channels(places: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
+    """The token of every position and the channel of every dim, of ``[group, position, dim]`` flat addresses."""
+    token, channel = places[..., 0] // width, places[:, 0] % width
+    separable = torch.equal(places, (token * width)[..., None] + channel[:, None])
+    return (token, channel) if separable and not bool((token < 0).any()) else None
 
 
 def source_tokens(node: Node, flow: Dataflow) -> tuple[Node, Tensor]:

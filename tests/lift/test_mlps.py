@@ -57,10 +57,10 @@ MAP = torch.randn(2, 5, 5, 8, dtype=torch.float64, generator=torch.Generator().m
 
 
 def test_a_convolution_that_is_added_to_its_operand_is_part_of_the_mlp():
-    explained = str(attnrewrite.explain(residual(), MAP))
+    explained = " ".join(str(attnrewrite.explain(residual(), MAP)).split())
     assert "mlp 8->16 gelu, depthwise residual" in explained
     assert "certified" in explained
-    assert "conv_glu: refused: its convolution follows its activation" in explained
+    assert "refused: its convolution follows its activation" in explained
 
 
 @pytest.mark.parametrize("moved", ["transposed", "rolled"])

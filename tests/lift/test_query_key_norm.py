@@ -120,10 +120,10 @@ def test_queries_and_keys_may_differ() -> None:
 
 
 REFUSED: dict[str, tuple[Norm, tuple[int, ...], str]] = {
-    "over tokens": (lambda x: F.normalize(x, dim=-2), (HEADS, 1, 1), "transformed between projection and product"),
-    "over heads": (lambda x: F.normalize(x, dim=1), (HEADS, 1, 1), "transformed between projection and product"),
-    "mixed channels": (lambda x: x + x.roll(1, -1), (HEADS, 1, 1), "transformed between projection and product"),
-    "another norm": (lambda x: F.normalize(x, p=1.0, dim=-1), (HEADS, 1, 1), "transformed between projection"),
+    "over tokens": (lambda x: F.normalize(x, dim=-2), (HEADS, 1, 1), "between projection and product"),
+    "over heads": (lambda x: F.normalize(x, dim=1), (HEADS, 1, 1), "between projection and product"),
+    "mixed channels": (lambda x: x + x.roll(1, -1), (HEADS, 1, 1), "between projection and product"),
+    "another norm": (lambda x: F.normalize(x, p=1.0, dim=-1), (HEADS, 1, 1), "between projection"),
     "a scale of every key": (lambda x: F.normalize(x, dim=-1), (1, 1, 4), "more than one number a head"),
     "a scale of every query": (lambda x: F.normalize(x, dim=-1), (1, 4, 1), "more than one number a head"),
     "a scale of every window": (lambda x: F.normalize(x, dim=-1), (16, 1, 1, 1), "more than one number a head"),
