@@ -52,19 +52,21 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hook is not stay_called and not isinstance(hook, NoteImage) for hook in hooks)
 
 
-def silence(module: nn.Module, path: str) -> bool:
-    """Tell who registers a hook on ``module`` from now on, if it has none yet. Whether that was not done before."""
-    if has_hooks(module) or isinstance(module._forward_hooks, SilentHooks):
-        return False
+def is_quiet(module: nn.Module) -> bool:
+    """Whether ``module`` has no hooks, and nobody is told that they would not fire."""
+    return not has_hooks(module) and not isinstance(module._forward_hooks, SilentHooks)
+
+
+def silence(module: nn.Module, path: str) -> None:
+    """Tell who registers a hook on ``module`` from now on."""
     for kind in _KINDS:
         module.__dict__[kind] = SilentHooks(path)
-    return True
 
 
 def unsilence(module: nn.Module) -> None:
     """Undo ``silence``. Hooks that were registered in spite of it stay, and their handles hold."""
     for kind in _KINDS:
         hooks = module.__dict__[kind]
-        hooks.path = ""
-        if not hooks:
-            module.__dict__[kind] = OrderedDict()
+        if isinstance(hooks, SilentHooks):
+            hooks.path = ""
+            module.__dict__[kind] = hooks or OrderedDict()

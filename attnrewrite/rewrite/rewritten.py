@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture.replica import class_for, importable_class
-from .hooks import silence, stay_called, unsilence
+from .hooks import is_quiet, silence, stay_called, unsilence
 from .program import Program
 
 
@@ -65,22 +65,25 @@ def rewrite_module(
     """
     previous: Rewriting | None = module.__dict__.get("attnrewrite_rewriting")
     donor_class = importable_class(module) if previous is None else previous.donor_class
-    parameter = next(module.parameters(), None)
-    taken = [_take_out(module, path) for path in dropped]  # first: what was there before is what revert restores
+    kind, parameter = rewritten_class(donor_class), next(module.parameters(), None)
+    # noted before it is done: what stops this half-way leaves something that can be restored
+    done = module.__dict__["attnrewrite_rewriting"] = Rewriting(program, donor_class, previous=previous)
+    for path in dropped:  # first: what was there before is what revert restores
+        _take_out(module, path, done)
     for name, child in modules.items():
         child.train(module.training)
+        done.modules.append(name)
         module.add_module(name, child if parameter is None else child.to(parameter.device))
     for name, value in buffers.items():
+        done.buffers.append(name)
         module.register_buffer(name, value, persistent=False)
     marks = {MARK + re.sub(r"\W", "_", target) for target in targets} - module._buffers.keys()
     for mark in sorted(marks):
+        done.buffers.append(mark)
         module.register_buffer(mark, torch.zeros(1, device=None if parameter is None else parameter.device))
-    module.__dict__["attnrewrite_rewriting"] = Rewriting(
-        program, donor_class, list(modules), [*buffers, *marks], taken, previous=previous
-    )
     if isinstance(module, nn.MultiheadAttention) and previous is None:
         module.register_forward_pre_hook(stay_called)
-    module.__class__ = rewritten_class(donor_class)
+    module.__class__ = kind
 
 
 def tell_of_hooks(module: nn.Module, path: str, dissolved: Sequence[str]) -> None:
@@ -89,7 +92,10 @@ def tell_of_hooks(module: nn.Module, path: str, dissolved: Sequence[str]) -> Non
     known = dict(module.named_modules(remove_duplicate=False))  # not all: some were taken out
     children = [(name, known[name]) for name in dissolved if name in known]
     done: Rewriting = module.__dict__["attnrewrite_rewriting"]
-    done.silent += [name for name, child in children if silence(child, f"{path}.{name}" if path else name)]
+    for name, child in children:
+        if is_quiet(child):
+            done.silent.append(name)
+            silence(child, f"{path}.{name}" if path else name)
 
 
 def restore_module(module: nn.Module) -> None:
@@ -98,7 +104,9 @@ def restore_module(module: nn.Module) -> None:
     for name in done.silent:
         unsilence(module.get_submodule(name))
     for name in (*done.modules, *done.buffers):
-        delattr(module, name)
+        module._modules.pop(name, None)
+        module._buffers.pop(name, None)
+        module._non_persistent_buffers_set.discard(name)
     for path, kind, parts in reversed(done.dropped):
         module.get_submodule(path).__dict__[kind] = dict(parts)
     if done.previous is not None:
@@ -112,14 +120,14 @@ def restore_module(module: nn.Module) -> None:
         del module._forward_pre_hooks[key]
 
 
-def _take_out(module: nn.Module, path: str) -> tuple[str, str, dict[str, Any]]:
+def _take_out(module: nn.Module, path: str, done: Rewriting) -> None:
     parent, _, name = path.rpartition(".")
     holder = module.get_submodule(parent)
     kind = "_parameters" if name in holder._parameters else "_modules"
     parts = getattr(holder, kind)
-    before = dict(parts)
-    parts[name] = None if kind == "_parameters" else TakenOut(module.get_submodule(path))
-    return parent, kind, before
+    left = None if kind == "_parameters" else TakenOut(module.get_submodule(path))
+    done.dropped.append((parent, kind, dict(parts)))
+    parts[name] = left
 
 
 class TakenOut(nn.Module):

@@ -8,8 +8,10 @@ import pytest
 import torch
 from model_queries import run
 from small_models import difference, images, logits, small_model
+from torch import nn
 
 import attnrewrite
+from attnrewrite.errors import ConversionError
 
 
 def test_autocast_to_bfloat16_is_close(pair):
@@ -48,3 +50,28 @@ def test_a_converted_model_can_change_its_dtype(identity):
     expected = run(identity.converted, identity.batch)
     assert difference(run(single, identity.batch.float()).double(), expected.double()) < 1e-4
     assert difference(run(half, identity.batch.bfloat16()).double(), expected.double()) < 0.1
+
+
+class IllConditioned(nn.Module):
+    """Blows up what its ViT rounds off."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.vit, self.factor = small_model("timm_vit").float(), factor
+
+    def forward(self, x):
+        logits = self.vit(x)
+        return torch.sin(logits * self.factor)
+
+
+def test_an_ill_conditioned_model_is_compared_with_its_own_rounding():
+    model, batch = IllConditioned(1e4).eval(), images("timm_vit", 2, torch.float32)
+    report = attnrewrite.plan(model, "aggregated", batch, fidelity="exact").apply().attnrewrite_report
+    assert report.output_error > 1e-3
+    assert {site.exactness for site in report.converted} == {"EXACT"}
+    planned = attnrewrite.plan(model, "aggregated", batch, fidelity="exact")
+    for owner in planned.programs:
+        for core in owner.modules.values():
+            vars(core).update(scale=1.5 * vars(core).get("scale", 0))
+    with pytest.raises(ConversionError, match=r"differs from the original by .*, whose own outputs are rounded to"):
+        planned.apply()
