@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two processes of one thread each: a file's tests share models that one process converts once.
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-all golden lint typecheck benchmarks clean
+.PHONY: demo test test-all workflows golden lint typecheck benchmarks clean
 
 demo: $(READY)
 	$(RUN) examples/demo.py
@@ -16,6 +16,11 @@ test: $(READY)
 
 test-all: $(READY)
 	$(TEST) -m ""
+
+# Other people's trainers, adapters and explainers around converted models.
+workflows: $(READY)
+	$(INSTALL) --quiet --editable ".[workflows]"
+	$(TEST) tests/workflows
 
 # `make golden DIR=…` compares a directory of golden files, one line a file.
 golden: $(READY)

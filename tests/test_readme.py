@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,21 +11,29 @@ from pathlib import Path
 README = Path(__file__).parents[1] / "README.md"
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=README.parent)
+def run(code: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(README.parent)},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-def test_the_code_runs_top_to_bottom():
+def test_the_code_runs_top_to_bottom(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert blocks
-    printed = run("\n".join(["from attnrewrite.torchvision_compat import ensure_torchvision as e; e()", *blocks]))
+    first = "from attnrewrite.torchvision_compat import ensure_torchvision; ensure_torchvision()"
+    printed = run("\n".join([first, *blocks]), tmp_path)
     assert "VisionTransformer" in printed
 
 
-def test_what_it_names_is_there_after_import():
+def test_what_it_names_is_there_after_import(tmp_path):
     text = README.read_text()
     named = set(re.findall(r"`(attnrewrite\.(?:functional|models|modules|analyze|calibrate)[\w.]*)", text))
     assert {"attnrewrite.models.create_model", "attnrewrite.functional.neighborhood_attention"} <= named
-    run("import attnrewrite\n" + "\n".join(sorted(named)))
+    run("import attnrewrite\n" + "\n".join(sorted(named)), tmp_path)

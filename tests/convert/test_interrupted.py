@@ -71,8 +71,19 @@ def stages(call):
     ]
 
 
-@pytest.mark.parametrize("every", [20, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-@pytest.mark.parametrize("call", CALLS)
+LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.mark.parametrize(
+    ("call", "every"),
+    [
+        ("convert", 20),
+        ("convert_swin", 60),
+        ("explain", 20),
+        ("analyze", 20),
+        *(pytest.param(call, 1, marks=LONG) for call in CALLS),
+    ],
+)
 def test_an_interruption_at_any_stage_leaves_everything_as_it_was(call, every):
     reached = stages(call)[::every]
     assert len(reached) >= 30 // every
