@@ -2,7 +2,8 @@
 
 Trainers pass arguments down that are for somebody else (``num_items_in_batch``, which the loss reads). One may pass by
 a rewritten module if the code that was rewritten cannot have read it. What can be read of ``**kwargs`` is spelled out
-in the code that runs, as a parameter or a constant, unless it goes through all of them; so that code is seen running.
+in the code that runs, as a parameter or a constant, or in what that code names, unless it goes through all of them; so
+that code is seen running.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from .replica import replica
 
 _STRANGER = "attnrewrite_stranger"
 
+_MOST = 1000
+"""Containers with more strings hold data."""
+
 
 def names_read(model: nn.Module, example: Inputs) -> dict[str, frozenset[str]]:
     """By the path of every module that takes any keyword argument: the strings in the code that its calls ran.
@@ -44,7 +48,7 @@ def names_read(model: nn.Module, example: Inputs) -> dict[str, frozenset[str]]:
         return {}
     if seen.stranger.touched:
         return {}
-    return {path: frozenset().union(*map(_strings, codes)) for path, codes in seen.codes.items()}
+    return {path: frozenset().union(*(strings for strings in codes.values())) for path, codes in seen.codes.items()}
 
 
 def takes_any_keyword(module: nn.Module) -> bool:
@@ -80,7 +84,7 @@ class _Seen:
     """The code that ran during the calls of every module, by its path."""
 
     def __init__(self) -> None:
-        self.codes: dict[str, set[CodeType]] = {}
+        self.codes: dict[str, dict[CodeType, set[str]]] = {}
         self.stranger: _Stranger = torch.zeros(1).as_subclass(_Stranger)
         self.stranger.__dict__["touched"] = False
         self._open: list[str] = []
@@ -88,7 +92,7 @@ class _Seen:
     def enter(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._open.append(path)
-            self.codes.setdefault(path, set())
+            self.codes.setdefault(path, {})
             return args, kwargs | {_STRANGER: self.stranger}
 
         return hook
@@ -108,8 +112,31 @@ class _Seen:
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
-            for path in self._open:
-                self.codes[path].add(frame.f_code)
+            for codes in map(self.codes.__getitem__, self._open):
+                if frame.f_code not in codes:
+                    codes[frame.f_code] = _strings(frame.f_code) | _named(frame)
+
+
+def _named(frame: FrameType) -> set[str]:
+    """Strings in what the code of a frame names: globals, variables of functions around it, and attributes of modules
+    and classes that it is given."""
+    code = frame.f_code
+    values = [frame.f_globals.get(name) for name in code.co_names]
+    values += [frame.f_locals.get(name) for name in code.co_freevars]
+    owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    if isinstance(owner, nn.Module):
+        values += [vars(owner).get(name, getattr(type(owner), name, None)) for name in code.co_names]
+    return {text for value in values for text in _texts(value)}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """A string, or those in a container of some."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple | list | set | frozenset | dict) and len(value) <= _MOST:
+        for part in (*value, *(value.values() if isinstance(value, dict) else ())):
+            if isinstance(part, str):
+                yield part
 
 
 def _strings(code: CodeType) -> set[str]:

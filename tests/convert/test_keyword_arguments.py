@@ -33,7 +33,30 @@ def summed(scores, **others):
     return scores
 
 
-READERS = {"mask": masked, "temperature": scaled, "score_slope": composed, "anything": summed}
+NAMES = ("sharpness", "flatness")
+
+
+def listed(scores, **others):
+    for name in NAMES:
+        scores = scores * others.get(name, 1.0)
+    return scores
+
+
+def enclosed(name):
+    def read(scores, **others):
+        return scores * others.pop(name, 1.0)
+
+    return read
+
+
+READERS = {
+    "mask": masked,
+    "temperature": scaled,
+    "score_slope": composed,
+    "anything": summed,
+    "flatness": listed,
+    "gain": enclosed("gain"),
+}
 
 
 class Attention(nn.Module):
