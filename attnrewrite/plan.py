@@ -138,7 +138,8 @@ class Plan:
                 raise ConversionError(
                     f"{owner.path or '(root)'} was rewritten since the plan was made; revert the model, or plan anew"
                 )
-        model = self.model if inplace else independent(self.model)
+        with plain_modes():
+            model = self.model if inplace else independent(self.model)
         with _all_or_nothing(model), plain_modes():
             expected = self._expected()
             names = {id(planned.site): planned.target.name for planned in self.converting if planned.target is not None}

@@ -11,13 +11,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .draws import same_draws
 from .examples import Inputs
@@ -30,25 +31,32 @@ _MOST = 1000
 
 
 def names_read(model: nn.Module, example: Inputs) -> dict[str, frozenset[str]]:
-    """By the path of every module that takes any keyword argument: the strings in the code that its calls ran.
+    """By the path of every module that takes any keyword argument: the strings in the code that its calls ran, in eval
+    and in training mode.
 
-    Empty where that is no evidence: the model does not run, or handles keyword arguments that it cannot know.
+    Empty where that is no evidence: the model does not run, or does anything with keyword arguments that it cannot
+    know.
     """
     seen = _Seen()
-    twin = replica(model, training=False, own_buffers=True)
-    for path, module in twin.named_modules():
-        if takes_any_keyword(module):
-            module.register_forward_pre_hook(seen.enter(path), with_kwargs=True)
-            module.register_forward_hook(seen.leave, prepend=True)
-    args, kwargs = example
     try:
-        with torch.no_grad(), same_draws(model), seen.profiling():
-            twin(*args, **kwargs)
+        expected = _outputs(model, example, None, training=False)
+        actual = _outputs(model, example, seen, training=False)
+        _outputs(model, example, seen, training=True)
     except Exception:  # most of all: it takes no argument of that name
         return {}
-    if seen.stranger.touched:
+    same = len(actual) == len(expected) and all(map(torch.equal, actual, expected))
+    if not same or seen.stranger.touched:
         return {}
-    return {path: frozenset().union(*(strings for strings in codes.values())) for path, codes in seen.codes.items()}
+    return {path: frozenset().union(*codes.values()) for path, codes in seen.codes.items()}
+
+
+def _outputs(model: nn.Module, example: Inputs, seen: _Seen | None, training: bool) -> list[Tensor]:
+    """What the model gives, with strangers among its keyword arguments if it is ``seen``."""
+    twin = replica(model, training=training, own_buffers=True)
+    args, kwargs = example
+    with torch.no_grad(), same_draws(model), nullcontext() if seen is None else seen.profiling(twin):
+        output = twin(*args, **kwargs)
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def takes_any_keyword(module: nn.Module) -> bool:
@@ -93,7 +101,7 @@ class _Seen:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._open.append(path)
             self.codes.setdefault(path, {})
-            return args, kwargs | {_STRANGER: self.stranger}
+            return args, kwargs | {_STRANGER: self.stranger, f"{_STRANGER}_number": 3.0}
 
         return hook
 
@@ -101,8 +109,12 @@ class _Seen:
         self._open.pop()
 
     @contextmanager
-    def profiling(self) -> Iterator[None]:
-        """Of this thread alone."""
+    def profiling(self, model: nn.Module) -> Iterator[None]:
+        """While ``model`` runs in this thread."""
+        for path, module in model.named_modules():
+            if takes_any_keyword(module):
+                module.register_forward_pre_hook(self.enter(path), with_kwargs=True)
+                module.register_forward_hook(self.leave, prepend=True)
         before = sys.getprofile()
         sys.setprofile(self._on_event)
         try:
@@ -118,11 +130,10 @@ class _Seen:
 
 
 def _named(frame: FrameType) -> set[str]:
-    """Strings in what the code of a frame names: globals, variables of functions around it, and attributes of modules
-    and classes that it is given."""
+    """What the code of a frame names, and strings in that: globals, variables of functions around it, defaults, and
+    attributes of a module that it is given."""
     code = frame.f_code
-    values = [frame.f_globals.get(name) for name in code.co_names]
-    values += [frame.f_locals.get(name) for name in code.co_freevars]
+    values = [*code.co_names, *(frame.f_globals.get(name) for name in code.co_names), *frame.f_locals.values()]
     owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     if isinstance(owner, nn.Module):
         values += [vars(owner).get(name, getattr(type(owner), name, None)) for name in code.co_names]
@@ -130,10 +141,10 @@ def _named(frame: FrameType) -> set[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """A string, or those in a container of some."""
+    """A string, or those in a container of some, which the keyword arguments themselves are not."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, tuple | list | set | frozenset | dict) and len(value) <= _MOST:
+    elif isinstance(value, tuple | list | set | frozenset | dict) and len(value) <= _MOST and _STRANGER not in value:
         for part in (*value, *(value.values() if isinstance(value, dict) else ())):
             if isinstance(part, str):
                 yield part

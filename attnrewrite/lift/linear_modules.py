@@ -112,7 +112,7 @@ class _Reading:
 
     def _scales(self, node: Node) -> bool:
         """By one number."""
-        if operator_name(node) not in ("aten::mul", "aten::div") or not isinstance(node.args[0], Node):
+        if operator_name(node) not in ("aten::mul", "aten::div") or not isinstance(node.args[0], Node) or node.kwargs:
             return False
         factor = node.args[1]
         return not isinstance(factor, Node) or (self._is_constant(factor) and shape_of(factor) == ())

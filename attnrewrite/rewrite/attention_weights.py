@@ -27,15 +27,24 @@ class Unavailable:
             raise AttributeError(name)  # copying, pickling and inspection ask for these
         self._refuse()
 
-    def __getitem__(self, index: Any) -> NoReturn:
-        self._refuse()
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        cls._refuse()
 
-    def _refuse(self) -> NoReturn:
+    @classmethod
+    def _refuse(cls, *_: Any) -> NoReturn:
         raise ConversionError(
             "this module's attention was converted, and its new attention weights are not computed: convert the model "
             "with example inputs that make it return them (for transformers output_attentions=True, with eager "
             "attention); where the new operator has none, leave the module out with `keep`, or revert the model"
         )
+
+
+for _name in (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "pow", "neg", "getitem",
+    "setitem", "len", "iter", "float", "int", "bool", "array", "lt", "le", "gt", "ge",
+):  # fmt: skip
+    setattr(Unavailable, f"__{_name}__", Unavailable._refuse)
 
 
 def unavailable() -> Unavailable:
@@ -66,20 +75,28 @@ def _spread(units: Tensor, key: Tensor, width: int) -> Tensor:
     return padded[None, :, None].expand(*key.shape).contiguous()
 
 
-def exchange_weights(outlined: Outlined, site: AttentionSite, read: Reader | None) -> None:
-    """Give what still uses a site's old weights, beside their product with the values, those of the new operator.
+def exchange_weights(outlined: Outlined, site: AttentionSite, read: Reader | None, keeping: bool) -> None:
+    """Give what still uses a site's old weights, beside their product with the values, those of the new operator; none
+    are to be exchanged where that is ``keeping`` the old ones.
 
     Weights that the captured call never looks at, or that the new operator does not have (``read`` is None) and that
     the model returns, are not computed: a stand-in is returned for them.
 
     Raises:
-        NotOutlinable: the model computes with weights that the new operator does not have.
+        NotOutlinable: the model computes with weights that the new operator does not have, or with dropout on them.
     """
     weights = site.nodes.weights
     if weights is None:
         return
     viewers = _viewers(outlined, site, weights.node)
+    if viewers and site.dropout > 0:
+        raise NotOutlinable(
+            "the model looks at its attention weights, and in training their dropout would be drawn a second time for "
+            "them; build the model without attention dropout"
+        )
     for node in [made for made in outlined.made.get(weights.node, []) if made in outlined.graph.nodes]:
+        if keeping:
+            continue
         if viewers and read is not None:
             _exchange(outlined, site, weights, node, read)
         elif all(viewer.op == "output" for viewer in viewers):

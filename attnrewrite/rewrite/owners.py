@@ -144,12 +144,12 @@ def _outlined(
     for site in sites:
         with _naming(site):
             reader = install(outlined, site, conversion_of(site))
-        if isinstance(site, AttentionSite) and not isinstance(conversion_of(site).core, _KEEPING_WEIGHTS):
+        if isinstance(site, AttentionSite):
             readers.append((site, reader))
     remove_dead_code(outlined.graph)
     for site, reader in readers:
         with _naming(site):
-            exchange_weights(outlined, site, reader)
+            exchange_weights(outlined, site, reader, isinstance(conversion_of(site).core, _KEEPING_WEIGHTS))
     remove_dead_code(outlined.graph)
     return outlined, before
 

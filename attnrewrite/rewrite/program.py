@@ -110,8 +110,7 @@ def expect_same(what: str, given: Any, captured: Any) -> None:
 @has_side_effect
 def expect_keywords(what: str, given: dict[str, Any], captured: frozenset[str], needed: list[str], read: Any) -> None:
     """Keyword arguments beyond the ``captured`` ones must be none that the donor's code may have ``read``, which would
-    be passed over in silence: a mask, a request for attention weights. Those that carry nothing pass. The ``needed``
-    ones must be there.
+    be passed over in silence: a mask, a request for attention weights. The ``needed`` ones must be there.
 
     Raises:
         ConversionError: naming the argument.
@@ -121,8 +120,8 @@ def expect_keywords(what: str, given: dict[str, Any], captured: frozenset[str], 
             raise ConversionError(
                 f"{what}[{name!r}] was given when this module was converted and is not given now; {_REMEDY}"
             )
-    for name, value in given.items():
-        if name not in captured and not (value is None or value is False) and is_read(name, read):
+    for name in given:
+        if name not in captured and is_read(name, read):
             raise ConversionError(
                 f"{what}[{name!r}] was not given when this module was converted; the rewritten forward does not "
                 f"know it: {_REMEDY}"
@@ -152,6 +151,28 @@ def expect_constant(what: str, given: torch.Tensor | None, captured: torch.Tenso
             f"{what}, {now}, is not what it was when this module was converted; the rewritten forward does not read "
             f"it: {_REMEDY}"
         )
+
+
+@has_side_effect
+def expect_structure(what: str, given: Any, captured: Any) -> None:
+    """A list, tuple or mapping must have as many parts, under the same keys, as at capture.
+
+    Raises:
+        ConversionError: naming the argument.
+    """
+    if captured is None:
+        return
+    if isinstance(captured, dict):
+        same = isinstance(given, dict) and given.keys() == captured.keys()
+    else:
+        same = isinstance(given, tuple | list) and len(given) == len(captured)
+    if not same:
+        raise ConversionError(
+            f"{what} had {len(captured)} parts when this module was converted, and has others now; the rewritten "
+            f"forward holds for the captured call only: {_REMEDY}"
+        )
+    for key in captured if isinstance(captured, dict) else range(len(captured)):
+        expect_structure(f"{what}[{key!r}]", given[key], captured[key])
 
 
 @has_side_effect
@@ -210,6 +231,7 @@ class _ForwardCode(CodeGen):
         self.names: dict[str, Any] = {
             "expect_same": expect_same, "expect_keywords": expect_keywords, "expect_alias": expect_alias,
             "expect_extents": expect_extents, "expect_table": expect_table, "expect_constant": expect_constant,
+            "expect_structure": expect_structure,
         }  # fmt: skip
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
@@ -224,9 +246,7 @@ class _ForwardCode(CodeGen):
             if keyword is not None and not placeholder.users and not is_read(keyword, self.read):
                 continue
             spelled = _spelled(path)
-            if keyword is not None and (leaf is None or leaf is False) and not placeholder.users:
-                spelled = f"{self.keywords}.get({keyword!r}, {leaf})"
-            elif keyword is not None:
+            if keyword is not None:
                 needed.append(keyword)
             if isinstance(leaf, NodeRef):
                 lines.append(f"    {placeholder.name} = {spelled}")
@@ -247,11 +267,16 @@ class _ForwardCode(CodeGen):
                 lines.append(f"    {placeholder.name} = {spelled}")
             if placeholder in self.outlined.fixed:
                 lines.append(f"    expect_same({spelled!r}, {spelled}, {self._constant(leaf)})")
+        structures = [
+            f"    expect_structure({name!r}, {name}, {_skeleton(value)!r})"
+            for name, value in call.arguments.items()
+            if isinstance(value, tuple | list | dict) and name != self.keywords
+        ]
         lines += [
             f"    expect_table({name!r}, {_attribute(name)}.shape, {shape})"
             for name, shape in self.outlined.tables.items()
         ]
-        return "\n".join([f"def forward(self, {self._signature(call)}):", *self._keywords(needed), *lines])
+        return "\n".join([f"def forward(self, {self._signature(call)}):", *self._keywords(needed), *structures, *lines])
 
     def _keyword(self, path: tuple[Any, ...]) -> str | None:
         """The name of an argument that came in with ``**kwargs``, or holds the leaf at ``path``."""
@@ -300,6 +325,13 @@ def _keywords(call: ModuleCall) -> str | None:
     """The name of a ``**kwargs`` parameter, if there is one."""
     parameters = inspect.signature(call.module.forward).parameters.values()
     return next((p.name for p in parameters if p.kind == p.VAR_KEYWORD), None)
+
+
+def _skeleton(value: Any) -> Any:
+    """Lists, tuples and mappings without what they hold."""
+    if isinstance(value, dict):
+        return {key: _skeleton(part) for key, part in value.items()}
+    return [_skeleton(part) for part in value] if isinstance(value, tuple | list) else None
 
 
 def _attribute(name: str) -> str:

@@ -101,8 +101,9 @@ def tell_of_hooks(module: nn.Module, path: str, dissolved: Sequence[str]) -> Non
 def restore_module(module: nn.Module) -> None:
     """Undo ``rewrite_module``."""
     done: Rewriting = module.__dict__["attnrewrite_rewriting"]
-    for name in done.silent:
-        unsilence(module.get_submodule(name))
+    known = dict(module.named_modules(remove_duplicate=False))
+    for child in (known[name] for name in done.silent if name in known):  # some may have been deleted
+        unsilence(child)
     for name in (*done.modules, *done.buffers):
         module._modules.pop(name, None)
         module._buffers.pop(name, None)
@@ -191,7 +192,7 @@ def _loaded_like(donor_class: type[nn.Module]) -> Callable[..., None]:
 
     def _load_from_state_dict(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix + MARK) for key in state):
-            state |= {prefix + name: value for name, value in self._buffers.items() if name.startswith(MARK)}
+            state |= {prefix + name: torch.zeros(1) for name in self._buffers if name.startswith(MARK)}
         donor_class._load_from_state_dict(self, state, prefix, *args)
 
     return _load_from_state_dict

@@ -141,3 +141,18 @@ def test_a_nonlinear_adapter_is_no_linear_map():
         if path.endswith("qkv"):
             donor.set_submodule(path, Gated(module))
     assert attnrewrite.plan(donor, "conv_glu", images("timm_swin", 1)).refused
+
+
+@pytest.mark.parametrize("mode", ["floor", "trunc"])
+def test_a_rounded_adapter_is_no_linear_map_either(mode):
+    class Rounded(Adapted):
+        def forward(self, x):
+            return self.base(x) + torch.div(self.up[0](self.down[0](x)), 0.1, rounding_mode=mode)
+
+    donor = small_model("timm_vit")
+    for path, module in list(donor.named_modules()):
+        if path.endswith("qkv"):
+            donor.set_submodule(path, Rounded(module))
+    donor.eval()
+    converted = converted_from(donor, "timm_vit", "identity")
+    assert difference(run(converted, images("timm_vit")), run(donor, images("timm_vit"))) < 1e-9

@@ -9,6 +9,7 @@ from torch import nn
 
 import attnrewrite
 from attnrewrite.errors import ConversionError
+from attnrewrite.rewrite.attention_weights import unavailable
 
 OPERATORS = {
     "neighborhood": {"kernel_size": 3},
@@ -142,3 +143,34 @@ def test_transformers_models_give_the_weights_that_their_example_asks_for(target
         assert float((ours.sum(-1) - 1).abs().max()) < 1e-5
         assert (difference(ours, theirs) < 1e-5) == (target == "identity")
     assert difference(converted(x).logits, converted(x, output_attentions=True).logits) < 1e-6
+
+
+def test_weights_with_dropout_are_refused():
+    """A second draw would give others than those that the result was made with."""
+
+    class Dropping(Attention):
+        def forward(self, x):
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).view(b, n, 3, 2, 16).permute(2, 0, 3, 1, 4)
+            weights = nn.functional.dropout((q @ k.mT * 16**-0.5).softmax(-1), 0.5, self.training)
+            return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c)), weights
+
+    donor, x = made("returned")
+    donor.attention = Dropping().double().eval()
+    for to in ("identity", "neighborhood"):
+        found = attnrewrite.plan(donor, to, x[:1]).sites
+        reasons = [planned.why for planned in found if planned.site.kind == "attention"]
+        assert "dropout would be drawn a second time" in reasons[0]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: torch.stack([w]), lambda w: torch.isnan(w), lambda w: w * 2, lambda w: 2 * w, lambda w: w + 1,
+        lambda w: torch.ones(2, 2) @ w, len, float, bool, list, lambda w: w[0], lambda w: w.mean(), lambda w: w.shape,
+        lambda w: nn.functional.dropout(w), lambda w: torch.einsum("ij->i", w),
+    ],
+)  # fmt: skip
+def test_any_use_of_a_stand_in_says_why(use):
+    with pytest.raises(ConversionError, match="example inputs that make it return them"):
+        use(unavailable())

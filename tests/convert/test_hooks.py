@@ -206,3 +206,11 @@ def test_a_projection_fires_once_and_again_for_the_padding_that_the_original_giv
     converted(torch.randn(2, 3, size, size))
     assert seen[0] == (2, size // 2, size // 2, 48)
     assert len(seen) == (times if to == "identity" else 1)
+
+
+def test_a_model_whose_silenced_child_was_deleted_is_reverted():
+    donor = swin()
+    converted = attnrewrite.convert(donor, "identity", torch.randn(1, 3, 32, 32), progress=False)
+    del converted.layers[0].blocks[0].attn.attn_drop
+    reverted = attnrewrite.revert(converted)
+    assert type(reverted.layers[0].blocks[0]) is type(donor.layers[0].blocks[0])

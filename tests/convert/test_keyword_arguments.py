@@ -49,6 +49,36 @@ def enclosed(name):
     return read
 
 
+class Options:
+    slope = 1.0
+
+    def __init__(self, **given):
+        vars(self).update(given)
+
+
+def as_attribute(scores, **others):
+    return scores * Options(**others).slope
+
+
+def defaulted(scores, names=("wide", "narrow"), **others):
+    return scores * others.get(names[1], 1.0)
+
+
+def sorted_names(scores, **others):
+    return scores * (1 + sum(len(name) for name in sorted(others) if name.endswith("sk")))
+
+
+def multiplied(scores, **others):
+    for value in others.values():
+        if isinstance(value, int | float):
+            scores = scores * value
+    return scores
+
+
+def counted(scores, **others):
+    return scores * (1 + len(others))
+
+
 READERS = {
     "mask": masked,
     "temperature": scaled,
@@ -56,6 +86,10 @@ READERS = {
     "anything": summed,
     "flatness": listed,
     "gain": enclosed("gain"),
+    "slope": as_attribute,
+    "narrow": defaulted,
+    "factor": multiplied,
+    "another": counted,
 }
 
 
@@ -119,7 +153,8 @@ def test_what_it_may_read_is_refused(name, value):
     _, converted, x = converted_net(name)
     with pytest.raises(ConversionError, match=rf"kwargs\['{name}'\] was not given when this module was converted"):
         converted(x, **{name: value})
-    converted(x, **{name: None} if name == "mask" else {})
+    with pytest.raises(ConversionError, match=name):
+        converted(x, **{name: None})
 
 
 def test_an_argument_of_the_example_is_not_needed_if_nothing_reads_it():
@@ -135,6 +170,40 @@ def test_an_argument_of_the_example_that_was_read_is_needed():
         converted(x)
     with pytest.raises(ConversionError, match=r"was 2\.0 when this module was converted and is 3\.0 now"):
         converted(x, temperature=3.0)
+
+
+class Given(nn.Module):
+    """Adds all that it finds in containers to its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.head = Stem(), nn.Linear(32, 96), nn.Linear(32, 5)
+
+    def forward(self, x, options={}, masks=(), *more):  # noqa: B006  # what people write
+        q, k, v = self.qkv(self.stem(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+        logits = self.head(((q @ k.mT * 0.25).softmax(-1) @ v).transpose(1, 2).flatten(2).mean(1))
+        return sum((*options.values(), *masks, *more), logits)
+
+
+MASK = torch.linspace(-1, 1, 5, dtype=torch.float64)
+ARGUMENTS = [((), ({},), ({"a": MASK},)), (({"a": MASK},), ({"a": MASK, "b": MASK},), ({"b": MASK},), ())]
+ARGUMENTS += [(({}, [MASK]), ({}, [MASK, MASK]), ({}, [])), (({}, (), MASK), ({}, ()), ({}, (), MASK, MASK))]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_containers_have_the_parts_of_the_captured_call(arguments):
+    torch.manual_seed(0)
+    donor, x = Given().double().eval(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    captured, *others = arguments
+    converted = attnrewrite.convert(donor, "identity", (x, *captured), progress=False)
+    for given in (captured, *others):
+        expected = donor(x, *given)
+        try:
+            actual = converted(x, *given)
+        except ConversionError:
+            actual = None
+        assert actual is not None or given is not captured
+        assert actual is None or difference(actual, expected) < 1e-12
 
 
 def test_arguments_pass_by_under_a_compiler():
