@@ -18,7 +18,7 @@ _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class SilentHooks(OrderedDict[int, Any]):
     """The hooks of the module at ``path``. A shallow copy is a plain dictionary: hooks on a replica are nobody's."""
 
-    def __init__(self, path: str, hooks: Iterable[tuple[int, Any]] = ()) -> None:
+    def __init__(self, hooks: Iterable[tuple[int, Any]] = (), path: str = "") -> None:
         super().__init__()
         self.path = path
         for key, hook in hooks:
@@ -38,7 +38,7 @@ class SilentHooks(OrderedDict[int, Any]):
         return OrderedDict(self)
 
     def __reduce__(self) -> Any:
-        return type(self), (self.path, list(self.items()))
+        return type(self), (list(self.items()), self.path)
 
 
 def stay_called(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -60,7 +60,7 @@ def is_quiet(module: nn.Module) -> bool:
 def silence(module: nn.Module, path: str) -> None:
     """Tell who registers a hook on ``module`` from now on."""
     for kind in _KINDS:
-        module.__dict__[kind] = SilentHooks(path)
+        module.__dict__[kind] = SilentHooks(path=path)
 
 
 def unsilence(module: nn.Module) -> None:

@@ -181,7 +181,9 @@ class _Restating:
         looks = []
         for each, outlined in zip((node, *self.twins[node]), self.outlined, strict=True):
             captured = outlined.restated.get(each)
-            position = None if captured is None else outlined.capture.position.get(captured)
+            if captured is None:  # a step of our own
+                return [()] * counts
+            position = outlined.capture.position.get(captured)
             given = None if position is None else outlined.capture.sizes.given_at(position)
             if given is None:
                 return [None] * counts
