@@ -77,8 +77,8 @@ LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 @pytest.mark.parametrize(
     ("call", "every"),
     [
-        ("convert", 20),
-        ("convert_swin", 60),
+        ("convert", 40),
+        ("convert_swin", 120),
         ("explain", 20),
         ("analyze", 20),
         *(pytest.param(call, 1, marks=LONG) for call in CALLS),
@@ -107,7 +107,7 @@ def test_an_interruption_at_any_stage_leaves_everything_as_it_was(call, every):
     assert stopped > len(reached) / 2
 
 
-@pytest.mark.parametrize("name", ["timm_vit", "timm_swin", "transformers_swin", "torchvision_vit", "counting"])
+@pytest.mark.parametrize("name", ["timm_vit", "timm_swin", "torchvision_vit", "counting"])
 def test_explain_plan_and_analyze_leave_the_model_as_it_was(name):
     model, batch = build(name)
     model.train()

@@ -219,7 +219,7 @@ def test_arguments_pass_by_under_a_compiler():
     ("name", "to"),
     [
         *itertools.product(["transformers_vit", "transformers_vit_eager"], ["identity", "conv_glu"]),
-        ("transformers_swin", "conv_glu"),
+        pytest.param("transformers_swin", "conv_glu", marks=pytest.mark.slow),
         ("transformers_vit", "tokens_to_token"),
     ],
 )

@@ -12,7 +12,9 @@ from small_models import difference, images, small_model
 
 import attnrewrite
 
-NAMES = ["timm_vit", "timm_swin", "torchvision_vit", "torchvision_swin", "transformers_vit"]
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("torchvision_swin", "timm_swin")]
+PLAIN = ["timm_vit", "torchvision_vit", "transformers_vit"]
+NAMES = [*PLAIN, *LONG]
 
 
 def tuned(model):
@@ -46,8 +48,7 @@ def test_the_donor_does_not_take_them_without_a_word(name):
     assert all("attnrewrite_converted_to_neighborhood" in key for key in found.unexpected_keys)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("how", ["torch.save", "safetensors"])
+@pytest.mark.parametrize(("name", "how"), [("timm_vit", "safetensors"), *((name, "torch.save") for name in PLAIN)])
 def test_a_model_converted_alike_takes_them(name, how, tmp_path):
     model, batch = tuned(converted(name, kernel_size=3)[1]), images(name, 2, torch.float32)
     if how == "torch.save":
