@@ -16,7 +16,7 @@ from .errors import ArgumentError, ConversionError
 from .planning import Selector, plan
 from .report import ConversionReport
 from .rewrite.image_sides import forget_images
-from .rewrite.rewritten import RewrittenModule, restore_module
+from .rewrite.rewritten import RewrittenModule, forget_loading, restore_module
 from .targets import Target
 
 
@@ -121,6 +121,7 @@ def revert(model: nn.Module) -> nn.Module:
         while isinstance(module, RewrittenModule):  # a model converted twice was rewritten twice
             restore_module(module)
     forget_images(model)
+    forget_loading(model)
     model.__dict__.pop("attnrewrite_report", None)
     model.__dict__.pop("attnrewrite_places", None)
     return model

@@ -31,7 +31,7 @@ from .report import ConversionReport, SiteReport, suggestion
 from .rewrite.attention_weights import Unavailable
 from .rewrite.image_sides import forget_images, note_images
 from .rewrite.owners import OwnerProgram, build_programs
-from .rewrite.rewritten import restore_module
+from .rewrite.rewritten import forget_loading, restore_module, watch_loading
 from .targets import Conversion, Exactness, Target
 
 END_TO_END = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -150,6 +150,7 @@ class Plan:
             error = self._output_error(model, expected)
             if self.looks is not None:
                 self.looks.size.forget()
+            watch_loading(model)
             model.attnrewrite_report = self.report(error)  # type: ignore[assignment]  # an attribute of its own
             model.attnrewrite_places = find_places(self)  # type: ignore[assignment]  # an attribute of its own
         return model
@@ -253,6 +254,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
                 restore_module(module)
         if all(rewriting is None for rewriting in before.values()):
             forget_images(model)
+            forget_loading(model)
         for name in _TOLD:
             vars(model).pop(name, None)
         vars(model).update(told)

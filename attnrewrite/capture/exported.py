@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError, CaptureError, first_line
@@ -183,6 +184,12 @@ def _require_plain_module(model: nn.Module) -> None:
         raise ArgumentError(
             f"model: the parameters of {type(model).__name__} are sharded; convert the model first, then wrap it"
         )
+    packed = next((path for path, part in model.named_modules() if _holds_packed_weights(part)), None)
+    if packed is not None:
+        raise ArgumentError(
+            f"model: the weights of {packed or type(model).__name__} are packed or quantised, without the values that "
+            "a conversion reads and carries; convert the model first, then quantise the result"
+        )
     if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
         raise ArgumentError(
             f"model: {type(model).__name__} is on the meta device, without values to recognise or certify anything "
@@ -204,6 +211,12 @@ def _require_plain_module(model: nn.Module) -> None:
         raise ArgumentError(
             f"model: {type(model).__name__} wraps the model; convert the inner module first, then wrap the result"
         )
+
+
+def _holds_packed_weights(module: nn.Module) -> bool:
+    """In an object that only its own kernels read, or in a tensor that wraps others."""
+    held = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+    return held or any(is_traceable_wrapper_subclass(parameter) for parameter in module.parameters(recurse=False))
 
 
 def _require_finite(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -145,6 +145,39 @@ class TakenOut(nn.Module):
 MARK = "attnrewrite_converted_to_"
 """Begins the name of a buffer that says by its name what was done to a module."""
 
+
+def require_converted_alike(
+    model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, missing: list[str], *_: Any
+) -> None:
+    """A hook before state is loaded into a converted model: state that was converted anywhere has to be so everywhere.
+
+    Strict loading reports the modules of the model that were not converted where the state comes from.
+    """
+    if not any(MARK in key for key in state):
+        return
+    for name, module in model.named_modules():
+        own = f"{prefix}{name}." if name else prefix
+        if isinstance(module, RewrittenModule) and not any(key.startswith(own + MARK) for key in state):
+            missing += [own + mark for mark in vars(module)["_buffers"] if mark.startswith(MARK)]
+
+
+def watch_loading(model: nn.Module) -> None:
+    """Put that hook on a converted model."""
+    if not _watching(model):
+        model.register_load_state_dict_pre_hook(require_converted_alike)
+
+
+def forget_loading(model: nn.Module) -> None:
+    """Take it off."""
+    for key in _watching(model):
+        del model._load_state_dict_pre_hooks[key]
+
+
+def _watching(model: nn.Module) -> list[int]:
+    hooks = model._load_state_dict_pre_hooks
+    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is require_converted_alike]
+
+
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import difference, images, small_model
+from torch import nn
 
 import attnrewrite
 
@@ -76,6 +78,29 @@ def test_weights_of_the_donor_go_into_a_conversion_that_carries_them_all(name):
     model.load_state_dict(other.state_dict())
     expected = attnrewrite.convert(other, "neighborhood", batch[:1], kernel_size=3, progress=False)
     assert difference(run(model, batch), run(expected, batch)) < 1e-6
+
+
+def test_state_that_was_converted_in_part_does_not_go_into_a_whole_conversion():
+    donor, whole, batch = converted("timm_vit", kernel_size=3)
+    part = attnrewrite.convert(donor, "neighborhood", batch[:1], keep="blocks.0*", kernel_size=3, progress=False)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(whole)))
+    for model in (whole, copied):
+        with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.0\.attn\.attnrewrite_converted_to_neighborhood"):
+            model.load_state_dict(part.state_dict())
+        with pytest.raises(RuntimeError, match=r"Missing key"):
+            nn.ModuleDict({"model": model}).load_state_dict(
+                {f"model.{name}": value for name, value in part.state_dict().items()}
+            )
+        model.load_state_dict(donor.state_dict())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*blocks\.0\.attn\.attnrewrite_converted_to_neighborhood"):
+        part.load_state_dict(whole.state_dict())
+    assert not attnrewrite.revert(copied)._load_state_dict_pre_hooks
+
+
+def test_weights_of_the_donor_are_assigned_on_another_device():
+    donor, model, _ = converted("timm_vit", kernel_size=3)
+    model.to("meta").load_state_dict(donor.state_dict(), assign=True)
+    assert not any(value.is_meta for value in model.state_dict().values())
 
 
 def test_a_part_that_is_saved_alone_says_so_too():
