@@ -89,9 +89,11 @@ def row(name: str, size: int, repeats: int) -> str:
 def exports(model: nn.Module, image: Tensor) -> None:
     """The looks that a conversion takes at a model, as far as it takes them."""
     first = capture(model, image)
-    if not other_looks(first):
+    others = other_looks(first)
+    if not others:
         same_size_look(first)
-    training_look(first)
+    for look in (first, *others[:1]):
+        training_look(look)
 
 
 def loaded(name: str, size: int = 224) -> tuple[nn.Module, Tensor]:
