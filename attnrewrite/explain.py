@@ -94,8 +94,9 @@ class Explanation:
         others = [choice.target for choice in (*plain[_SHOWN:], *(choice for choice in choices if choice.recipe))]
         lines += [f"  also: {', '.join(others)}"] if others else []
         if not choices:
-            reasons = dict.fromkeys(each.reason for each in refused)
-            return [*lines, *(f"  {reason}" for reason in list(reasons)[:3])]
+            reasons = [each.reason for each in refused]
+            reasons += [option.why for options in self.options for option in options if not option.stays]
+            return [*lines, *(f"  nothing to convert: {reason}" for reason in list(dict.fromkeys(reasons))[:3])]
         best = (plain or choices)[0]
         call = f'attnrewrite.convert(model, to="{best.target}"{"" if best.exact else ", calibrate=images"})'
         return [*lines, f"next: converted = {call}; attnrewrite.report(converted) says what was done"]
@@ -113,16 +114,16 @@ class Explanation:
             lines += _wrapped(f"{numbers} = {planned.site.describe()} @ {name}{proof}{told}", width, "    ")
             for text, alike in _grouped(options, str).items():
                 lines += _wrapped(f"      {', '.join(option.target for option in alike)}: {text}", width, " " * 10)
-        for (kind, reason), refused in _grouped(self.plan.refused, lambda r: (r.kind, r.reason)).items():
+        for refused in _grouped(self.plan.refused, lambda r: _numberless(r.kind, r.reason, r.name)).values():
             name = folded_name([each.name for each in refused])
-            lines += _wrapped(f"refused {kind} @ {name}: {reason}", width, "    ")
+            lines += _wrapped(f"refused {refused[0].kind} @ {name}: {refused[0].reason}", width, "    ")
         return lines
 
     def _kind(self, place: int) -> tuple[str, ...]:
         """The same for sites that share an entry."""
         planned = self.plan.sites[place]
         said = (planned.site.describe(), planned.site.name, *map(str, self.options[place]))
-        return self.plan.read[id(planned.site)], *(re.sub(r"\d+", "#", text) for text in said)
+        return self.plan.read[id(planned.site)], *_numberless(*said)
 
     def _choices(self) -> list[_Choice]:
         """The targets that convert anything: attention first, the cheaper before the dearer."""
@@ -155,6 +156,10 @@ class _Choice:
         saved = f"{short(self.before)} -> {short(self.after)} MACs" if self.before else ""
         count = f"{len(self.converting)} of {len(self.options)}"
         return self.target, count, EFFECTS[min(self.converting)], saved
+
+
+def _numberless(*texts: str) -> tuple[str, ...]:
+    return tuple(re.sub(r"\d+", "#", text) for text in texts)
 
 
 def _grouped(members: Iterable[Member], kind: Callable[[Member], Any]) -> dict[Any, list[Member]]:

@@ -118,9 +118,9 @@ class _Reading:
         return not isinstance(factor, Node) or (self._is_constant(factor) and shape_of(factor) == ())
 
     def _passes(self, node: Node) -> bool:
-        """A copy, or a dropout that does nothing."""
+        """A copy, or a dropout, which does nothing in eval mode and follows the mode of the module that stays."""
         if operator_name(node) == "aten::dropout":
-            return argument(node, 2) is False
+            return True
         return operator_name(node) in _PASSING and node.meta["val"].dtype == input_of(node).meta["val"].dtype
 
     def _is_constant(self, node: Node) -> bool:

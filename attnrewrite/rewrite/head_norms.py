@@ -7,16 +7,17 @@ from torch.fx import Node
 
 from ..cores.head_norm import normalise_heads, scale_heads
 from ..ir import AttentionSite, HeadNorm
+from ..lift.values import shape_of
 from .outline import NotOutlinable, Outlined
 
 
-def normalised(outlined: Outlined, norm: HeadNorm | None, value: Node) -> Node:
+def normalised(outlined: Outlined, site: AttentionSite, norm: HeadNorm | None, value: Node) -> Node:
     """``value`` through the donor's own norm where that is a child, else through ours, with the donor's weights."""
     if norm is None:
         return value
     made = outlined.made.get(norm.node, [])
     if made and made[0].op == "call_module":
-        return again(outlined, made[0], value)
+        return again(outlined, site, made[0], value)
     weights = [None if node is None else outlined.value(node) for node in (norm.weight, norm.bias)]
     return outlined.graph.call_function(normalise_heads, (value, norm.kind, norm.place, norm.eps, *weights))
 
@@ -28,11 +29,13 @@ def scaled(outlined: Outlined, site: AttentionSite, query: Node) -> Node:
     return query
 
 
-def again(outlined: Outlined, made: Node, value: Node) -> Node:
-    """The same call on another value: the first operand is exchanged."""
+def again(outlined: Outlined, site: AttentionSite, made: Node, value: Node) -> Node:
+    """The same call on another value, which has the tokens of the site's source: the first operand is exchanged."""
     if made.op == "call_module":
         if len(made.all_input_nodes) != 1:
             raise NotOutlinable("a projection is given more than its input")
+        if shape_of(made.all_input_nodes[0]) != shape_of(site.source):
+            outlined.moved.add(str(made.target))
         swapped = fx.node.map_arg((made.args, made.kwargs), lambda _: value)
         return outlined.graph.call_module(made.target, *swapped)  # type: ignore[arg-type]  # fx's loose types
     return outlined.graph.call_function(made.target, (value, *made.args[1:]), dict(made.kwargs))  # type: ignore[arg-type]  # as above

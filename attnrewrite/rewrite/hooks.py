@@ -60,7 +60,7 @@ def is_quiet(module: nn.Module) -> bool:
 def silence(module: nn.Module, path: str) -> None:
     """Tell who registers a hook on ``module`` from now on."""
     for kind in _KINDS:
-        module.__dict__[kind] = SilentHooks(path=path)
+        module.__dict__[kind] = SilentHooks(module.__dict__[kind].items(), path)
 
 
 def unsilence(module: nn.Module) -> None:

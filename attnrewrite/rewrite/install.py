@@ -141,14 +141,15 @@ def _windowed(outlined: Outlined, site: AttentionSite, keys: MapGroups, core: An
         source = outlined.value(site.source)
         project = _projector(outlined, site, source)
         query, key, value = (project(part, source) for part in (site.query, site.key, site.value))
-        query = scaled(outlined, site, normalised(outlined, site.query_norm, query))
-        arguments: list[Node | None] = [query, normalised(outlined, site.key_norm, key), value]
+        query = scaled(outlined, site, normalised(outlined, site, site.query_norm, query))
+        arguments: list[Node | None] = [query, normalised(outlined, site, site.key_norm, key), value]
         arguments += _block_bias(outlined, site)
         if keys.phantom and isinstance(core, WindowAttention):
             zero = graph.call_function(zero_token, (source,))
-            padding = _projector(outlined, site, source, partial(_padding_call, outlined, query, core.window.size))
+            call = partial(_padding_call, outlined, site, query, core.window.size)
+            padding = _projector(outlined, site, source, call)
             key, value = (graph.call_function(operator.getitem, (padding(p, zero), 0)) for p in (site.key, site.value))
-            arguments += [*([None] if site.bias is None else []), normalised(outlined, site.key_norm, key), value]
+            arguments += [*([None] if site.bias is None else []), normalised(outlined, site, site.key_norm, key), value]
         placed = core if site.place is None else InTokenOrder(core, site.place, site.map_grid)
         if site.place is not None:
             outlined.tied.append("the order of its tokens")
@@ -170,7 +171,7 @@ def _projector(
     calls: dict[tuple[Node, Node], Node] = {}
     graph = outlined.graph
     linears = {made.args[1]: made for made in site.nodes.linears}
-    call = call or partial(again, outlined)
+    call = call or partial(again, outlined, site)
 
     def project(part: Projection, value: Node) -> Node:
         linear = linears[part.weight]
@@ -187,10 +188,12 @@ def _projector(
     return project
 
 
-def _padding_call(outlined: Outlined, image: Node, window: tuple[int, int], made: Node, zero: Node) -> Node:
+def _padding_call(
+    outlined: Outlined, site: AttentionSite, image: Node, window: tuple[int, int], made: Node, zero: Node
+) -> Node:
     """The call ``made`` on a padded slot, which hooks see on maps that have such slots."""
     if made.op != "call_module":
-        return again(outlined, made, zero)
+        return again(outlined, site, made, zero)
     module = outlined.graph.get_attr(str(made.target))
     return outlined.graph.call_function(project_padding, (module, zero, image, window))
 
@@ -226,7 +229,7 @@ def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
 def _after_projection(outlined: Outlined, site: AttentionSite, mixed: Node) -> Node:
     """The output projection and what follows it up to the result, without the rearrangement of tokens."""
     assert site.nodes.merged is not None
-    return _after_merge(outlined, site, again(outlined, outlined.first(site.nodes.merged), mixed))
+    return _after_merge(outlined, site, again(outlined, site, outlined.first(site.nodes.merged), mixed))
 
 
 def _after_merge(outlined: Outlined, site: AttentionSite, new: Node) -> Node:
@@ -241,7 +244,7 @@ def _after_merge(outlined: Outlined, site: AttentionSite, new: Node) -> Node:
             raise NotOutlinable("the result does not come from the output projection")
         step = step.all_input_nodes[0]
     for step in reversed(follow):
-        new = again(outlined, step, new)
+        new = again(outlined, site, step, new)
     return new
 
 

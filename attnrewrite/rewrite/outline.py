@@ -36,7 +36,9 @@ class Outlined:
     stand here again. ``constants`` and ``modules`` are to be added to the module;
     ``tied`` says what holds for the captured size only; ``tables`` are the shapes of the parameters that make biases;
     ``given`` are the ``leaves`` that were constants, such as masks, and their values; ``live`` the calls of children
-    that stay calls; ``fixed`` what of the ``leaves`` has to stay as it was: a value, or a tensor's extents.
+    that stay calls; ``moved`` the paths below the module of those that are given another value than by the model, such
+    as the map whose windows they projected; ``fixed`` what of the ``leaves`` has to stay as it was: a value, or a
+    tensor's extents.
     """
 
     call: ModuleCall
@@ -47,6 +49,7 @@ class Outlined:
     leaves: list[Node] = field(default_factory=list)
     given: dict[Node, Tensor] = field(default_factory=dict)
     live: list[ModuleCall] = field(default_factory=list)
+    moved: set[str] = field(default_factory=set)
     fixed: dict[Node, Any] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -303,7 +306,6 @@ class _Outliner:
         if "val" not in value.meta and value.op != "get_attr":
             value.meta["val"] = captured.meta["val"]
         self.result.made.setdefault(captured, []).append(value)
-
 
     def _require(self, condition: bool, reason: str) -> None:
         if not condition:

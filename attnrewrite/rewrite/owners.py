@@ -44,7 +44,7 @@ class OwnerProgram:
     identity. ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its
     own hands its input on in eval mode; ``passes_over`` whether it is given a constant that it no longer uses, and
     ``reads_image`` whether it asks for the image that the model was given. ``live`` are the paths of children that are
-    still called, and ``dissolved`` those, below the module's own, of the modules that are not.
+    still called as they were, and ``dissolved`` those, below the module's own, of the modules that are not called.
     """
 
     call: ModuleCall
@@ -112,6 +112,7 @@ def build_program(
             outlined = follow_sizes(outlined, looks, again)
             remove_dead_code(outlined.graph)
             dissolved = _dissolved(outlined)
+            _require_no_decisions(outlined)
             program = program_of(outlined)
         except _NotInstalled as without:
             failed.append((without.site, _reason(call, without.__cause__)))
@@ -127,7 +128,7 @@ def build_program(
         unread = [name for name in before if name not in read and not lies_in(name, called)]
         unused = [name for name in unread if _is_droppable(call, name, looks.first)]
         noted = (outlined.handed_on, bool(outlined.passed_over()), any(map(_reads_image, modules.values())))
-        live = frozenset(child.path for child in outlined.live)
+        live = frozenset(child.path for child in outlined.live) - {child.path for child in _moved(outlined)}
         return OwnerProgram(
             call, sites, program, modules, buffers, unused, outlined.tied, *noted, live, dissolved
         ), failed
@@ -167,6 +168,24 @@ def _dissolved(outlined: Outlined) -> list[str]:
             raise NotOutlinable(f"hooks on its child {path} would not fire any more")
         paths[path] = None
     return list(paths)
+
+
+def _moved(outlined: Outlined) -> list[ModuleCall]:
+    """Calls of children that are given another value than they were."""
+    return [child for child in outlined.live if outlined.relative(child.path) in outlined.moved]
+
+
+def _require_no_decisions(outlined: Outlined) -> None:
+    """Raises:
+    NotOutlinable: a child that is given another value, of another size, decides anything by sizes.
+    """
+    for child in _moved(outlined):
+        inside = set(map(id, child.walk()))
+        decision = next((each for each in outlined.capture.sizes.decisions if id(each.call) in inside), None)
+        if decision is not None:
+            raise NotOutlinable(
+                f"its child {outlined.relative(child.path)} would be given a whole map, and hangs on {decision}"
+            )
 
 
 @contextmanager

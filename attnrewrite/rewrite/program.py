@@ -268,7 +268,7 @@ class _ForwardCode(CodeGen):
             if placeholder in self.outlined.fixed:
                 lines.append(f"    expect_same({spelled!r}, {spelled}, {self._constant(leaf)})")
         structures = [
-            f"    expect_structure({name!r}, {name}, {_skeleton(value)!r})"
+            f"    expect_structure({name!r}, {name}, {self._constant(_skeleton(value))})"
             for name, value in call.arguments.items()
             if isinstance(value, tuple | list | dict) and name != self.keywords
         ]
@@ -348,7 +348,7 @@ def _spelled(path: tuple[Any, ...]) -> str:
     for key in path[1:]:
         if isinstance(key, SequenceKey):
             text += f"[{key.idx}]"
-        elif isinstance(key, MappingKey):
+        elif isinstance(key, MappingKey) and isinstance(key.key, str | int):
             text += f"[{key.key!r}]"
         else:
             raise NotOutlinable(f"its argument {text} is a structure that cannot be unpacked")

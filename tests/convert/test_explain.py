@@ -75,5 +75,36 @@ def test_what_could_not_be_read_is_said_with_its_reason():
     assert "aten::tanh acts between the product of query and key and the softmax" in " ".join(text.split())
 
 
+def test_places_of_other_names_that_share_a_reason():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return x + (q @ k.mT).tanh().softmax(-1) @ v
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.blocks, self.last = nn.Conv2d(3, 32, 8, 8), nn.Sequential(Block(), Block()), Block()
+
+        def forward(self, x):
+            return self.last(self.blocks(self.stem(x).flatten(2).mT)).mean(1)
+
+    found = [line for line in explain(Net().eval(), torch.randn(1, 3, 32, 32)).details() if "refused attention" in line]
+    assert [line.split(":")[0] for line in found] == [
+        "refused attention @ blocks.{0...1}",
+        "refused attention @ last",
+    ]
+
+
+def test_sites_that_nothing_takes_say_why():
+    stem = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2))
+    lines = explain(stem.eval(), torch.randn(1, 3, 32, 32)).summary()
+    assert len(lines) > 1
+
+
 def test_a_model_without_attention():
     assert "no attention, MLP or stem recognised" in str(explain(nn.Linear(4, 4), torch.randn(1, 4)))
