@@ -16,7 +16,8 @@ from .errors import ArgumentError, ConversionError
 from .planning import Selector, plan
 from .report import ConversionReport
 from .rewrite.image_sides import forget_images
-from .rewrite.rewritten import RewrittenModule, forget_loading, restore_module
+from .rewrite.rewritten import RewrittenModule, restore_module
+from .rewrite.saved_state import forget_loading
 from .targets import Target
 
 

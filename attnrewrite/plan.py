@@ -31,7 +31,8 @@ from .report import ConversionReport, SiteReport, suggestion
 from .rewrite.attention_weights import Unavailable
 from .rewrite.image_sides import forget_images, note_images
 from .rewrite.owners import OwnerProgram, build_programs
-from .rewrite.rewritten import forget_loading, restore_module, watch_loading
+from .rewrite.rewritten import restore_module
+from .rewrite.saved_state import forget_loading, watch_loading
 from .targets import Conversion, Exactness, Target
 
 END_TO_END = {torch.float64: 1e-6, torch.float32: 1e-3}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import new_class
@@ -20,6 +19,7 @@ from torch import Tensor, fx, nn
 from ..capture.replica import class_for, importable_class
 from .hooks import is_quiet, silence, stay_called, unsilence
 from .program import Program
+from .saved_state import loaded_like, marks_of
 
 
 @dataclass
@@ -77,8 +77,7 @@ def rewrite_module(
     for name, value in buffers.items():
         done.buffers.append(name)
         module.register_buffer(name, value, persistent=False)
-    marks = {MARK + re.sub(r"\W", "_", target) for target in targets} - module._buffers.keys()
-    for mark in sorted(marks):
+    for mark in marks_of(targets) - module._buffers.keys():
         done.buffers.append(mark)
         module.register_buffer(mark, torch.zeros(1, device=None if parameter is None else parameter.device))
     if isinstance(module, nn.MultiheadAttention) and previous is None:
@@ -142,42 +141,6 @@ class TakenOut(nn.Module):
         self.register_buffer("weight", next(child.parameters()).detach().new_empty(0), persistent=False)
 
 
-MARK = "attnrewrite_converted_to_"
-"""Begins the name of a buffer that says by its name what was done to a module."""
-
-
-def require_converted_alike(
-    model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, missing: list[str], *_: Any
-) -> None:
-    """A hook before state is loaded into a converted model: state that was converted anywhere has to be so everywhere.
-
-    Strict loading reports the modules of the model that were not converted where the state comes from.
-    """
-    if not any(MARK in key for key in state):
-        return
-    for name, module in model.named_modules():
-        own = f"{prefix}{name}." if name else prefix
-        if isinstance(module, RewrittenModule) and not any(key.startswith(own + MARK) for key in state):
-            missing += [own + mark for mark in vars(module)["_buffers"] if mark.startswith(MARK)]
-
-
-def watch_loading(model: nn.Module) -> None:
-    """Put that hook on a converted model."""
-    if not _watching(model):
-        model.register_load_state_dict_pre_hook(require_converted_alike)
-
-
-def forget_loading(model: nn.Module) -> None:
-    """Take it off."""
-    for key in _watching(model):
-        del model._load_state_dict_pre_hooks[key]
-
-
-def _watching(model: nn.Module) -> list[int]:
-    hooks = model._load_state_dict_pre_hooks
-    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is require_converted_alike]
-
-
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -189,7 +152,7 @@ def rewritten_class(donor_class: type[nn.Module]) -> type[nn.Module]:
             "__doc__": donor_class.__doc__,
             "__reduce_ex__": _reduced_like(donor_class),
             "forward": _forward_like(donor_class),
-            "_load_from_state_dict": _loaded_like(donor_class),
+            "_load_from_state_dict": loaded_like(donor_class),
             **(_OF_GRAPH if issubclass(donor_class, fx.GraphModule) else {}),
         }
         bases = (donor_class, RewrittenModule)
@@ -217,18 +180,6 @@ def _deepcopied(self: Any, memo: dict[int, Any]) -> Any:
 
 _OF_GRAPH = {"__deepcopy__": _deepcopied, "recompile": lambda self: None}
 """An ``fx.GraphModule`` is copied as its graph, and made anew from it: neither knows what was rewritten."""
-
-
-def _loaded_like(donor_class: type[nn.Module]) -> Callable[..., None]:
-    """State that was never converted is the donor's, and what a conversion carries over; other state has to say that it
-    was converted to the same."""
-
-    def _load_from_state_dict(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        if not any(key.startswith(prefix + MARK) for key in state):
-            state |= {prefix + name: torch.zeros(1) for name in self._buffers if name.startswith(MARK)}
-        donor_class._load_from_state_dict(self, state, prefix, *args)
-
-    return _load_from_state_dict
 
 
 def _forward_like(donor_class: type[nn.Module]) -> Callable[..., Any]:

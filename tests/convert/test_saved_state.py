@@ -97,6 +97,21 @@ def test_state_that_was_converted_in_part_does_not_go_into_a_whole_conversion():
     assert not attnrewrite.revert(copied)._load_state_dict_pre_hooks
 
 
+def test_a_model_that_is_itself_rewritten_tells_the_two_apart():
+    """torchvision's ViT cuts its patches in the model's own code: the model reads its state before its children do."""
+    donor, model, batch = converted("torchvision_vit", "identity")
+    assert "attnrewrite_converted_to_identity" in model.state_dict()
+    other = tuned(donor)
+    for assign in (False, True):
+        model.load_state_dict(other.state_dict(), assign=assign)
+        assert difference(run(model, batch), run(other, batch)) < 1e-6
+        model.load_state_dict(model.state_dict(keep_vars=True))
+    state = model.state_dict()
+    del state["attnrewrite_converted_to_identity"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"attnrewrite_converted_to_identity"'):
+        model.load_state_dict(state)
+
+
 def test_weights_of_the_donor_are_assigned_on_another_device():
     donor, model, _ = converted("timm_vit", kernel_size=3)
     model.to("meta").load_state_dict(donor.state_dict(), assign=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the library of this checkout, whichever is installed
 
-import generated_models
-from generated_models import Recipe, Step, build, other_sizes, recipe_by
+from generated_models import build
+from generated_recipes import Recipe, Step, other_sizes, recipe_by
 from judging import FAULTS, TARGETS, fate, faults, judge, told
 
 
@@ -74,7 +74,7 @@ def main(arguments):
     simplify = "--simplify" in arguments
     arguments = [argument for argument in arguments if argument != "--simplify"]
     if arguments and arguments[0].startswith("Recipe"):
-        recipe = eval(arguments[0], {"Recipe": Recipe, "Step": Step, **vars(generated_models)})
+        recipe = eval(arguments[0], {"Recipe": Recipe, "Step": Step})
         print(told(recipe, findings_of(recipe)))
     else:
         first, count = (int(argument) for argument in arguments or ("0", "300"))

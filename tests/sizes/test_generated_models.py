@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from generated_models import BLOCKS, Recipe, Step, build, other_sizes, recipe_by
+from generated_models import build
+from generated_recipes import BLOCKS, Recipe, Step, other_sizes, recipe_by
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from judging import TARGETS, error, fate, faults, images, judge, outputs, places, told

@@ -8,20 +8,13 @@ from __future__ import annotations
 import functools
 import itertools
 
+import kind_maps as maps
 import kind_models as kinds
 import library_models as libraries
 import pytest
 from judging import TARGETS, compare, faults, images, judge, outputs, told
-from kind_models import (
-    Classifier,
-    GivesAMask,
-    LeavesTokensOut,
-    MasksItself,
-    Reduced,
-    SetsSides,
-    WindowsOnTokens,
-    lively,
-)
+from kind_maps import LeavesTokensOut, Reduced, SetsSides, WindowsOnTokens
+from kind_models import Classifier, GivesAMask, MasksItself, lively
 from repetition import thinned
 
 import attnrewrite
@@ -75,7 +68,7 @@ def test_numbers_and_branches_in_the_attention_of_a_large_map_seen_first(attenti
 
 
 def test_attention_along_rows_and_columns_runs_at_all_sizes():
-    right(kinds.RowsAndColumns, (16, 24), SIZES, IDENTITY)
+    right(maps.RowsAndColumns, (16, 24), SIZES, IDENTITY)
 
 
 def test_what_ties_a_module_to_its_size_does_not_tie_it_to_its_batch():
@@ -114,17 +107,17 @@ def test_a_mask_that_the_model_makes_from_its_size_and_gives(mask, inline):
 # --- windows ---
 
 
-@named("windows", kinds.WINDOWS)
+@named("windows", maps.WINDOWS)
 def test_windows_that_are_the_whole_map_at_capture(windows):
     right_or_refused(lambda: Classifier(windows()), others=[(32, 32), (16, 32), (48, 32), (24, 24), (8, 32)])
 
 
-@named("windows", kinds.WINDOWS)
+@named("windows", maps.WINDOWS)
 def test_several_windows_at_capture_and_one_later(windows):
     right_or_refused(lambda: Classifier(windows()), captured=(32, 32), others=[(16, 16), (16, 32), (64, 16), (40, 24)])
 
 
-@named("windows", kinds.WINDOWS)
+@named("windows", maps.WINDOWS)
 def test_windows_in_a_row_at_capture(windows):
     right_or_refused(lambda: Classifier(windows()), captured=(16, 32), others=[(32, 16), (32, 32), (16, 16), (16, 64)])
 
@@ -161,7 +154,7 @@ SIDES_AND_BACK = [  # to and fro, so that every second pair covers all of both
 
 @pytest.mark.parametrize(("side", "back"), thinned(SIDES_AND_BACK, 2))
 def test_tokens_made_a_map_of_sides_that_the_input_does_not_tell(side, back):
-    model = SetsSides if side == "set before" else kinds.Sequence
+    model = SetsSides if side == "set before" else maps.Sequence
     right_or_refused(
         lambda: model(WindowsOnTokens(side, back), dim=12),
         captured=(32, 32),
@@ -172,7 +165,7 @@ def test_tokens_made_a_map_of_sides_that_the_input_does_not_tell(side, back):
 # --- training ---
 
 
-@pytest.mark.parametrize("step", kinds.IN_TRAINING, ids=lambda step: step.__name__)
+@pytest.mark.parametrize("step", maps.IN_TRAINING, ids=lambda step: step.__name__)
 def test_steps_of_training_only(step):
     right_or_refused(step, targets=IDENTITY)
 
@@ -218,7 +211,7 @@ def test_tokens_that_a_model_leaves_out_in_training_are_no_map(how, target):
 # --- kernels ---
 
 
-@pytest.mark.parametrize("make", [libraries.timm_vit, Classifier, kinds.Sequence], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [libraries.timm_vit, Classifier, maps.Sequence], ids=lambda make: make.__name__)
 def test_a_kernel_cut_to_the_map_at_capture_grows_again(make):
     """A kernel of 31 covers all of these maps, so that attention stays global."""
     sizes = [(48, 48), (64, 64), (32, 64), (120, 40)]
