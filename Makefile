@@ -4,7 +4,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c requirements/constraints.txt
 READY := $(VENV)/.ready
 # Two processes of one thread each: a file's tests share models that one process converts once.
-TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all workflows golden lint typecheck benchmarks clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from .capture.draws import same_draws
 from .capture.replica import independent, replica
 from .certify import Certificate
 from .certify.certificate import relative_error
-from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, first_line
+from .errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, ConversionWarning, first_line
 from .ir import AttentionSite, Refused, Site, StemSite, line
 from .lift.dataflow import Dataflow
 from .lift.looks import Looks
@@ -139,6 +140,7 @@ class Plan:
                 raise ConversionError(
                     f"{owner.path or '(root)'} was rewritten since the plan was made; revert the model, or plan anew"
                 )
+        self._tell_of_kept_values()
         with plain_modes():
             model = self.model if inplace else independent(self.model)
         with _all_or_nothing(model), plain_modes():
@@ -191,6 +193,17 @@ class Plan:
         for planned in self.converting:
             if id(planned.site) in reasons:
                 planned.refuse(reasons[id(planned.site)])
+
+    def _tell_of_kept_values(self) -> None:
+        keeping = [f"{owner.path or '(root)'} ({', '.join(owner.keeps)})" for owner in self.programs if owner.keeps]
+        if keeping:
+            warnings.warn(
+                "rewritten modules do not set the attributes in which their originals keep what they computed: "
+                f"{', '.join(keeping)}; what is there now is of an earlier run. Leave these sites out with `keep`, or "
+                "read the values with a hook on a module that is still called",
+                ConversionWarning,
+                stacklevel=3,
+            )
 
     def _expected(self) -> list[Tensor]:
         """The model's own outputs on the example input: seen at planning, unless its weights are others now."""

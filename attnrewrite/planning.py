@@ -335,6 +335,7 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     inputs = {node: made.capture.tensors[node] for node in made.capture.inputs}
     given = (made.capture.root, made.values | inputs, flow.constants, made.capture.batch)
     verdicts: dict[str, str | None] = {}
+    keeps: dict[str, list[str]] = {}
     unrun: list[tuple[OwnerProgram, OwnerProgram]] = []
     for owner in made.programs:
         structure, owned = structures[owner.path], [planned[id(site)] for site in owner.sites]
@@ -343,7 +344,8 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         if structure not in verdicts or verdicts[structure] is None:
             twin = owner if kept else _with_own_function(owner, made)
         if structure not in verdicts:
-            verdicts[structure] = misbehaviour(twin, *given) if twin else ""
+            verdicts[structure], keeps[structure] = misbehaviour(twin, *given) if twin else ("", [])
+        owner.keeps = keeps[structure]
         if verdicts[structure] is None and twin is not None:
             unrun.append((owner, twin))
         for each in owned if verdicts[structure] else ():

@@ -6,7 +6,6 @@ Alone where it runs alone, else inside the model. A check that could not run has
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,22 +20,26 @@ from ..certify.certificate import relative_error
 from ..errors import ConversionError, first_line
 from ..lift.values import Values
 from .attention_weights import Unavailable
+from .kept_values import kept_values
 from .owners import OwnerProgram
 from .rewritten import rewrite_module
+from .run_module import run_module
 
 TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Else 1e-3, relative to the largest value: float32 leaves 1e-6, a wrong axis or a swapped batch far more."""
 
 
-def misbehaviour(owner: OwnerProgram, root: ModuleCall, captured: Values, constants: Values, batch: int) -> str | None:
+def misbehaviour(
+    owner: OwnerProgram, root: ModuleCall, captured: Values, constants: Values, batch: int
+) -> tuple[str | None, list[str]]:
     """Compare donor and twin on two different samples, in training where that tells more, else in eval mode.
 
     It does where a child hands its input on in eval mode (an inactive DropPath), because the graph does not show for
     sure which later use takes the child's result, and where nothing is random by element. ``owner`` must hold cores
     that keep the function; ``root`` is the call of the model. Returns the reason, an empty string, or None where the
-    donor does not run alone on two samples: then nothing was compared.
+    donor does not run alone on two samples: then nothing was compared. And the names of the attributes in which the
+    donor keeps what it computed.
     """
-    compared = False
     donor = owner.call.module
     twin = replica(donor, own_buffers=True)
     rewrite_module(twin, owner.program, owner.modules, owner.buffers)
@@ -46,23 +49,22 @@ def misbehaviour(owner: OwnerProgram, root: ModuleCall, captured: Values, consta
             found = _donor_at(donor, chosen, training)
             if found is None:
                 continue
-            compared = True
             where = "in training" if training else f"at a batch of {2 * batch}"
             try:
                 try:
-                    actual = _run(twin, donor, found[0], training)
+                    actual = run_module(twin, donor, found[0], training)
                 except ConversionError:  # arguments that the model itself does not give, where samples are one sequence
                     chosen = _two_samples(owner, root, captured, constants, batch, as_given=True)
                     found = _donor_at(donor, chosen, training) or found
-                    actual = _run(twin, donor, found[0], training)
+                    actual = run_module(twin, donor, found[0], training)
             except Exception as cause:
-                return f"the rewritten module does not run {where}: {first_line(cause)}"
+                return f"the rewritten module does not run {where}: {first_line(cause)}", []
             _, expected = found
             reason = _difference(actual, expected)
             if reason:
-                return f"the rewritten module differs from the original {where} ({reason})"
-            break
-    return "" if compared else None
+                return f"the rewritten module differs from the original {where} ({reason})", []
+            return "", kept_values(donor, found[0], owner.live)
+    return None, []
 
 
 def misbehaviour_in_model(owners: list[OwnerProgram], model: nn.Module, example: Inputs, batch: int) -> str:
@@ -132,7 +134,7 @@ def _donor_at(
     for arguments in chosen:
         fresh = replica(donor, own_buffers=True)
         try:
-            return arguments, _run(fresh, fresh, arguments, training)
+            return arguments, run_module(fresh, fresh, arguments, training)
         except Exception:
             continue
     return None
@@ -155,7 +157,7 @@ def _given_at_two_samples(call: ModuleCall, root: ModuleCall, values: Values, ba
     model = replica(root.module, own_buffers=True)
     model.get_submodule(call.path).register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        _run(model, model, _at_two_samples(root.arguments, values, {}, batch), training=False)
+        run_module(model, model, _at_two_samples(root.arguments, values, {}, batch), training=False)
     except _Reached as reached:
         return reached.arguments
     except Exception:  # another batch is not for this model: then no one gives it one
@@ -166,13 +168,6 @@ def _given_at_two_samples(call: ModuleCall, root: ModuleCall, values: Values, ba
 def _is_compared(actual: Any, expected: Any) -> bool:
     """Numbers, but not attention weights that the rewritten module withholds."""
     return isinstance(expected, Tensor) and expected.is_floating_point() and not isinstance(actual, Unavailable)
-
-
-def _run(module: nn.Module, donor: nn.Module, arguments: dict[str, Any], training: bool) -> list[Any]:
-    bound = inspect.BoundArguments(inspect.signature(donor.forward), OrderedDict(arguments))
-    module.train(training)
-    with same_draws(module):
-        return tree_leaves(module.forward(*bound.args, **bound.kwargs))
 
 
 def _at_two_samples(arguments: dict[str, Any], values: Values, fixed: Values, batch: int) -> dict[str, Any]:

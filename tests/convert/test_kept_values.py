@@ -1,0 +1,95 @@
+"""Attributes in which a forward keeps what it computed: a rewritten one does not set them, and that is said."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from small_models import difference, images, small_model
+
+import attnrewrite
+from attnrewrite.errors import ConversionWarning
+
+NAME = "timm_vit"
+
+
+def attended(attention, x):
+    heads = (*x.shape[:2], 3, attention.num_heads, -1)
+    query, key, value = attention.qkv(x).reshape(heads).permute(2, 0, 3, 1, 4)
+    weights = (attention.scale * query @ key.transpose(-2, -1)).softmax(-1)
+    return weights, attention.proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+def model_that(keep):
+    """A ViT whose attention hands its weights to ``keep``."""
+    model = small_model(NAME)
+
+    class Keeping(type(model.blocks[0].attn)):
+        def forward(self, x, *_, **__):
+            weights, result = attended(self, x)
+            keep(self, weights)
+            return result
+
+    for block in model.blocks:
+        block.attn.__class__ = Keeping
+    return model
+
+
+def plainly(module, weights):
+    module.last = weights
+
+
+def in_a_dictionary(module, weights):
+    module.maps = {"last": [weights.mean(1)]}
+
+
+def at_a_child(module, weights):
+    module.proj.attended = weights
+
+
+def in_a_list(module, weights):
+    module.history = [*getattr(module, "history", []), weights]
+
+
+@pytest.mark.parametrize("to", ["identity", "neighborhood"])
+@pytest.mark.parametrize(
+    ("keep", "name"),
+    [(plainly, "last"), (in_a_dictionary, "maps"), (at_a_child, "proj.attended"), (in_a_list, "history")],
+)
+def test_they_are_named(keep, name, to):
+    model, x = model_that(keep), images(NAME, 1)
+    before = copy.copy(vars(model.blocks[0].attn))
+    with pytest.warns(ConversionWarning, match=rf"blocks\.0\.attn \({name}\), blocks\.1\.attn \({name}\)"):
+        converted = attnrewrite.convert(model, to, x, progress=False)
+    assert vars(model.blocks[0].attn) == before
+    if to == "identity":
+        assert difference(converted(x), model(x)) < 1e-9
+    with pytest.warns(ConversionWarning, match=r"computed: blocks\.1\.attn"):
+        attnrewrite.convert(model, to, x, keep="blocks.0.*", progress=False)
+
+
+def test_a_warning_that_is_an_error_leaves_the_model():
+    model, x = model_that(plainly), images(NAME, 1)
+    kinds = [type(module) for module in model.modules()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        with pytest.raises(ConversionWarning):
+            attnrewrite.convert(model, "identity", x, inplace=True, progress=False)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def a_mask(module, weights):
+    module.mask = torch.ones(weights.shape[-2:]).triu()
+
+
+def its_size(module, weights):
+    module.size = weights.shape
+
+
+@pytest.mark.parametrize("keep", [a_mask, its_size])
+def test_what_is_the_same_for_every_image_is_nobodys_loss(keep):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        attnrewrite.convert(model_that(keep), "identity", images(NAME, 1), progress=False)
