@@ -2,7 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 # An install maps `patterns/` and `backends/` into this package. In a bare checkout they are its siblings,
 # so the checkout itself joins the search path, before anything below looks for them.
@@ -10,12 +10,12 @@ _here = Path(__file__).resolve().parent
 if not (_here / "patterns").exists() and (_here.parent / "patterns" / "__init__.py").exists():
     __path__.append(str(_here.parent))
 
-from .calibration import Calibration, calibrate
-from .convert import convert, report, revert
-from .costs import analyze
-from .errors import AttnRewriteError
-from .explain import explain
-from .planning import plan
+if TYPE_CHECKING:
+    from .api.conversion import convert, plan, report, revert
+    from .api.explanation import explain
+    from .calibration import Calibration, calibrate
+    from .costs import analyze
+    from .errors import AttnRewriteError
 
 __all__ = [
     "AttnRewriteError", "Calibration", "__version__", "analyze", "calibrate", "convert", "explain", "plan", "report",
@@ -23,9 +23,29 @@ __all__ = [
 ]  # fmt: skip
 __version__ = "0.1.0"
 
+_PLACES = {
+    "AttnRewriteError": "errors",
+    "Calibration": "calibration",
+    "analyze": "costs",
+    "calibrate": "calibration",
+    "convert": "api.conversion",
+    "explain": "api.explanation",
+    "plan": "api.conversion",
+    "report": "api.conversion",
+    "revert": "api.conversion",
+}
+_ROOMS = ("errors", "functional", "lowering", "models", "modules")
 
-def __getattr__(name: str) -> ModuleType:
-    """The papers' operators and models are imported when they are asked for."""
-    if name in ("functional", "models", "modules"):
+
+def __getattr__(name: str) -> Any:
+    """Everything is imported when it is asked for: importing the package costs little more than importing torch."""
+    if name in _PLACES:
+        value = globals()[name] = getattr(import_module(f".{_PLACES[name]}", __name__), name)
+        return value
+    if name in _ROOMS:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES, *_ROOMS})

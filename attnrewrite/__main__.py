@@ -16,7 +16,7 @@ from .costs import analyze
 from .costs.cost import CONVENTIONS
 from .costs.meta_model import Sizer
 from .errors import ArgumentError, AttnRewriteError
-from .loading import load_model
+from .hosts.loading import load_model
 from .models import create_model, list_models
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import Request, select_backend
+from .numerics.precision import autocast
 from .operators import grouped_attention as grouped_attention_op
 from .operators import local_attention as local_attention_op
 from .operators.arguments import (
@@ -26,11 +26,11 @@ from .operators.arguments import (
     needs_gradient,
     refuse_forward_mode,
 )
+from .operators.dispatch import Request, select_backend
 from .operators.grouped_attention import grouped_request
 from .operators.index_rule import axis_rules, check_rules, per_axis
 from .operators.local_attention import local_request
 from .operators.partition_rule import axis_partitions, check_partitions
-from .operators.precision import autocast
 
 
 def neighborhood_attention(

@@ -3,7 +3,7 @@
 This is the one place that knows the built-in backends by name.
 """
 
-from ..lowering import register_backend
+from ..operators.dispatch import register_backend
 from .reference import REFERENCE
 from .tiled import TILED
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lowering import Backend, Request
+from ..numerics.precision import accumulation_dtype
 from ..operators.attention_op import OPERANDS
+from ..operators.dispatch import Backend, Request
 from ..operators.index_rule import axis_rules, axis_table
 from ..operators.partition_rule import AxisPartition, axis_blocks, axis_partitions
-from ..operators.precision import accumulation_dtype
 from .logit_terms import ABSENT, FIRST_BIAS, FREE, bias_gradient, logit_table, over_axes, row_major
 
 SECONDS_PER_GATHERED_NUMBER = 1e-9

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import attnrewrite
 from attnrewrite.capture import capture, other_looks, same_size_look, training_look
-from attnrewrite.loading import load_model
+from attnrewrite.hosts.loading import load_model
 
 MODELS = (
     ("timm:swin_tiny_patch4_window7_224", 224),

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnrewrite import analyze, convert
-from attnrewrite.loading import load_model
+from attnrewrite.hosts.loading import load_model
 
 MODELS = {
     "ViT-S/16 timm": ("timm:vit_small_patch16_224", 4_598_882_304),

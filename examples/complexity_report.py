@@ -8,7 +8,7 @@ import sys
 import torch
 
 from attnrewrite import analyze
-from attnrewrite.loading import load_model
+from attnrewrite.hosts.loading import load_model
 
 
 def main(path: str = "complexity.html") -> None:

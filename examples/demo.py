@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import attnrewrite
-from attnrewrite.loading import load_model
+from attnrewrite.hosts.loading import load_model
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..certify.forms import operand_heads_last
 from ..cores import PixelKeys
-from ..ir import AttentionSite, Global, Operand, Projection, Reduced
-from ..lift.values import shape_of
-from ..ridge import ridge_of_rows
-from ..targets import RIDGE, Conversion, Exactness, NotConvertible, Weights
-from .geometry import grid_of_site
+from ..graph.values import shape_of
+from ..ir.contract import RIDGE, Conversion, Exactness, NotConvertible, Weights
+from ..ir.sites import AttentionSite, Global, Operand, Projection, Reduced
+from ..numerics.ridge import ridge_of_rows
+from .site_geometry import grid_of_site
 
 
 def on_pixels(site: AttentionSite, convert: Callable[[AttentionSite], Conversion], weights: Weights) -> Conversion:

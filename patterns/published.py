@@ -11,10 +11,10 @@ from torch.fx import Node
 
 from ..cores.published import map_to_tokens, on_tokens
 from ..errors import ArgumentError
-from ..ir import AttentionSite, Grid, Projection, Reduced, Site, Window
-from ..lift.values import shape_of
-from ..targets import Conversion, Exactness, NotConvertible, Weights
-from .geometry import grid_of_site
+from ..graph.values import shape_of
+from ..ir.contract import Conversion, Exactness, NotConvertible, Weights
+from ..ir.sites import AttentionSite, Grid, Projection, Reduced, Site, Window
+from .site_geometry import grid_of_site
 
 
 class Published:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attnrewrite.errors import ArgumentError
-from attnrewrite.loading import load_model
+from attnrewrite.hosts.loading import load_model
 
 OWN_FILE = """
 from torch import nn

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import attnrewrite
-from attnrewrite.ir import AttentionSite, Global, Reduced, Window
+from attnrewrite.ir.sites import AttentionSite, Global, Reduced, Window
 
 SWIN = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32}
 HF_SWIN = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 32}

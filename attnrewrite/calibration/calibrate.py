@@ -13,12 +13,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import UNFORESEEN, ArgumentError, CalibrationError, first_line
-from ..report import CalibrationReport, ConversionReport, SiteErrors
+from ..planning.places import Place
+from ..reports.conversion import CalibrationReport, ConversionReport, SiteErrors
 from .distill import control, distill
 from .images import Images, call, collect
 from .least_squares import Pair, Refit, correct_bias, refit_projection, write
 from .measure import measure_model, measure_sites
-from .places import Place
 from .readout import token_weights
 from .settings import Calibration
 from .state import State, fingerprint_of

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ArgumentError, nearest
-from ..report import ModelErrors, number
+from ..planning.plan import Plan
+from ..reports.conversion import ModelErrors, number
 from .measure import images_for, measure_model, measure_sites
-from .places import find_places
-
-if TYPE_CHECKING:
-    from ..plan import Plan
 
 Budget = float | Mapping[str, float]
 
@@ -64,7 +61,7 @@ def keep_the_worst(plan: Plan, budget: Budget | None, data: Any | None) -> None:
         return
     images = images_for(plan, data)
     converted = plan.apply()
-    alone = measure_sites(converted, plan.model, find_places(plan), images)
+    alone = measure_sites(converted, plan.model, plan.places, images)
     order = sorted(alone, key=lambda name: -(alone[name].logits or 0.0))
     errors = measure_model(converted, plan.model, images)
     while plan.converting and not _within(errors, limits):

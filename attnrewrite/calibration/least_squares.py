@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CalibrationError
-from ..ridge import ridge
+from ..numerics.ridge import ridge
+from ..planning.places import LinearMap, Place, ValueHeads, tokens
 from .images import Batch, Images
 from .moments import Moments
 from .parallel import agreed
-from .places import LinearMap, Place, ValueHeads
-from .streams import read, tokens
+from .streams import read
 
 
 @dataclass

@@ -6,22 +6,21 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..report import ConversionReport, ModelErrors, SiteErrors
+from ..ir.contract import Conversion, NothingToDo
+from ..planning.places import Place, tokens
+from ..planning.plan import Plan
+from ..planning.registry import target_of
+from ..reports.conversion import ConversionReport, ModelErrors, SiteErrors
 from ..rewrite.owners import build_programs
-from ..targets import Conversion, NothingToDo, target_of
 from .images import Images, call, collect, logits
 from .parallel import summed
-from .places import Place, find_places
-from .streams import evaluating, read_all, tokens
-
-if TYPE_CHECKING:
-    from ..plan import Plan
+from .streams import evaluating, read_all
 
 
 def measure_model(model: nn.Module, original: nn.Module, images: Images, chosen: Tensor | None = None) -> ModelErrors:
@@ -53,7 +52,7 @@ def measure_sites(
 def measured(plan: Plan, converted: nn.Module, data: Any) -> ConversionReport:
     """The report of ``converted``, which ``plan`` made, with errors measured on ``data``."""
     images = images_for(plan, data)
-    alone = measure_sites(converted, plan.model, find_places(plan), images)
+    alone = measure_sites(converted, plan.model, plan.places, images)
     report = converted.attnrewrite_report
     assert isinstance(report, ConversionReport)
     rows = [replace(row, errors=alone.get(row.name)) for row in report.sites]

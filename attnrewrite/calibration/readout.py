@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..planning.places import Place, tokens
 from .images import Images, logits
 from .parallel import summed
-from .places import Place
-from .streams import read_all, tokens
+from .streams import read_all
 
 PROBES = 4
 FLOOR = 0.01

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..capture.boundaries import bind_arguments
 from ..errors import CalibrationError
+from ..planning.places import Tap
 from .images import Batch, call
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Leaf number ``leaf`` of the arguments, or of the result, of the module at ``path``."""
-
-    path: str
-    leaf: int = 0
-    result: bool = False
 
 
 class _Enough(Exception):
@@ -117,8 +108,3 @@ def _listen(module: nn.Module, tap: Tap, seen: dict[Tap, Tensor], enough: int) -
     if tap.result:
         return module.register_forward_hook(after)
     return module.register_forward_pre_hook(before, with_kwargs=True)
-
-
-def tokens(value: Tensor) -> Tensor:
-    """``[images, tokens, channels]`` of a map or a list of tokens, channels last."""
-    return value.flatten(1, -2) if value.dim() > 2 else value[:, None]

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..ridge import ridge
+from ..numerics.ridge import ridge
+from ..planning.places import Place, ValueHeads
 from .images import Batch
 from .least_squares import Pair, Refit, features, parameters_of, projection_parameters, solved, write
 from .moments import Moments
 from .parallel import agreed, summed
-from .places import Place, ValueHeads
 from .streams import calling
 
 VALUE_STEPS = (1.0, 0.5, 0.25, 0.125)

@@ -1,11 +1,11 @@
 """Capture: a model in, its ATen graph and the boundary of every module call out."""
 
-from .boundaries import ModuleCall, NodeRef
 from .dropout import training_dropout
 from .examples import Inputs, example_inputs_for, normalise_inputs
 from .exported import Capture, capture, capture_call
 from .in_place import IN_PLACE
 from .looks import image_sides, is_image, one_sided_looks, other_looks, same_size_look, training_look
+from .module_call import ModuleCall, NodeRef
 
 __all__ = [
     "IN_PLACE", "Capture", "Inputs", "ModuleCall", "NodeRef", "capture", "capture_call", "example_inputs_for",

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from .boundaries import ModuleCall, NodeRef
+from .module_call import ModuleCall, NodeRef
 from .replica import replica
 
 

@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError, CaptureError, first_line
+from ..numerics.draws import same_draws
 from .autocast_regions import Interval
-from .boundaries import BoundaryRecorder, ModuleCall, final_node, positions
-from .draws import same_draws
+from .boundaries import BoundaryRecorder, final_node, positions
 from .examples import Inputs, normalise_inputs
 from .in_place import restate_in_place
 from .keywords import names_read
+from .module_call import ModuleCall
 from .replica import replica
 from .sizes import SizeRecord, SizeTracker
 

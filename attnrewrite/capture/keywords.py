@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .draws import same_draws
+from ..numerics.draws import same_draws
 from .examples import Inputs
 from .replica import replica
 

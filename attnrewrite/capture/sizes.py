@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,36 +21,13 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from .boundaries import ModuleCall
-
-Number = int | float
+from .module_call import ModuleCall
+from .size_terms import Arithmetic, Number, Side, Term
 
 _TORCH = f"{torch.__path__[0]}/"
 
 _EXTREMES = f"{_TORCH}_export/non_strict_utils.py"
 """Where an exporter has what it puts in the place of ``max`` and ``min``: what these compare the forward decides."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """The extent of one axis of a traced value. ``node`` is that of the trace until ``SizeRecord.resolve``; None after
-    it if nothing but this size was asked of the value, which the graph then has not."""
-
-    node: Node | None
-    axis: int
-    extent: int
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """What a forward computed from sizes: a Python operator and its operands."""
-
-    function: Callable[..., Any]
-    operands: tuple[Term | Number, ...]
-
-
-Term = Side | Arithmetic
 
 
 @dataclass(frozen=True)

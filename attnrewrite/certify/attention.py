@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir import AttentionSite, Operand
-from ..lift.dataflow import Dataflow
-from ..lift.roles import group_sizes
-from ..lift.values import Values, cast, evaluate, input_of, shape_of
+from ..graph.dataflow import Dataflow
+from ..graph.values import Values, cast, evaluate, input_of, shape_of
+from ..ir.sites import AttentionSite, Operand
+from ..lift.projections import group_sizes
+from ..numerics.error import relative_error, worst
 from . import forms
 from .ends import compared_of, inputs_of, operands_of
-from .error import relative_error, worst
 from .gaussian import gaussian
 from .placing import heads_of_groups, hidden_keys, in_groups, misplaced, result_rows
 from .query_rows import SAMPLE, QueryRows, captured_mixture, cut, extents, sample_of, sampled_rows

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..capture.draws import same_draws
 from ..errors import UNFORESEEN, first_line
-from ..ir import AttentionSite, HeadNorm, Site
-from ..lift.dataflow import Dataflow
+from ..graph.dataflow import Dataflow
+from ..graph.values import Values, evaluate, shape_of
+from ..ir.sites import AttentionSite, HeadNorm, Site
 from ..lift.query_key_norm import probe_vectors
-from ..lift.values import Values, evaluate, shape_of
+from ..numerics.draws import same_draws
+from ..numerics.error import relative_error, worst
 from . import forms
 from .attention import AttentionCheck
 from .ends import inputs_of, wanted_nodes
-from .error import relative_error, worst
 from .maps import MapCheck
 from .run import collect_values, run_through
 

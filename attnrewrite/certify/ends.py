@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
-from ..ir import AttentionSite, Site
+from ..ir.sites import AttentionSite, Site
 
 
 def inputs_of(site: Site) -> list[Node]:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir import AttentionSite, HeadNorm, MlpSite, Operand, Projection, Stage, StemSite
-from ..layout import heads_last
-from ..lift.activations import ACTIVATIONS
-from ..lift.values import argument
+from ..graph.values import argument
+from ..ir.heads import heads_last
+from ..ir.sites import AttentionSite, HeadNorm, MlpSite, Operand, Projection, Stage, StemSite
+from ..numerics.activations import ACTIVATIONS
 
 Weights = Callable[[Node], Tensor]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Node
 
-from ..lift.values import Values, shape_of
+from ..graph.values import Values, shape_of
 
 
 def gaussian(nodes: Iterable[Node], dtype: torch.dtype) -> Values:

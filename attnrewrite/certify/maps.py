@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ir import MlpSite, StemSite
-from ..lift.dataflow import Dataflow
-from ..lift.values import Values, cast, evaluate, input_of, shape_of
+from ..graph.dataflow import Dataflow
+from ..graph.values import Values, cast, evaluate, input_of, shape_of
+from ..ir.sites import MlpSite, StemSite
+from ..numerics.error import relative_error
 from . import forms
-from .error import relative_error
 from .gaussian import gaussian
 
 

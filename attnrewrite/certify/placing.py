@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir import AttentionNodes, AttentionSite, Global, MapGroups, Operand, Placement, Window
-from ..letters import position_and_dim
-from ..lift.contraction import canonical
-from ..lift.roles import group_sizes
-from ..lift.values import shape_of
+from ..graph.contraction import canonical
+from ..graph.values import shape_of
+from ..ir.axes import position_and_dim
+from ..ir.sites import AttentionNodes, AttentionSite, Global, MapGroups, Operand, Placement, Window
+from ..lift.projections import group_sizes
 
 
 def in_groups(value: Tensor, operand: Operand, nodes: AttentionNodes) -> Tensor:

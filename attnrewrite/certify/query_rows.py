@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir import AttentionSite
-from ..lift.contraction import contraction
-from ..lift.dataflow import Dataflow
-from ..lift.movement import permutation
-from ..lift.values import Values, cast, evaluate, needed_nodes, operator_name, run_node, shape_of
+from ..graph.contraction import contraction
+from ..graph.dataflow import Dataflow
+from ..graph.movement import permutation
+from ..graph.values import Values, cast, evaluate, needed_nodes, operator_name, run_node, shape_of
+from ..ir.sites import AttentionSite
 
 FEW = 2**18
 """Pairs of a query and a key, of one group, up to which all queries are looked at."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..capture.draws import same_draws
-from ..lift.dataflow import Dataflow
-from ..lift.values import Values, is_call, operator_name, run_node
+from ..graph.dataflow import Dataflow
+from ..graph.values import Values, is_call, operator_name, run_node
+from ..numerics.draws import same_draws
 
 
 def collect_values(flow: Dataflow, wanted: set[Node]) -> Values:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ir import Grid, Window
+from ..ir.sites import Grid, Window
 from ..modules.adaptive_pool import adaptive_average, cell_bounds
 from ..modules.local_window import inside_map, window_average, window_scores
 from .exactness import ExactWhereHeld

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..ir import Grid
+from ..ir.sites import Grid
+from ..modules.activation import Activation
 from ..modules.depthwise import DepthwiseConv
-from .mlp import Activation
 from .sequence import grid_of, join_map, split_map
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ir import Grid
+from ..ir.sites import Grid
 from ..modules.cross_scale import cross_scale_convs
 from .sequence import grid_of
 from .stem import GatherPatches

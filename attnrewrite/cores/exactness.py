@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import ConversionError
-from ..ir import Grid
+from ..ir.sites import Grid
 
 
 class ExactWhereHeld(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ir import Grid
+from ..ir.sites import Grid
 from .exactness import ExactWhereHeld
 from .sequence import attend, grid_of, join_map, split_map
 

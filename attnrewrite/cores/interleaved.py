@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import ConversionError
-from ..ir import Grid, Interleaved
+from ..ir.sites import Grid, Interleaved
 from .grouped import GroupedCore
 from .sequence import OfMap
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ir import Grid
+from ..ir.sites import Grid
 from ..modules.decay import map_bias
 from ..modules.depthwise import DepthwiseConv
 from ..modules.manhattan import manhattan_attention

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConversionError
 from ..functional import neighborhood_attention
-from ..ir import Grid
+from ..ir.sites import Grid
 from ..operators.index_rule import AxisRule
 from .exactness import ExactWhereHeld
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ir import Grid
+from ..ir.sites import Grid
 from .conv_gate import on_map
 from .sequence import grid_of, join_map, split_map
 

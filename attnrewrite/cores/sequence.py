@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConversionError
-from ..ir import Grid
+from ..ir.sites import Grid
 from .neighborhood import grid_of
 
 

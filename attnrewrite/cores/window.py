@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConversionError
 from ..functional import grouped_attention
-from ..ir import Grid, Window
+from ..ir.sites import Grid, Window
 
 
 class WindowAttention(nn.Module):

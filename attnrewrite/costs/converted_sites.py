@@ -13,11 +13,11 @@ from ..cores import Activation, GatherPatches, MapToTokens, WindowAttention
 from ..cores.conv_gate import ConvGate, ConvGatedMlp
 from ..cores.cross_scale import CrossScaleConv, CrossScalePatches
 from ..cores.tokens_to_token import TokensToTokenBranch, TokensToTokenStem
-from ..ir import AttentionSite, MapGroups, MlpSite, Projection, Site, StemSite
-from ..lift.values import shape_of
+from ..graph.values import shape_of
+from ..ir.contract import Conversion
+from ..ir.sites import AttentionSite, MapGroups, MlpSite, Projection, Site, StemSite
 from ..modules.conv_glu import ConvGLU
 from ..modules.cross_scale import CrossScaleMerge, CrossScaleStem
-from ..targets import Conversion
 from . import formulas
 from .core_formulas import Given, core_formula
 from .definitions import definition_of

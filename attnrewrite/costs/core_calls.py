@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..cores import AggregatedCore, ReducedAggregatedCore, WindowAttention
 from ..cores.sequence import grid_of
-from ..ir import Grid
+from ..ir.sites import Grid
 from .core_formulas import Given, core_formula
 from .cost import Cost
 from .formulas import Widths

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
-from ..ir import Grid
-from ..lift.dataflow import Dataflow
-from ..lift.values import shape_of
+from ..graph.dataflow import Dataflow
+from ..graph.values import shape_of
+from ..ir.sites import Grid
 from .core_calls import map_given
 from .core_formulas import has_formula
 from .operator_sites import next_linear

@@ -15,10 +15,10 @@ from torch import nn
 from ..capture.examples import Inputs
 from ..capture.replica import without_hooks
 from ..errors import ArgumentError, CaptureError, first_line
-from ..ir import Site
-from ..lift.dataflow import Dataflow
-from ..plan import Plan
-from ..planning import lifted
+from ..graph.dataflow import Dataflow
+from ..ir.sites import Site
+from ..planning.plan import Plan
+from ..planning.stages import lifted
 from .formulas import ZERO
 from .interpolate import fitted
 from .meta_model import Sizer

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..capture.examples import normalise_inputs
 from ..errors import ArgumentError
-from ..targets import Target
+from ..ir.contract import Target
 from .cost import require_convention
 from .hardware import Hardware, hardware_of
 from .hypothetical import To, converted_cost

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..capture import Capture
-from ..ir import StemSite
-from ..lift.values import input_of, operator_name, shape_of
+from ..graph.values import input_of, operator_name, shape_of
+from ..ir.sites import StemSite
 from .symbols import H, W, down, strided, up
 
 Sides = tuple[Expr, Expr]

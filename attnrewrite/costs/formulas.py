@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from sympy import Expr, Integer, Max, Min, Symbol, sympify
 
-from ..ir import Interleaved, Window
+from ..ir.sites import Interleaved, Window
 from .symbols import H, W, block_pairs, down, grouped_cells, grouped_side, order, strided, symbol, up
 
 Extent: TypeAlias = Any

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from sympy import Integer
 
 from ..errors import ConversionError
-from ..ir import AttentionSite
-from ..plan import PlannedSite
-from ..planning import decided
-from ..product_cost import macs_after, macs_before
-from ..targets import Target
+from ..ir.contract import Target
+from ..ir.sites import AttentionSite
+from ..planning.plan import PlannedSite
+from ..planning.product_cost import macs_after, macs_before
+from ..planning.stages import decided
 from .comparison import ComparedSite, Comparison
 from .converted_sites import converted_formula, core_name
 from .derive import ModelFormula, lifted_without_hooks

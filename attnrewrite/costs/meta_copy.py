@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..report import ConversionReport
+from ..reports.conversion import ConversionReport
 from ..rewrite.rewritten import Rewriting, RewrittenModule
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

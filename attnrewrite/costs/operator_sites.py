@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from ..lift.dataflow import Dataflow
-from ..lift.values import shape_of
+from ..graph.dataflow import Dataflow
+from ..graph.values import shape_of
 
 
 @dataclass(frozen=True)

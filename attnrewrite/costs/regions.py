@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..capture import ModuleCall
-from ..lift.dataflow import Dataflow
-from ..lift.values import is_call
+from ..graph.dataflow import Dataflow
+from ..graph.values import is_call
 from .op_costs import contraction_macs
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
-from ..ir import AttentionSite, Global, Grid, MapGroups, MlpSite, Reduced, Site, StemSite, Window
-from ..lift.dataflow import Dataflow
-from ..lift.values import operator_name, shape_of
+from ..graph.dataflow import Dataflow
+from ..graph.values import operator_name, shape_of
+from ..ir.sites import AttentionSite, Global, Grid, MapGroups, MlpSite, Reduced, Site, StemSite, Window
 from . import formulas
 from .core_calls import BY_DEFINITION
 from .core_formulas import Given, between_maps, core_formula

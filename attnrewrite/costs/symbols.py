@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 from sympy import Add, Expr, Function, Integer, Max, Min, Poly, Rational, Symbol
 
-from ..ir import Window
+from ..ir.sites import Window
 from ..operators.partition_rule import AxisPartition, attended_slots
 
 

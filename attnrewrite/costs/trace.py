@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..capture.boundaries import bind_arguments
-from ..private_kernels import private_kernel
+from ..numerics.private_kernels import private_kernel
 from .autocast_regions import off_on_meta
 from .cost import Cost, total
 from .definitions import defined_cost, is_defined

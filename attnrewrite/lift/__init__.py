@@ -1,0 +1,1 @@
+"""Attention read off a captured graph."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir import Grid
-from .contraction import contraction
-from .dataflow import Dataflow
-from .movement import move, moved_operands
-from .values import operator_name, shape_of
+from ..graph.contraction import contraction
+from ..graph.dataflow import Dataflow
+from ..graph.movement import move, moved_operands
+from ..graph.values import operator_name, shape_of
+from ..ir.sites import Grid
 
 _REGRIDDING = {
     f"aten::{name}"

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..capture import ModuleCall, image_sides
-from ..image_map import ImageMap, ImageSize, Sides
-from ..ir import AttentionSite, Grid, MapGroups, Projection, Reduced, Site
-from .dataflow import Dataflow
-from .values import is_call, operator_name, shape_of
+from ..graph.dataflow import Dataflow
+from ..graph.values import is_call, operator_name, shape_of
+from ..ir.image_map import ImageMap, ImageSize, Sides
+from ..ir.sites import AttentionSite, Grid, MapGroups, Projection, Reduced, Site
 
 
 @dataclass

@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from ..cores.head_norm import normalise_heads
 from ..errors import UNFORESEEN
-from ..ir import HeadNorm, Operand
-from ..letters import position_and_dim
-from .contraction import canonical, contraction
-from .cores import Core
-from .dataflow import Dataflow
-from .roles import Grouping, NotSeparable, Projected, group_sizes, projected, read_projected
-from .values import evaluate, is_call, shape_of
+from ..graph.contraction import canonical, contraction
+from ..graph.dataflow import Dataflow
+from ..graph.values import evaluate, is_call, shape_of
+from ..ir.axes import position_and_dim
+from ..ir.sites import HeadNorm, Operand
+from ..numerics.head_norm import normalise_heads
+from .mixture import Core
+from .projections import Grouping, NotSeparable, Projected, group_sizes, projected, read_projected
 
 _LARGEST = 24
 """Operations that a norm is at most spelled out in."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .contraction import Contraction, contraction
-from .movement import is_movement
-from .values import Values, argument, input_of, operator_name, shape_of
+from ..graph.contraction import Contraction, contraction
+from ..graph.movement import is_movement
+from ..graph.values import Values, argument, input_of, operator_name, shape_of
 
 MASKED = -50.0
 """A constant score at or below this is no key at all: Swin masks with -100, others with -inf or the least float."""

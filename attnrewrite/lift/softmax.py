@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from .values import argument, input_of, operator_name, shape_of
+from ..graph.values import argument, input_of, operator_name, shape_of
 
 _OPERATORS = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
 

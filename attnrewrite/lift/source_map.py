@@ -7,10 +7,10 @@ import math
 import torch
 from torch.fx import Node
 
-from ..ir import Grid
-from .dataflow import Dataflow
-from .roles import Projected
-from .values import input_of, operator_name, shape_of
+from ..graph.dataflow import Dataflow
+from ..graph.values import input_of, operator_name, shape_of
+from ..ir.sites import Grid
+from .projections import Projected
 
 _VIEWS = {f"aten::{name}" for name in ("view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten")}
 

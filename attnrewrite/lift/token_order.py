@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ..ir import Operand
-from ..letters import position_and_dim
-from .contraction import canonical
-from .dataflow import Dataflow
-from .roles import source_tokens
-from .values import input_of, operator_name, shape_of
+from ..graph.contraction import canonical
+from ..graph.dataflow import Dataflow
+from ..graph.values import input_of, operator_name, shape_of
+from ..ir.axes import position_and_dim
+from ..ir.sites import Operand
+from .projections import source_tokens
 
 _IN_PLACE = {f"aten::{name}" for name in ("batch_norm", "layer_norm", "rms_norm", "group_norm", "conv1d", "conv2d")}
 """Operators that give every place of their operand's layout to the same place of a result of its shape."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..layout import as_pair
+from ..ir.heads import as_pair
 from ..modules.aggregated import AggregatedAttention
 from ..modules.conv_glu import ConvGLU, gated_width
 from ..modules.cosine_attention import CosineAttention

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..layout import as_pair
+from ..ir.heads import as_pair
 from .adaptive_pool import adaptive_average
 from .cosine_attention import LengthScaledAttention, ScoreOptions
 from .initialization import initialize

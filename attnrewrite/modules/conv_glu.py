@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..cores.mlp import Activation
 from ..errors import ArgumentError, nearest
-from ..lift.activations import ACTIVATIONS
+from ..numerics.activations import ACTIVATIONS
+from .activation import Activation
 from .initialization import initialize
 
 

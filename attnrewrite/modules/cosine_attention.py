@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..layout import as_pair
+from ..ir.heads import as_pair
 from .initialization import initialize
 from .log_cpb import BiasCache, Size, log_cpb, resample_bias
 

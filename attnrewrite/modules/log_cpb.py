@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..operators.precision import autocast_dtype
+from ..numerics.precision import autocast_dtype
 from .adaptive_pool import cell_bounds
 
 Size = tuple[int, int]

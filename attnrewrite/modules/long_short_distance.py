@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, nearest
-from ..layout import as_pair
+from ..ir.heads import as_pair
 from .dynamic_position_bias import DynamicPositionBias, central_table, relative_index
 
 BIASES = ("dpb", "table", "both", "none")

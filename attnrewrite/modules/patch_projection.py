@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operators.precision import accumulation_dtype
+from ..numerics.precision import accumulation_dtype
 
 
 class PatchGrid(NamedTuple):

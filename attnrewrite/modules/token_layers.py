@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operators.precision import accumulation_dtype
+from ..numerics.precision import accumulation_dtype
 from .feed_forward import FeedForward
 from .patch_projection import PatchGrid, autocast_off, project_patches
 

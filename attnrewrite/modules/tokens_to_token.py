@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, nearest
-from ..operators.precision import accumulation_dtype
+from ..numerics.precision import accumulation_dtype
 from .patch_projection import PatchGrid, project_patches
 from .token_layers import TokenLayer, TokenPerformer, TokenTransformer
 

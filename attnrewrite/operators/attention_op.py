@@ -17,8 +17,8 @@ from torch._ops import OpOverloadPacket
 from torch.library import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
 
-from ..lowering import Request
-from .precision import accumulation_dtype
+from ..numerics.precision import accumulation_dtype
+from .dispatch import Request
 
 OPERANDS = 6
 Shape = Sequence[int]

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lowering import Request, run
 from .attention_op import attention_request, contiguous, gradients_of, make_differentiable, register_flops
+from .dispatch import Request, run
 from .partition_rule import attended_slots, axis_partitions
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? pad_key, Tensor? pad_value"

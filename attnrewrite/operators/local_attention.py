@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lowering import Request, run
 from .attention_op import attention_request, contiguous, gradients_of, make_differentiable, register_flops
+from .dispatch import Request, run
 from .index_rule import attended_pairs, axis_rules
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? additional_keys, Tensor? additional_values"

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from ..errors import ConversionError
-from ..ir import AttentionSite, Operand
-from ..layout import from_heads_last
+from ..ir.heads import from_heads_last
+from ..ir.sites import AttentionSite, Operand
 from .outline import NotOutlinable, Outlined
 
 Reader = Callable[[], Node]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture import Inputs, ModuleCall, NodeRef
-from ..capture.draws import same_draws
 from ..capture.replica import replica
 from ..certify.certificate import relative_error
 from ..errors import ConversionError, first_line
-from ..lift.values import Values
+from ..graph.values import Values
+from ..numerics.draws import same_draws
 from .attention_weights import Unavailable
 from .kept_values import kept_values
 from .owners import OwnerProgram

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ..capture import Capture, ModuleCall, image_sides
 from ..capture.sizes import Decision
 from ..errors import UNFORESEEN, unforeseen
-from ..image_map import ImageSize, laws_of
+from ..ir.image_map import ImageSize, laws_of
 from ..lift.looks import Look, Looks
 from .image_sides import ImageSide, SameImage
 from .outline import NotOutlinable, Outlined

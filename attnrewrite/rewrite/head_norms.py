@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import fx
 from torch.fx import Node
 
-from ..cores.head_norm import normalise_heads, scale_heads
-from ..ir import AttentionSite, HeadNorm
-from ..lift.values import shape_of
+from ..graph.values import shape_of
+from ..ir.sites import AttentionSite, HeadNorm
+from ..numerics.head_norm import normalise_heads, scale_heads
 from .outline import NotOutlinable, Outlined
 
 

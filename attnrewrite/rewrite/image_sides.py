@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..capture import Capture, NodeRef, is_image
 from ..errors import ConversionError
-from ..image_map import ImageSize, Law, Sides
+from ..ir.image_map import ImageSize, Law, Sides
 
 
 class NoteImage:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..cores import GatherPatches, InTokenOrder, WindowAttention
-from ..ir import AttentionSite, MapGroups, MlpSite, Operand, Projection, Site, StemSite
-from ..layout import from_heads_last, heads_last, merge_heads, take_heads, zero_token
-from ..lift.values import shape_of
-from ..targets import Conversion
+from ..graph.values import shape_of
+from ..ir.contract import Conversion
+from ..ir.heads import from_heads_last, heads_last, merge_heads, take_heads, zero_token
+from ..ir.sites import AttentionSite, MapGroups, MlpSite, Operand, Projection, Site, StemSite
 from .attention_weights import Reader, unit_mixture
 from .head_norms import again, normalised, scaled
 from .outline import NotOutlinable, Outlined

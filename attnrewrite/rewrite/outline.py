@@ -15,9 +15,9 @@ from torch.fx import Node
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_map
 
 from ..capture import IN_PLACE, Capture, ModuleCall, NodeRef
-from ..layout import map_channels
-from ..lift.dataflow import Dataflow
-from ..lift.values import argument, input_of, is_call, operator_name
+from ..graph.dataflow import Dataflow
+from ..graph.values import argument, input_of, is_call, operator_name
+from ..ir.heads import map_channels
 
 OWN = "attnrewrite_"
 """Begins the names of the children and buffers that a rewritten module is given."""

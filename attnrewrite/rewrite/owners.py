@@ -15,12 +15,12 @@ from torch.fx import Node
 from ..capture import ModuleCall, NodeRef
 from ..cores import DenseAttention, InterleavedAttention, WindowAttention
 from ..errors import UNFORESEEN, unforeseen
-from ..image_map import ImageSize
-from ..ir import AttentionSite, Grid, Site
-from ..lift.dataflow import Dataflow
+from ..graph.dataflow import Dataflow
+from ..graph.values import needed_nodes
+from ..ir.contract import Conversion
+from ..ir.image_map import ImageSize
+from ..ir.sites import AttentionSite, Grid, Site
 from ..lift.looks import Look, Looks
-from ..lift.values import needed_nodes
-from ..targets import Conversion
 from .attention_weights import Reader, exchange_weights
 from .dead_code import remove_dead_code
 from .follow_sizes import follow_sizes

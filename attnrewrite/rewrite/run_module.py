@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..capture.draws import same_draws
+from ..numerics.draws import same_draws
 
 
 def run_module(module: nn.Module, donor: nn.Module, arguments: dict[str, Any], training: bool) -> list[Any]:

@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from torch.fx import Node
 from torch.fx.node import has_side_effect
 
-from ..capture.sizes import Arithmetic, Decision, Side, Term
+from ..capture.size_terms import Arithmetic, Side, Term
+from ..capture.sizes import Decision
 from ..errors import ConversionError
 from .outline import Outlined
 from .size_forms import Emit, Vector, product_form, real_form, whole_form

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture import Capture, ModuleCall, NodeRef, capture_call
 from ..errors import first_line
-from ..lift.restating import restate
-from ..lift.values import is_call, operator_name
+from ..graph.restating import restate
+from ..graph.values import is_call, operator_name
 from .owners import OwnerProgram
 
 _DROPOUTS = {"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"}

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...lowering import Backend, Request
+from ...numerics.precision import accumulation_dtype
 from ...operators.attention_op import OPERANDS
+from ...operators.dispatch import Backend, Request
 from ...operators.index_rule import axis_rules
 from ...operators.partition_rule import attended_slots, axis_partitions
-from ...operators.precision import accumulation_dtype
 from ..logit_terms import bias_gradient, logit_table
 from .blocks import Operands, Problem, backward, forward
 from .cost import Work, seconds

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...private_kernels import private_kernel
+from ...numerics.private_kernels import private_kernel
 
 LOG_2 = log(2)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import attnrewrite
 from attnrewrite import AttnRewriteError
-from attnrewrite.targets import known_targets
+from attnrewrite.planning.registry import known_targets
 
 
 @dataclass(frozen=True)

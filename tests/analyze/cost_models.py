@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from attnrewrite.loading import load_model
+from attnrewrite.hosts.loading import load_model
 from attnrewrite.models import create_model
 
 

@@ -16,7 +16,7 @@ from attnrewrite import analyze
 from attnrewrite.__main__ import main
 from attnrewrite.costs import Hardware, symbols
 from attnrewrite.errors import ArgumentError, ConversionError
-from attnrewrite.loading import load_model
+from attnrewrite.hosts.loading import load_model
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 
@@ -312,7 +312,7 @@ def _has_matplotlib() -> bool:
 def test_command_line(tmp_path, capsys):
     spec = tmp_path / "tiny.py"
     spec.write_text(
-        "from attnrewrite.loading import load_model\n\n\ndef build(img_size=64):\n"
+        "from attnrewrite.hosts.loading import load_model\n\n\ndef build(img_size=64):\n"
         f"    return load_model('timm:vit_tiny_patch16_224', img_size=img_size, **{SMALL})\n"
     )
     page, data = tmp_path / "cost.html", tmp_path / "cost.json"

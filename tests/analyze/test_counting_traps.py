@@ -13,7 +13,7 @@ from attnrewrite import analyze, convert
 from attnrewrite.costs import formulas
 from attnrewrite.errors import ArgumentError, CaptureError
 from attnrewrite.functional import neighborhood_attention
-from attnrewrite.loading import load_model
+from attnrewrite.hosts.loading import load_model
 from attnrewrite.models import create_model
 
 VIT_S, SWIN_T = 4_598_882_304, 4_490_566_656

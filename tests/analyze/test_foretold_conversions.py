@@ -15,8 +15,9 @@ from attnrewrite.costs.hypothetical import converted_cost
 from attnrewrite.costs.meta_model import Sizer
 from attnrewrite.costs.report import Report
 from attnrewrite.errors import ArgumentError, ConversionError
-from attnrewrite.loading import load_model
-from attnrewrite.targets import Conversion, Exactness, Target, known_targets, target_of
+from attnrewrite.hosts.loading import load_model
+from attnrewrite.ir.contract import Conversion, Exactness, Target
+from attnrewrite.planning.registry import known_targets, target_of
 
 VIT = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 SWIN = {"window_size": 4, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "num_classes": 5}

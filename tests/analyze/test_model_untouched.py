@@ -3,7 +3,7 @@
 import torch
 
 from attnrewrite import analyze
-from attnrewrite.loading import load_model
+from attnrewrite.hosts.loading import load_model
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 

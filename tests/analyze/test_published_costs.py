@@ -95,7 +95,7 @@ def test_formulas_equal_counts_at_every_size_that_was_tried(spec, side):
 
 def load(spec: str):
     """With weights: capture folds constants, which have values."""
-    from attnrewrite.loading import load_model
+    from attnrewrite.hosts.loading import load_model
     from attnrewrite.models import create_model
 
     return (load_model if ":" in spec else create_model)(spec).eval()

@@ -9,7 +9,7 @@ from torch import nn
 from attnrewrite import analyze
 from attnrewrite.costs.meta_model import Sizer
 from attnrewrite.costs.work import PARTS
-from attnrewrite.loading import load_model
+from attnrewrite.hosts.loading import load_model
 
 VIT = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5, "img_size": (64, 96)}
 SWIN = {"window_size": 4, "depths": (1, 2), "num_heads": (2, 4), "embed_dim": 16, "num_classes": 5, "img_size": 32}

@@ -9,9 +9,9 @@ from torch import nn
 
 from attnrewrite.certify import certify, collect_values
 from attnrewrite.certify.certificate import Certificate, wanted_nodes
-from attnrewrite.ir import AttentionSite, Site
-from attnrewrite.lift.dataflow import Dataflow
-from attnrewrite.planning import lifted
+from attnrewrite.graph.dataflow import Dataflow
+from attnrewrite.ir.sites import AttentionSite, Site
+from attnrewrite.planning.stages import lifted
 
 
 def randomised(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import timm
 import torch
 from lifted_models import Lifted, randomised
 
-from attnrewrite.ir import AttentionSite, Window
+from attnrewrite.ir.sites import AttentionSite, Window
 
 Fault = Callable[[AttentionSite], AttentionSite]
 

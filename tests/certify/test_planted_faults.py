@@ -11,8 +11,8 @@ from lifted_models import Lifted, randomised
 
 from attnrewrite.certify import certify, collect_values
 from attnrewrite.certify.certificate import wanted_nodes
-from attnrewrite.ir import AttentionSite, Grid, MlpSite, Projection, StemSite, Window
-from attnrewrite.planning import lifted
+from attnrewrite.ir.sites import AttentionSite, Grid, MlpSite, Projection, StemSite, Window
+from attnrewrite.planning.stages import lifted
 
 
 @pytest.fixture(scope="module")

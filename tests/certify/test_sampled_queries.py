@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import attnrewrite
 from attnrewrite.certify.query_rows import SAMPLE, sample_of
-from attnrewrite.ir import AttentionSite
+from attnrewrite.ir.sites import AttentionSite
 
 
 def explicit(model: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnrewrite.patterns.identity import Identity
+from attnrewrite.patterns.targets.identity import Identity
 from model_queries import fates, rewritten_names, run
 from small_models import timm_vit
 from torch import nn

@@ -10,7 +10,7 @@ from model_queries import ATTENTION
 from small_models import small_model
 
 import attnrewrite
-from attnrewrite.report import ConversionReport, SiteReport
+from attnrewrite.reports.conversion import ConversionReport, SiteReport
 
 
 def test_the_report_measures_lossy_conversions(projected):

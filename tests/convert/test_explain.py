@@ -11,7 +11,7 @@ from model_queries import weights_of
 from torch import nn
 
 import attnrewrite
-from attnrewrite.explain import explain
+from attnrewrite.api.explanation import explain
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from attnrewrite.patterns.neighborhood import Neighborhood
+from attnrewrite.patterns.targets.neighborhood import Neighborhood
 from torch import nn
 from untouched import assert_untouched, values_of
 
 import attnrewrite
 from attnrewrite.errors import ConversionError
-from attnrewrite.targets import Conversion, Exactness, Target
+from attnrewrite.ir.contract import Conversion, Exactness, Target
 
 
 class Wrong(nn.Module):

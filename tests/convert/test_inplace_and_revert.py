@@ -13,7 +13,7 @@ from untouched import assert_untouched, values_of
 import attnrewrite
 from attnrewrite import AttnRewriteError
 from attnrewrite.errors import ArgumentError
-from attnrewrite.report import ConversionReport
+from attnrewrite.reports.conversion import ConversionReport
 
 
 def test_inplace_returns_the_model_itself(model, vit, batch):

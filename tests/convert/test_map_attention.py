@@ -32,8 +32,8 @@ import attnrewrite
 from attnrewrite.certify import certify, collect_values
 from attnrewrite.certify.certificate import wanted_nodes
 from attnrewrite.errors import ConversionError
-from attnrewrite.ir import AttentionSite, Global, Grid, Projection, Reduced, Tokens, Window
-from attnrewrite.planning import lifted
+from attnrewrite.ir.sites import AttentionSite, Global, Grid, Projection, Reduced, Tokens, Window
+from attnrewrite.planning.stages import lifted
 
 OPTIONS = {"aggregated": {"window_size": 3, "pool": 1}}
 SPELLINGS = list(itertools.product(PACKINGS, PRODUCTS))

@@ -9,8 +9,8 @@ from small_models import assert_same_gradients, difference, gradients
 from torch import nn
 
 import attnrewrite
-from attnrewrite import lowering
-from attnrewrite.lowering import select_backend, use_backend
+from attnrewrite.operators import dispatch as lowering
+from attnrewrite.operators.dispatch import select_backend, use_backend
 
 
 class PackedBehindChannels(nn.Module):

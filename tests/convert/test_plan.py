@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnrewrite.patterns.neighborhood import Neighborhood
+from attnrewrite.patterns.targets.neighborhood import Neighborhood
 from model_queries import ATTENTION, converted_sites, fates, rewritten_names, run
 from small_models import difference, images, logits, small_model
 from untouched import Counting, assert_untouched, values_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from attnrewrite.patterns.neighborhood import Neighborhood
+from attnrewrite.patterns.targets.neighborhood import Neighborhood
 from model_queries import ATTENTION, converted_sites, fates, rewritten_names, run
 from small_models import difference
 from untouched import assert_untouched, values_of

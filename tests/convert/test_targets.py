@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnrewrite.patterns.neighborhood import Neighborhood
+from attnrewrite.patterns.targets.neighborhood import Neighborhood
 from model_queries import run
 
 import attnrewrite

@@ -16,7 +16,7 @@ import attnrewrite
 from attnrewrite.cores import InterleavedAttention, SlidingAttention
 from attnrewrite.cores.neighborhood import neighborhood_mask
 from attnrewrite.errors import ConversionError
-from attnrewrite.ir import Grid
+from attnrewrite.ir.sites import Grid
 
 TARGETS = ("identity", "neighborhood", "dilated_neighborhood", "long_short_distance")
 KEPT = [

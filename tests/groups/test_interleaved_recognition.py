@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnrewrite.patterns.interleaved import recognise_interleaved
-from attnrewrite.patterns.windows import recognise_window
+from attnrewrite.patterns.recognise.interleaved import recognise_interleaved
+from attnrewrite.patterns.recognise.windows import recognise_window
 from group_donors import DONORS, GroupAttention, donor, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repetition import thinned
 
 import attnrewrite
-from attnrewrite.ir import AttentionSite, Grid, Interleaved
+from attnrewrite.ir.sites import AttentionSite, Grid, Interleaved
 
 COUNTS = st.integers(1, 4)
 

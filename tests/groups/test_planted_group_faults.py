@@ -12,10 +12,10 @@ from query_donors import query_donor, query_images
 
 from attnrewrite.certify import certify, collect_values
 from attnrewrite.certify.certificate import wanted_nodes
-from attnrewrite.ir import AttentionSite, Grid, Interleaved
-from attnrewrite.lift.dataflow import Dataflow
-from attnrewrite.lift.values import Values
-from attnrewrite.planning import lifted
+from attnrewrite.graph.dataflow import Dataflow
+from attnrewrite.graph.values import Values
+from attnrewrite.ir.sites import AttentionSite, Grid, Interleaved
+from attnrewrite.planning.stages import lifted
 
 
 @cache

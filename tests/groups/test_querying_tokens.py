@@ -10,7 +10,7 @@ from repetition import thinned
 
 import attnrewrite
 from attnrewrite.errors import ConversionError
-from attnrewrite.ir import AttentionSite, Global
+from attnrewrite.ir.sites import AttentionSite, Global
 
 # name: (how many of how many tokens query) of every site that reads out
 PARTIAL = {"cait": [(1, 17)] * 2, "crossvit": [(1, 197), (1, 401)], "two queries": [(2, 18)]}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import attnrewrite
 from attnrewrite.errors import ConversionError
 from attnrewrite.modules.conv_ffn import ConvFFN
-from attnrewrite.planning import lifted
+from attnrewrite.planning.stages import lifted
 
 
 def kinds(*between: nn.Module) -> list[str]:

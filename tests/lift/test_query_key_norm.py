@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import attnrewrite
 from attnrewrite.certify import certify, collect_values
 from attnrewrite.certify.certificate import wanted_nodes
-from attnrewrite.ir import AttentionSite, Window
-from attnrewrite.planning import lifted
+from attnrewrite.ir.sites import AttentionSite, Window
+from attnrewrite.planning.stages import lifted
 
 HEADS, DIM, SIDE = 4, 8, 8
 Norm = Callable[[Tensor], Tensor]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnrewrite
-from attnrewrite.ir import AttentionSite, Global
-from attnrewrite.planning import lifted
+from attnrewrite.ir.sites import AttentionSite, Global
+from attnrewrite.planning.stages import lifted
 
 HEADS, DIM, WIDTH = 3, 4, 12
 PACKINGS = ("3hd", "h3d", "hd3", "separate", "kv")

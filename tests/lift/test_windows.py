@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-from attnrewrite.patterns.windows import recognise_window, relative_offset, relative_table
+from attnrewrite.patterns.recognise.windows import recognise_window
+from attnrewrite.patterns.relative_table import relative_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnrewrite.ir import Grid, Window
+from attnrewrite.cores.neighborhood import relative_offset
+from attnrewrite.ir.sites import Grid, Window
 
 SIDES = st.integers(1, 13)
 SIZES = st.integers(1, 5)

@@ -12,11 +12,11 @@ from guarded_layouts import guarded, layouts
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from attnrewrite import lowering
 from attnrewrite.functional import grouped_attention, neighborhood_attention
-from attnrewrite.lowering import Request, available_backends, refusals
+from attnrewrite.operators import dispatch as lowering
 from attnrewrite.operators import grouped_attention as grouped_op
 from attnrewrite.operators import local_attention as local_op
+from attnrewrite.operators.dispatch import Request, available_backends, refusals
 from attnrewrite.operators.grouped_attention import grouped_attention_backward, grouped_request
 from attnrewrite.operators.local_attention import local_attention_backward, local_request
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from attention_cases import assert_same, random
 
-from attnrewrite import lowering
 from attnrewrite.errors import BackendError
 from attnrewrite.functional import neighborhood_attention
-from attnrewrite.lowering import (
+from attnrewrite.operators import dispatch as lowering
+from attnrewrite.operators.dispatch import (
     Backend,
     Request,
     available_backends,

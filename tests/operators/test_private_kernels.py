@@ -12,10 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnrewrite.errors import BackendError
-from attnrewrite.private_kernels import private_kernel
+from attnrewrite.numerics.private_kernels import private_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
-DOOR = "attnrewrite/private_kernels.py"
+DOOR = "attnrewrite/numerics/private_kernels.py"
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 SHAPE = (2, 3, 5, 4)  # tiles, heads, rows, channels
 
@@ -156,5 +156,5 @@ def test_private_kernels_are_called_through_one_function_alone():
             "torch.overrides._get_current_function_mode_stack",
         },
         "attnrewrite/capture/in_place.py": {"torch.ops.aten._computed"},  # the public operator beside one in place
-        "attnrewrite/image_map.py": {"torch._C", "torch._C._current_graph_task_id"},  # whether a backward pass runs
+        "attnrewrite/ir/image_map.py": {"torch._C", "torch._C._current_graph_task_id"},  # whether a backward pass runs
     }

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 import attnrewrite
 from attnrewrite.capture import capture, other_looks, training_look
-from attnrewrite.capture.sizes import Arithmetic, Side
+from attnrewrite.capture.size_terms import Arithmetic, Side
 from attnrewrite.errors import ConversionError
-from attnrewrite.image_map import ImageMap, ImageSize
+from attnrewrite.ir.image_map import ImageMap, ImageSize
 
 
 class Arranged(nn.Module):

@@ -12,7 +12,7 @@ from timm.models.eva import Eva
 from torch import nn
 
 import attnrewrite
-from attnrewrite.report import SiteReport
+from attnrewrite.reports.conversion import SiteReport
 
 
 def eva(**options: object) -> nn.Module:

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import attnrewrite
-from attnrewrite.report import SiteReport
+from attnrewrite.reports.conversion import SiteReport
 
 VIT = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 SWIN = {"window_size": 4, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "num_classes": 5}

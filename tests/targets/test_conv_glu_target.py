@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from attnrewrite.patterns.conv_glu import ConvGlu
+from attnrewrite.patterns.targets.conv_glu import ConvGlu
 from conversions import converted, copied
 from repetition import thinned
 from site_donors import new_cores, plan_of, rows_of

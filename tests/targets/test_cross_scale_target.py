@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from attnrewrite.patterns.cross_scale import CrossScale
+from attnrewrite.patterns.targets.cross_scale import CrossScale
 from conversions import converted, copied
 from site_donors import new_cores, plan_of, rows_of
 from target_donors import distance, donor, images, logits, moved

@@ -13,9 +13,9 @@ from target_donors import attention_rows, donor, images, timm_vit
 from torch import Tensor, nn
 
 import attnrewrite
-from attnrewrite.planning import lifted
-from attnrewrite.reading import read_tokens
-from attnrewrite.targets import Conversion, Exactness, Target
+from attnrewrite.ir.contract import Conversion, Exactness, Target
+from attnrewrite.planning.reading import read_tokens
+from attnrewrite.planning.stages import lifted
 
 SMALLER = {"kernel_size": 3}
 

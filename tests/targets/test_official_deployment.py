@@ -8,8 +8,8 @@ import io
 import pytest
 import timm
 import torch
-from attnrewrite.patterns.conv_glu import ConvGlu
-from attnrewrite.patterns.cross_scale import CrossScale
+from attnrewrite.patterns.targets.conv_glu import ConvGlu
+from attnrewrite.patterns.targets.cross_scale import CrossScale
 from site_donors import new_cores
 from target_donors import distance, donor, images, logits
 from test_official_layers import published

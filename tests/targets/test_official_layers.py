@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from attnrewrite.patterns.cross_scale import CrossScale
+from attnrewrite.patterns.targets.cross_scale import CrossScale
 from conversions import converted
 from site_donors import DONORS, new_cores, plan_of, rows_of
 from target_donors import distance, donor, images, logits, timm_vit
@@ -16,7 +16,7 @@ from torch import nn
 import attnrewrite
 from attnrewrite.errors import ArgumentError
 from attnrewrite.modules import AggregatedAttention, CosineAttention
-from attnrewrite.targets import target_of
+from attnrewrite.planning.registry import target_of
 
 AVERAGE = {"class_token": False, "global_pool": "avg", "embed_dim": 48}
 DONORS |= {

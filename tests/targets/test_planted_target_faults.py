@@ -20,7 +20,7 @@ import attnrewrite
 from attnrewrite import cores
 from attnrewrite.cores import aggregated, grouped, manhattan, neighborhood
 from attnrewrite.errors import ConversionError
-from attnrewrite.ir import Window
+from attnrewrite.ir.sites import Window
 
 Wrapped = Callable[..., Any]
 MASKED = ("swin", "aggregated", {"windows": "mask"})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_definitions import Operands
 from attnrewrite.patterns import pixel_keys
-from attnrewrite.patterns.manhattan import Manhattan
+from attnrewrite.patterns.targets.manhattan import Manhattan
 from conversions import Case, case_marks, case_name, converted, copied, learned
 from mixed_donors import operands_of
 from target_donors import attention_rows, distance, donor, images, logits, new_parameters

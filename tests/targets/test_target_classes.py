@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from target_donors import donor, images
 
-from attnrewrite.ir import AttentionSite
-from attnrewrite.planning import lifted
-from attnrewrite.targets import NotConvertible, target_of
+from attnrewrite.ir.contract import NotConvertible
+from attnrewrite.ir.sites import AttentionSite
+from attnrewrite.planning.registry import target_of
+from attnrewrite.planning.stages import lifted
 
 E, C, P = "EXACT", "CONTINUOUS", "PROJECTED"
 OVER_REDUCED = "one key for every token; use reduced_keys='keep' .* or to='aggregated'"

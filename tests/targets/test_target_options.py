@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from attnrewrite.errors import ArgumentError
-from attnrewrite.targets import target_of
+from attnrewrite.planning.registry import target_of
 
 
 @pytest.mark.parametrize(

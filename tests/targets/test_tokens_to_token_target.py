@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from attnrewrite.patterns.tokens_to_token import TokensToToken, nearest_stem
+from attnrewrite.patterns.targets.tokens_to_token import TokensToToken, nearest_stem
 from conversions import copied
 from site_donors import new_cores, plan_of, rows_of
 from target_donors import distance, donor, images, logits, moved, new_parameters

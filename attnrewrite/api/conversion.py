@@ -1,0 +1,172 @@
+"""The calls a user makes to convert a model: plan, convert, report, revert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..calibration import Calibration, calibrated
+from ..calibration.images import Replay
+from ..calibration.keep import Budget, keep_the_worst, require_budget
+from ..calibration.measure import measured
+from ..capture.ambient import plain_modes
+from ..errors import ArgumentError, ConversionError
+from ..ir.contract import Target
+from ..planning.plan import Plan
+from ..planning.stages import Selector, planned
+from ..reports.conversion import ConversionReport
+from ..rewrite.image_sides import forget_images
+from ..rewrite.rewritten import RewrittenModule, restore_module
+from ..rewrite.saved_state import forget_loading
+
+
+@plain_modes()
+def plan(
+    model: nn.Module,
+    to: str | Target | Mapping[str, str | Target],
+    example_inputs: Any | None = None,
+    *,
+    sites: Selector | None = None,
+    keep: Selector | None = None,
+    budget: Budget | None = None,
+    measure: Any | None = None,
+    fidelity: str = "projected",
+    max_rewrites: int | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Plan:
+    """Decide, certify and measure a conversion without changing the model; arguments and errors as for ``convert``.
+
+    The plan prints, can be edited (``drop``, ``limit``) and applied later.
+    """
+    automatic = keep == "auto"
+    require_budget(automatic, budget)
+    made = planned(
+        model, to, example_inputs, sites=sites, keep=None if automatic else keep, fidelity=fidelity,
+        max_rewrites=max_rewrites, progress=progress, **options,
+    )  # fmt: skip
+    if automatic:
+        keep_the_worst(made, budget, measure)
+    return made
+
+
+def convert(
+    model: nn.Module,
+    to: str | Target | Mapping[str, str | Target],
+    example_inputs: Any | None = None,
+    *,
+    sites: Selector | None = None,
+    keep: Selector | None = None,
+    fidelity: str = "projected",
+    budget: Budget | None = None,
+    calibrate: Any | None = None,
+    measure: Any | None = None,
+    strict: bool = False,
+    inplace: bool = False,
+    progress: bool = True,
+    return_report: bool = False,
+    max_rewrites: int | None = None,
+    **options: Any,
+) -> Any:
+    """Rewrite a model's attention (and what else the target covers), weights carried, every site certified.
+
+    Args:
+        model: any ``nn.Module`` that ``torch.export`` can capture; a model wrapped for parallel training or compilation
+            is refused: convert first, then wrap.
+        to: a target's name (``options`` are its options, such as ``kernel_size``), a target object, or a mapping from
+            site globs to either, the first match winning.
+        example_inputs: what ``forward`` takes: a tensor ``[batch, channels, height, width]``, a tuple, or a dict.
+            Derived from the model's own configuration where that states an image size.
+        sites, keep: convert only, or leave alone, the sites of these names (globs) or for which a predicate holds.
+            ``keep="auto"`` leaves alone those whose conversion alone does the most harm, until ``budget`` holds.
+        budget: for ``keep="auto"``: the largest relative error of the outputs, or ``{"agreement": 0.95}``, the smallest
+            share of images whose largest output stays. It holds for the model as converted, before calibration, on the
+            images of ``measure``, else of ``calibrate``, else on the example inputs.
+        calibrate: unlabelled images, or a ``Calibration``: recover what the conversion lost, as
+            ``attnrewrite.calibrate`` does.
+        measure: images to measure on, as ``calibrate`` takes them: the error of every site alone and of the model.
+        fidelity: the least class accepted: "exact", "continuous", "projected" or "fresh". Sites below are left alone.
+        strict: raise if any site that was asked for is not converted.
+        inplace: change ``model`` itself instead of a copy.
+        progress: show a progress bar on a terminal.
+        return_report: return ``(model, report)``; the report is ``attnrewrite.report(model)`` too.
+        max_rewrites: convert the first so many sites only.
+
+    Returns:
+        The converted model, still of the donor's classes; parameters that no site replaced keep their names, and with
+        ``inplace`` stay the same objects.
+
+    Raises:
+        ArgumentError: an argument has no meaning here.
+        CalibrationError: the images of ``calibrate``, ``measure`` or the budget cannot be used.
+        CaptureError: the model cannot be exported.
+        ConversionError: nothing could be converted, or with ``strict`` not everything. The model is left untouched.
+    """
+    if inplace and (calibrate is not None or measure is not None):
+        raise ArgumentError("inplace: calibrate and measure need the original beside the converted model; leave it out")
+    calibration, measure = _calibration(calibrate, progress), _replayable(measure)
+    made = plan(
+        model, to, example_inputs, sites=sites, keep=keep, budget=budget, fidelity=fidelity, max_rewrites=max_rewrites,
+        progress=progress, measure=_images_of(calibration) if measure is None else measure, **options,
+    )  # fmt: skip
+    asked = [each for each in made.sites if each.target is not None]
+    left = [each for each in asked if each.status in ("refused", "kept")]
+    if strict and left:
+        reasons = "".join(f"\n  {each.site.name or '(root)'}: {each.why}" for each in left)
+        raise ConversionError(f"strict: {len(left)} sites of {type(model).__name__} would not be converted:{reasons}")
+    converted = made.apply(inplace)
+    if measure is not None:
+        converted.attnrewrite_report = measured(made, converted, measure)  # type: ignore[assignment]  # an attribute of its own
+    if calibration is not None:
+        converted = calibrated(converted, model, calibration)
+    return (converted, report(converted)) if return_report else converted
+
+
+def _calibration(given: Any | None, progress: bool) -> Calibration | None:
+    if given is None:
+        return None
+    calibration = given if isinstance(given, Calibration) else Calibration(given, progress=progress)
+    return replace(calibration, data=_replayable(calibration.data))
+
+
+def _replayable(data: Any) -> Any:
+    """Data that can be gone through twice: for the sites to keep, and for what follows."""
+    return Replay(data) if isinstance(data, Iterator) else data
+
+
+def _images_of(calibration: Calibration | None) -> Any | None:
+    return None if calibration is None else calibration.data
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Give every rewritten module its own forward back, in place, and return the model.
+
+    Raises:
+        ArgumentError: nothing in the model was rewritten.
+    """
+    rewritten = [module for module in model.modules() if isinstance(module, RewrittenModule)]
+    if not rewritten:
+        raise ArgumentError(f"model: nothing in {type(model).__name__} was rewritten, so there is nothing to revert")
+    for module in rewritten:
+        while isinstance(module, RewrittenModule):  # a model converted twice was rewritten twice
+            restore_module(module)
+    forget_images(model)
+    forget_loading(model)
+    model.__dict__.pop("attnrewrite_report", None)
+    model.__dict__.pop("attnrewrite_places", None)
+    return model
+
+
+def report(model: nn.Module) -> ConversionReport:
+    """What ``convert`` did to ``model``.
+
+    Raises:
+        ArgumentError: it was not converted.
+    """
+    found = getattr(model, "attnrewrite_report", None)
+    if not isinstance(found, ConversionReport):
+        raise ArgumentError(f"model: {type(model).__name__} was not made by attnrewrite.convert")
+    return found

@@ -1,0 +1,1 @@
+"""Plain mathematics and randomness that everything stands on."""

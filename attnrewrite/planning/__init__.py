@@ -1,0 +1,1 @@
+"""What will become of a model: a plan, made stage by stage."""

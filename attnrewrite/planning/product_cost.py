@@ -1,0 +1,77 @@
+"""What an attention site's two products cost before and after a conversion, counted on shapes alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..cores import WindowAttention
+from ..errors import UNFORESEEN
+from ..graph.values import shape_of
+from ..ir.contract import Conversion
+from ..ir.sites import AttentionSite, MapGroups
+
+
+def macs_before(site: AttentionSite) -> int:
+    """Multiply-adds of query with key and of weights with values, as captured, padding included."""
+    extents: dict[str, int] = {}
+    for operand in (site.nodes.query, site.nodes.key, site.nodes.value):
+        for axis, size in zip(operand.axes, shape_of(operand.node), strict=True):
+            extents[axis] = max(size, extents.get(axis, 1))
+    widths = extents.pop("d") + extents.pop("e")
+    return math.prod(extents.values()) * widths
+
+
+def macs_after(site: AttentionSite, conversion: Conversion) -> int | None:
+    """Multiply-adds of the new core; None if it does not run without values."""
+    pixels = "pixels" in conversion.extras  # then keys are projected inside, which is no product of attention
+    core = copy.deepcopy(conversion.core.core if pixels else conversion.core).to("meta").eval()
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+            dtype = site.nodes.query.node.meta["val"].dtype
+            operands = [None if part is None else part.to(dtype) for part in _operands(site, core, pixels)]
+            extras = {name: part.to(dtype) for name, part in _extras(site, conversion).items()}
+            core(*operands, **extras)
+    except UNFORESEEN:
+        return None
+    return counter.get_total_flops() // 2
+
+
+def _operands(site: AttentionSite, core: nn.Module, pixels: bool) -> list[Tensor | None]:
+    batch, nodes = _batch(site), site.nodes
+    dims = [dict(zip(part.axes, shape_of(part.node), strict=True)) for part in (nodes.query, nodes.key, nodes.value)]
+    widths = [sizes.get("d", sizes.get("e", 1)) for sizes in dims]
+    bias: Tensor | None = None
+    if isinstance(site.keys, MapGroups):
+        grid = site.map_grid
+        parts = [torch.empty(batch, grid.height, grid.width, site.heads, width) for width in widths]
+        bias = None if site.bias is None else torch.empty(site.heads, *site.bias.values.shape[1:])
+        padded = isinstance(core, WindowAttention) and core.window.phantom
+        pads = [torch.empty(site.heads, width) for width in widths[1:]] if padded else []
+        return [*parts, bias, *pads]
+    lengths = (dims[0]["x"], dims[1]["y"], dims[1]["y"])
+    lengths = (lengths[0],) * 3 if pixels else lengths
+    parts = [torch.empty(batch, length, site.heads, width) for length, width in zip(lengths, widths, strict=True)]
+    if site.bias is not None:
+        bias = torch.empty(1, site.heads, lengths[0], lengths[1])
+    return [*parts, *([] if bias is None else [bias])]
+
+
+def _extras(site: AttentionSite, conversion: Conversion) -> dict[str, Tensor]:
+    if "local" not in conversion.extras:
+        return {}
+    grid = site.map_grid
+    local = torch.empty(_batch(site), grid.height, grid.width, site.heads, site.head_dim)
+    return {"local_key": local, "local_value": local}
+
+
+def _batch(site: AttentionSite) -> int:
+    source = site.nodes.source
+    if source is not None:
+        return shape_of(source)[site.nodes.batch_axis]
+    sizes = dict(zip(site.nodes.query.axes, shape_of(site.nodes.query.node), strict=True))
+    return math.prod(sizes[axis] for axis in site.nodes.groups if axis in sizes) // site.heads

@@ -1,0 +1,1 @@
+"""What was found and done, as tables, text and pages."""

@@ -1,0 +1,1 @@
+"""Sites of a captured graph, by what they compute: attention, MLPs, stems."""

@@ -1,0 +1,135 @@
+"""What the targets of attention ask of a site: its map, its bias, and how much of its attention a mask keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cores.neighborhood import axis_mask, reached_table
+from ..errors import ArgumentError
+from ..ir.contract import NotConvertible
+from ..ir.heads import as_pair
+from ..ir.sites import AttentionSite, Global, Grid, Interleaved, MapGroups, Reduced, Window
+from .relative_table import relative_table
+
+Pair = tuple[int, int]
+
+
+def grid_of_site(site: AttentionSite) -> Grid:
+    """The map that a global or reduced site's queries lie on.
+
+    Raises:
+        NotConvertible: it is not known, or something ties the scores to more than the map.
+    """
+    if site.queries is not None and len(site.queries) < site.source_tokens:
+        raise NotConvertible(
+            f"only {len(site.queries)} of its {site.source_tokens} tokens query: it reads them out, which is no mixing "
+            "of tokens; leave it with `keep`"
+        )
+    if site.queries is not None:
+        raise NotConvertible("its tokens query in another order than that of their map; leave it with `keep`")
+    if isinstance(site.keys, Interleaved):
+        raise NotConvertible(
+            f"it attends inside {site.keys} groups, which spread over the map; to='neighborhood' and "
+            "to='long_short_distance' keep them"
+        )
+    if not isinstance(site.keys, Global | Reduced):
+        raise NotConvertible(f"its queries see {site.keys}, which lie on no map of their own; leave it with `keep`")
+    if site.grid is None:
+        raise NotConvertible("where its tokens lie on the map is not known; leave it with `keep`")
+    if site.mask is not None:
+        raise NotConvertible("a constant mask acts on its scores; leave it with `keep`")
+    return site.grid
+
+
+def bias_entries(site: AttentionSite, grid: Grid) -> Tensor | None:
+    """Where a dense bias holds its relative table; a bias that is not relative cannot follow other keys."""
+    if site.bias is None:
+        return None
+    table = None if grid.prefix_tokens else relative_table(site.bias.values, (grid.height, grid.width))
+    if table is None:
+        raise NotConvertible("its bias is no table of relative positions on the map alone; leave it with `keep`")
+    return table[1]
+
+
+def window_bias_entries(site: AttentionSite, groups: MapGroups) -> Tensor | None:
+    """Where the bias of windows, or of other groups, holds its relative table."""
+    if site.bias is None:
+        return None
+    table = relative_table(site.bias.values, groups.size)
+    if table is None:
+        where = "window" if isinstance(groups, Window) else "group"
+        raise NotConvertible(f"its bias is no table of relative positions in the {where}; leave it with `keep`")
+    return table[1]
+
+
+def relative_bias(site: AttentionSite, kernel: Pair, dilation: Pair = (1, 1)) -> Tensor | None:
+    """``[heads, 2k-1, 2k-1]`` in key-minus-query order: the part of a site's own table that a kernel reaches."""
+    if site.bias is None:
+        return None
+    if isinstance(site.keys, Window):
+        entries, sides = window_bias_entries(site, site.keys), site.keys.size
+    else:
+        grid = grid_of_site(site)
+        entries, sides = bias_entries(site, grid), (grid.height, grid.width)
+    assert entries is not None
+    return reached_table(site.bias.values, entries, sides, kernel, dilation)
+
+
+def is_whole_map(site: AttentionSite) -> bool:
+    """Whether a windowed site's one window is the map: then it is global attention with a table."""
+    window = site.keys
+    return isinstance(window, Window) and window.size == (site.map_grid.height, site.map_grid.width)
+
+
+def dropped_mass(
+    site: AttentionSite, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor, seen: Tensor
+) -> dict[str, Any]:
+    """Of every head: the mean, over ``queries``, of the attention paid to keys not ``seen`` ``[queries, keys]``."""
+    query, key, _ = operands
+    scores = torch.einsum("bnhd,bmhd->bhnm", query, key).float() * site.scale_of_operands
+    if site.bias is not None:
+        scores = scores + site.bias.values[:, queries].to(scores)
+    dropped = (scores.softmax(-1) * ~seen.to(scores.device)).sum(-1)
+    return {"dropped_mass": [round(float(mass), 6) for mass in dropped.mean(dim=(0, 2))]}
+
+
+def seen_neighbours(queries: Tensor, grid: Grid, keys: Grid, kernel: Pair, dilation: Pair) -> Tensor:
+    """``[queries, tokens of keys]``: which keys each of some queries sees, prefix tokens included, where the two maps
+    are the same or ``keys`` is a coarser one."""
+    cell = (queries - grid.prefix_tokens).clamp(min=0)
+    sides = ((grid.height, keys.height), (grid.width, keys.width))
+    rows, columns = (
+        axis_mask(side, length, min(k, length), d)[place]
+        for (side, length), k, d, place in zip(
+            sides, kernel, dilation, (cell // grid.width, cell % grid.width), strict=True
+        )
+    )
+    seen = (rows[:, :, None] & columns[:, None, :]).flatten(1)
+    seen = torch.nn.functional.pad(seen, (keys.prefix_tokens, 0), value=True)
+    return seen | (queries < grid.prefix_tokens)[:, None]
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Raises:
+    ArgumentError: ``value`` is no positive integer, nor two of them.
+    """
+    values = value if isinstance(value, tuple | list) and len(value) == 2 else (value,)
+    if any(type(each) is not int for each in values):
+        raise ArgumentError(f"{name}: expected an integer or two of them, got {value!r}")
+    if min(values) < 1:
+        raise ArgumentError(f"{name}: must be at least 1, got {as_pair(value)}")
+
+
+def require_one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    """Raises:
+    ArgumentError: ``value`` is none of the ``known``.
+    """
+    if value not in known:
+        raise ArgumentError(f"{name}: expected {' or '.join(map(repr, known))}, got {value!r}")
+
+
+def text_of(pair: Pair) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"

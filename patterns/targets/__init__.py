@@ -1,0 +1,1 @@
+"""What sites can become: one file a target."""

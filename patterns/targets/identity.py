@@ -1,0 +1,54 @@
+"""``to="identity"``: every site rebuilt from its lifted form with this library's own modules; the function is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...cores import Activation, DenseAttention, GatherPatches, InterleavedAttention, MapToTokens, WindowAttention
+from ...ir.contract import Conversion, Exactness, NothingToDo, Target, Weights
+from ...ir.sites import Interleaved, MlpSite, Site, StemSite, Window
+from ..patch_geometry import map_width, patch_geometry
+
+
+@dataclass(frozen=True)
+class Identity(Target):
+    """The same function from our own modules: the test that recognition, rewriting and modules are right."""
+
+    name = "identity"
+    kinds = ("attention", "mlp", "stem")
+
+    def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
+        return Conversion(Exactness.EXACT, "the site rebuilt from its lifted form", identity_core(site))
+
+
+def identity_core(site: Site) -> Any:
+    """A core that computes what the site computes."""
+    if isinstance(site, MlpSite):
+        return _mlp_core(site)
+    if isinstance(site, StemSite):
+        return _stem_core(site)
+    if isinstance(site.keys, Window):
+        return WindowAttention(site.keys, site.map_grid, site.scale, site.dropout)
+    if isinstance(site.keys, Interleaved):
+        return InterleavedAttention(site.keys, site.map_grid, site.scale, site.dropout)
+    return DenseAttention(site.scale_of_operands, site.dropout)
+
+
+def _mlp_core(site: MlpSite) -> list[nn.Module | None]:
+    """One activation for every stage that has one."""
+    return [Activation(stage.name) if stage.kind in ("activation", "gate") else None for stage in site.stages]
+
+
+def _stem_core(site: StemSite) -> nn.Module:
+    if site.tokens is None:
+        raise NothingToDo("its map is used as a map: the convolution is all there is")
+    flat = len(site.tokens.meta["val"].shape) == 3
+    if site.patches is None:
+        return MapToTokens(flat)
+    geometry = patch_geometry(site.patches, site.kernel, map_width(site.source))
+    assert geometry is not None, "a merge is recognised by its geometry"
+    grid, order = geometry
+    return GatherPatches(site.kernel, order, grid, flat)

@@ -1,0 +1,189 @@
+"""CrossFormer's long-short distance attention (Wang et al. 2022), from global, windowed and reduced attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cores import GroupedCore, InterleavedAttention, OfMap, WindowAttention
+from ...cores.grouped import fitted, into_groups
+from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from ...ir.heads import as_pair
+from ...ir.sites import AttentionSite, Grid, Interleaved, Reduced, Site, Window
+from ...modules.long_short_distance import LongShortDistanceAttention
+from ..pixel_keys import fitted_to_reduced, on_pixels
+from ..published import (
+    attention_map,
+    layout,
+    note_of_keys,
+    published_attention,
+    require_no_dropout,
+    require_one_number,
+    require_unset,
+    width_of,
+)
+from ..site_geometry import bias_entries, dropped_mass, grid_of_site, require_one_of, require_positive, text_of
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LongShortDistance(Target):
+    """Attention inside groups of neighbouring tokens (short), and of tokens an interval apart (long), by turns.
+
+    Args:
+        group_size: tokens of a group, per axis or for both. None is the window of a windowed site, and 7 elsewhere.
+        interval: of the long distance groups; None is the largest with which one region covers the map, as in the
+            paper: ``ceil(side / group_size)``.
+        shifted: what becomes of shifted windows: ``"keep"`` the offset, exactly, or ``"long"`` distance instead. None
+            is ``"keep"``, and ``"long"`` where ``official``.
+        reduced_keys: for spatial reduction, ``"refuse"``, or ``"refit"`` keys and values of every token to the reduced
+            ones on the example input; then the reducer is dropped.
+        official: take the layer as published, ``pos``, ``qkv``, ``proj``, for the whole site; its dynamic position bias
+            is new.
+    """
+
+    group_size: int | Pair | None = None
+    interval: int | Pair | None = None
+    shifted: str | None = None
+    reduced_keys: str = "refuse"
+    official: bool = False
+    name = "long_short_distance"
+
+    def __post_init__(self) -> None:
+        for argument, value in (("group_size", self.group_size), ("interval", self.interval)):
+            if value is not None:
+                require_positive(argument, value)
+        require_one_of("official", self.official, (False, True))
+        if self.official:
+            require_one_number("interval", self.interval)
+            require_unset({"shifted": None if self.shifted == "long" else self.shifted}, "whose groups have no offset")
+            refit = None if self.reduced_keys == "refuse" else self.reduced_keys
+            require_unset({"reduced_keys": refit}, "which takes the reducer's maps for every token's")
+        if self.shifted is None:
+            object.__setattr__(self, "shifted", "long" if self.official else "keep")
+        require_one_of("shifted", self.shifted, ("keep", "long"))
+        require_one_of("reduced_keys", self.reduced_keys, ("refuse", "refit"))
+
+    def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
+        assert isinstance(site, AttentionSite)
+        if self.official:
+            return self._published(site, index, weights)
+        if isinstance(site.keys, Window):
+            return self._windowed(site, site.keys)
+        if isinstance(site.keys, Interleaved):
+            return self._interleaved(site, site.keys)
+        if isinstance(site.keys, Reduced) and self.reduced_keys == "refit":
+            return on_pixels(site, lambda pixels: self.convert(pixels, index, weights), weights)
+        if isinstance(site.keys, Reduced):
+            raise NotConvertible(
+                "it attends to reduced keys, and groups need a key for every token, which the reducer has not left; "
+                "use to='aggregated' or to='neighborhood', which keep its keys, or reduced_keys='refit', which fits "
+                "keys of tokens to them"
+            )
+        grid = grid_of_site(site)
+        bias_entries(site, grid)
+        if site.bias is not None:
+            raise NotConvertible("its bias is learned for the whole map; use to='neighborhood', which follows it")
+        group, interval = self._groups(grid, as_pair(self.group_size or 7), index % 2 == 1)
+        core = GroupedCore(group, interval, grid, site.scale_of_operands, site.dropout)
+        settings = {"group_size": group, "interval": interval}
+        if group == (grid.height, grid.width):
+            return Conversion(
+                Exactness.EXACT, f"one group takes the whole {grid} map", core, settings,
+                "none at this size: every query still sees every key",
+            )  # fmt: skip
+        return Conversion(Exactness.PROJECTED, _why(group, interval), core, settings, _benefit(group, grid))
+
+    def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
+        assert isinstance(site, AttentionSite)
+        return fitted_to_reduced(conversion, site, values)
+
+    def _windowed(self, site: AttentionSite, window: Window) -> Conversion:
+        size = window.size
+        if self.group_size is not None and as_pair(self.group_size) != size:
+            raise NotConvertible(f"its bias is learned for windows of {text_of(size)}; leave group_size out")
+        grid = site.map_grid
+        if not any(window.shift) or self.shifted == "keep":
+            core = WindowAttention(window, grid, site.scale, site.dropout)
+            offset = f" with origin {text_of(window.shift)}" if any(window.shift) else ""
+            settings = {"group_size": size, "interval": (1, 1), "shift": window.shift, "bias": "table"}
+            return Conversion(
+                Exactness.EXACT, f"{window} is short distance attention{offset}", core, settings, "the same keys"
+            )
+        group, interval = self._groups(grid, size, long=True)
+        if group != size:
+            raise NotConvertible("its windows are larger than the map; leave it with shifted='keep'")
+        grouped = OfMap(GroupedCore(group, interval, grid, site.scale, site.dropout))
+        settings = {"group_size": group, "interval": interval, "bias": "table"}
+        return Conversion(Exactness.PROJECTED, _why(group, interval), grouped, settings, "as many keys")
+
+    def _interleaved(self, site: AttentionSite, groups: Interleaved) -> Conversion:
+        for argument, wanted, own in (
+            ("group_size", self.group_size, groups.group), ("interval", self.interval, groups.interval)
+        ):  # fmt: skip
+            if wanted is not None and as_pair(wanted) != own:
+                raise NotConvertible(f"it attends inside {groups} groups already; leave {argument} out, or the site")
+        core = InterleavedAttention(groups, site.map_grid, site.scale, site.dropout)
+        settings = {"group_size": groups.group, "interval": groups.interval, "bias": "table"}
+        return Conversion(Exactness.EXACT, f"{groups} is long distance attention", core, settings, "the same keys")
+
+    def _published(self, site: AttentionSite, index: int, weights: Weights) -> Conversion:
+        """CrossFormer's layer: short distance for windows and every other site, long distance for the rest."""
+        require_no_dropout(site.dropout)
+        grid, window, width = attention_map(site), site.keys, width_of(site)
+        if width < 32:  # a layer norm over one channel is constant
+            raise NotConvertible(
+                f"the position bias as published is a 16th of {width} channels wide, and needs two; leave official out"
+            )
+        group = as_pair(self.group_size or (window.size if isinstance(window, Window) else 7))
+        long = any(window.shift) if isinstance(window, Window) else index % 2 == 1
+        interval = (as_pair(self.interval)[0] if self.interval is not None else "adaptive") if long else None
+        module = LongShortDistanceAttention(width, site.heads, group, interval)
+        made = published_attention(site, module, {"qkv": "qkv", "proj": "o"}, weights)
+        found = module.grouping(grid.height, grid.width)
+        lost = "; its bias is not taken over" if site.bias is not None else ""
+        return made.conversion(
+            Exactness.PROJECTED, f"{_why(found.group, found.interval)}{lost}{note_of_keys(site)}",
+            {"group_size": group, "interval": found.interval}, _benefit(found.group, grid),
+            **layout(site.nodes.source, site.nodes.result, grid),
+        )  # fmt: skip
+
+    def _groups(self, grid: Grid, group: Pair, long: bool) -> tuple[Pair, Pair]:
+        sides = (grid.height, grid.width)
+        widest = (-(-sides[0] // group[0]), -(-sides[1] // group[1]))
+        interval = as_pair(self.interval) if self.interval is not None else widest
+        return fitted(group, interval if long else (1, 1), grid)
+
+    def measure(
+        self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor
+    ) -> dict[str, Any]:
+        """Dropped softmax mass of every head."""
+        assert isinstance(site, AttentionSite)
+        return dropped_mass(site, operands, queries, group_mask(conversion.core, queries))
+
+
+def group_mask(core: GroupedCore, queries: Tensor) -> Tensor:
+    """``[queries, tokens]``: which keys each of some queries sees, prefix tokens included."""
+    grid = core.grid
+    place = torch.arange(1, grid.height * grid.width + 1).view(1, grid.height, grid.width, 1, 1)
+    members = into_groups(place, core.group, core.interval)[0, :, :, 0, 0] - 1
+    group_of = torch.empty(grid.height * grid.width, dtype=torch.long)
+    number = torch.arange(len(members))[:, None].expand_as(members)
+    group_of[members[members >= 0]] = number[members >= 0]
+    own = group_of[(queries - grid.prefix_tokens).clamp(min=0)]
+    seen = torch.nn.functional.pad(own[:, None] == group_of, (grid.prefix_tokens, 0), value=True)
+    return seen | (queries < grid.prefix_tokens)[:, None]
+
+
+def _why(group: Pair, interval: Pair) -> str:
+    if interval == (1, 1):
+        return f"keys outside groups of {text_of(group)} neighbours are dropped"
+    return f"only keys in groups of {text_of(group)}, {text_of(interval)} apart, are kept"
+
+
+def _benefit(group: Pair, grid: Grid) -> str:
+    return f"{group[0] * group[1] + grid.prefix_tokens} of {grid.tokens} keys a query"
