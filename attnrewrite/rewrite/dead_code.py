@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from .sizes import CHECK
+from .size_course import CHECK
 
 
 def remove_dead_code(graph: fx.Graph) -> None:

@@ -16,7 +16,11 @@ from ..ir.image_map import ImageSize, laws_of
 from ..lift.looks import Look, Looks
 from .image_sides import ImageSide, SameImage
 from .outline import NotOutlinable, Outlined
-from .sizes import CHECK, Course, Vector, difference, restate, same_way
+from .restated_sizes import restate
+from .same_graph import difference
+from .size_course import CHECK, Course
+from .size_forms import Vector
+from .terms_by_look import same_way
 
 Key = tuple[tuple[str, int, int], int]
 """Of a decision: its place in the code, and how often the module had come to it before."""

@@ -16,44 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx import Node
-from torch.fx.node import has_side_effect
 
 from ..capture.size_terms import Arithmetic, Side, Term
 from ..capture.sizes import Decision
-from ..errors import ConversionError
 from .outline import Outlined
+from .same_graph import is_number, leaves_of, name_of
+from .size_course import CHECK, Course, expect_course
 from .size_forms import Emit, Vector, product_form, real_form, whole_form
-
-CHECK = "attnrewrite_check"
-"""Marks, in their ``meta``, nodes that are there for the error that they may raise."""
-
-Course = list[tuple[Decision, tuple[tuple[Any, ...] | None, ...]]]
-"""Decisions taken one after the other, each with its operands on every look, None where that had left the course."""
-
-
-def difference(first: Outlined, other: Outlined) -> str:
-    """Why two outlined graphs are not the same but for numbers; an empty string if they are."""
-    before, after = list(first.graph.nodes), list(other.graph.nodes)
-    if len(before) != len(after):
-        return "its operators"
-    place = {node: number for number, node in enumerate(after)}
-    twin = dict(zip(before, after, strict=True))
-    for one, two in twin.items():
-        if one.op != two.op or (one.op != "placeholder" and one.target != two.target):
-            return _name(one)
-        leaves, others = list(_leaves(one)), list(_leaves(two))
-        if len(leaves) != len(others):
-            return _name(one)
-        for leaf, counterpart in zip(leaves, others, strict=True):
-            if isinstance(leaf, Node):
-                if not isinstance(counterpart, Node) or place[counterpart] != place[twin[leaf]]:
-                    return _name(one)
-            elif type(leaf) is not type(counterpart) or (not _is_number(leaf) and leaf != counterpart):
-                return _name(one)
-        if one.op == "get_attr" and not _same_constant(first, other, str(one.target)):
-            return "a constant"
-    return ""
-
+from .terms_by_look import agree, first_known, kind_of, operands_of, told_apart, value_of, way_of
 
 _TELLING = 16
 """A number of unknown origin is small if it is never this large."""
@@ -76,21 +46,6 @@ def restate(
         The names of what could not be explained.
     """
     return _Restating(first, others, from_image).run(courses)
-
-
-@has_side_effect
-def expect_course(ways: list[list[tuple[Any, bool]]], what: str) -> None:
-    """Comparisons of sizes must turn out in one of the ``ways`` that were seen, each of comparisons and their outcomes:
-    the rewritten forward has one course only.
-
-    Raises:
-        ConversionError: they do not.
-    """
-    if not any(all(bool(holds) is outcome for holds, outcome in way) for way in ways):
-        raise ConversionError(
-            f"{what} turns out otherwise at this size than when this module was converted, and the original then takes "
-            "another course; convert the model with example inputs of this size"
-        )
 
 
 class _Restating:
@@ -130,7 +85,7 @@ class _Restating:
     def _know(self, node: Node) -> None:
         """Its extents can be asked for from now on; a number that the module is given can be used."""
         number = node.meta.get("value")
-        if _is_number(number):
+        if is_number(number):
             vector = (number, *(twin.meta.get("value", math.nan) for twin in self.twins[node]))
             self._measured(vector, lambda: node)
         values = [each.meta.get("val") for each in (node, *self.twins[node])]
@@ -153,11 +108,11 @@ class _Restating:
             self.known.setdefault(vector, _once(emit))
 
     def _restate(self, node: Node) -> None:
-        vectors = list(zip(*(_leaves(each) for each in (node, *self.twins[node])), strict=True))
+        vectors = list(zip(*(leaves_of(each) for each in (node, *self.twins[node])), strict=True))
         terms = self._given_terms(node)
         moves = [own is not None and own != () and None not in own and self._moves(own) for own in terms]
         moving = [
-            _is_number(vector[0]) and (len(set(vector)) > 1 or computed)
+            is_number(vector[0]) and (len(set(vector)) > 1 or computed)
             for vector, computed in zip(vectors, moves, strict=True)
         ]
         if not any(moving):
@@ -168,7 +123,7 @@ class _Restating:
                 for vector, own, moves in zip(vectors, terms, moving, strict=True)
             ]
         if any(value is None and moves for value, moves in zip(found, moving, strict=True)):
-            self.tied.append(_name(node))
+            self.tied.append(name_of(node))
             return
         changes = iter(found)
         node.args = fx.node.map_aggregate(node.args, lambda leaf: next(changes))
@@ -178,7 +133,7 @@ class _Restating:
         """For every leaf of its arguments what the model's own code put there, look by look: a term if that came from
         sizes. None where it put a plain number, or it is not known; an empty tuple where it is one of several terms of
         one value, or the operator's own."""
-        counts = len(list(_leaves(node)))
+        counts = len(list(leaves_of(node)))
         looks = []
         for each, outlined in zip((node, *self.twins[node]), self.outlined, strict=True):
             captured = outlined.restated.get(each)
@@ -188,10 +143,10 @@ class _Restating:
             given = None if position is None else outlined.capture.sizes.given_at(position)
             if given is None:
                 return [None] * counts
-            leaves = list(_leaves(each))
-            terms = iter(given.terms_of([leaf for leaf in leaves if _is_number(leaf)]))
-            looks.append([next(terms) if _is_number(leaf) else {None} for leaf in leaves])
-        return [_told_apart(candidates) for candidates in zip(*looks, strict=True)]
+            leaves = list(leaves_of(each))
+            terms = iter(given.terms_of([leaf for leaf in leaves if is_number(leaf)]))
+            looks.append([next(terms) if is_number(leaf) else {None} for leaf in leaves])
+        return [told_apart(candidates) for candidates in zip(*looks, strict=True)]
 
     def _guard(self, courses: list[Course], before: Node) -> bool:
         """Put a check of the course there, as soon as the graph knows what its own course hangs on; whether it does."""
@@ -222,7 +177,7 @@ class _Restating:
         found = []
         for place in range(len(decision.operands)):
             terms = tuple(None if each is None else each[place] for each in looks)
-            found.append(self._emitted(terms) if self._moves(terms) else _first(self._vector(terms)))
+            found.append(self._emitted(terms) if self._moves(terms) else first_known(self._vector(terms)))
         return found
 
     def _untracked(self, vector: Vector) -> Any:
@@ -241,7 +196,7 @@ class _Restating:
             emitted = self._emitted(given)
             if emitted is not None:
                 return emitted
-            if len(set(map(_way, given))) > 1:  # what explains a few looks is no explanation of several ways
+            if len(set(map(way_of, given))) > 1:  # what explains a few looks is no explanation of several ways
                 return None
         if len(set(vector)) == 1:  # it comes from sizes that move: that it did not move proves nothing
             return None
@@ -293,10 +248,10 @@ class _Restating:
         """What the model would have computed on every look, those too on which it did not come to it; None if the graph
         does not know the values that it asked for their extents."""
         seen = [term for term in terms if term is not None]
-        if len(set(map(_kind, seen))) > 1:
+        if len(set(map(kind_of, seen))) > 1:
             return None
         if isinstance(seen[0], Arithmetic):
-            operands = [self._everywhere(each) for each in _operands(terms)]
+            operands = [self._everywhere(each) for each in operands_of(terms)]
             if None in operands:
                 return None
             return tuple(seen[0].function(*each) for each in zip(*operands, strict=True))
@@ -313,11 +268,11 @@ class _Restating:
         did not come to it has None for a term."""
         vector = self._vector(terms)
         if not self._moves(terms):
-            return _first(vector)
+            return first_known(vector)
         seen = [term for term in terms if term is not None]
-        kinds = set(map(_kind, seen))
-        if len(kinds) > 1 and any(_is_number(term) for term in seen):
-            own = tuple(None if _is_number(term) else term for term in terms)
+        kinds = set(map(kind_of, seen))
+        if len(kinds) > 1 and any(is_number(term) for term in seen):
+            own = tuple(None if is_number(term) else term for term in terms)
             return None if None in vector else self._extreme(vector, own)
         argument = self._argument(terms)
         if argument is not None:
@@ -327,7 +282,7 @@ class _Restating:
         if len(kinds) > 1:
             return None
         if terms not in self.written:
-            operands = [self._emitted(each) for each in _operands(terms)]
+            operands = [self._emitted(each) for each in operands_of(terms)]
             if any(operand is None for operand in operands):
                 return None
             self.written[terms] = self.graph.call_function(seen[0].function, tuple(operands))
@@ -358,17 +313,17 @@ class _Restating:
             for made in self.outlined[look].made.get(side.node, []):
                 node = self.place[look].get(made)
                 extents = self.extents[node][0] if node in self.extents else []
-                if node is not None and side.axis < len(extents) and _agree(extents[side.axis], vector):
+                if node is not None and side.axis < len(extents) and agree(extents[side.axis], vector):
                     return node, side.axis
         return None
 
     def _moves(self, terms: tuple[Any, ...]) -> bool:
         """Whether any extent that they are computed from moves, as far as it was seen."""
         seen = [term for term in terms if term is not None]
-        if len(set(map(_kind, seen))) > 1:  # computed in several ways
+        if len(set(map(kind_of, seen))) > 1:  # computed in several ways
             return True
         if seen and isinstance(seen[0], Arithmetic):
-            return any(self._moves(each) for each in _operands(terms))
+            return any(self._moves(each) for each in operands_of(terms))
         vector = [value for value in self._vector(terms) if value is not None]
         if len(set(vector)) > 1 or (len(vector) == 1 and isinstance(seen[0], Side)):
             return True
@@ -376,7 +331,7 @@ class _Restating:
         return asked is not None and asked[0].op != "placeholder"
 
     def _vector(self, terms: tuple[Any, ...]) -> Vector:
-        return tuple(_value(term) for term in terms)
+        return tuple(value_of(term) for term in terms)
 
     @staticmethod
     def _own_terms(first: Outlined, others: list[Outlined]) -> Iterator[tuple[Term, ...]]:
@@ -394,37 +349,6 @@ class _Restating:
         yield from dict.fromkeys(zip(*lists, strict=True))
 
 
-def _told_apart(candidates: tuple[set[Term | None], ...]) -> tuple[Term | None, ...] | None:
-    """Of the terms that a number may be on every look, those that are computed in one way; None if it is none."""
-    if all(each == {None} for each in candidates):
-        return None
-    if all(len(each) == 1 for each in candidates):
-        return tuple(next(iter(each)) for each in candidates)
-    ways = [{_way(term): term for term in each if term is not None} for each in candidates]
-    common = set(ways[0]).intersection(*ways[1:])
-    return tuple(each[next(iter(common))] for each in ways) if len(common) == 1 else ()
-
-
-def _first(values: tuple[Any, ...]) -> Any:
-    return next((value for value in values if value is not None), None)
-
-
-def _agree(extents: Vector, vector: Vector) -> bool:
-    return all(one == other for one, other in zip(extents, vector, strict=True) if other is not None)
-
-
-def _operands(terms: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Of arithmetic, look by look, its operands, look by look."""
-    count = len(next(term for term in terms if term is not None).operands)
-    return [tuple(None if term is None else term.operands[place] for term in terms) for place in range(count)]
-
-
-def _value(term: Any) -> Any:
-    if isinstance(term, Side):
-        return term.extent
-    return term.function(*map(_value, term.operands)) if isinstance(term, Arithmetic) else term
-
-
 def _given(value: Any) -> Emit:
     return lambda: value
 
@@ -439,47 +363,3 @@ def _once(emit: Emit) -> Emit:
         return made[0]
 
     return value
-
-
-def same_way(operands: tuple[tuple[Any, ...] | None, ...]) -> bool:
-    """Whether the operands of a decision were computed on every look, and in the same way."""
-    return None not in operands and all(len(set(map(_way, terms))) == 1 for terms in zip(*operands, strict=True))
-
-
-def _kind(term: Any) -> Any:
-    """What a term is, whatever its operands."""
-    return term.function if isinstance(term, Arithmetic) else type(term)
-
-
-def _way(term: Any) -> Any:
-    """How a term is computed, whatever it is computed from."""
-    if isinstance(term, Arithmetic):
-        return term.function, *map(_way, term.operands)
-    return term.axis if isinstance(term, Side) else None
-
-
-def _leaves(node: Node) -> Iterator[Any]:
-    found: list[Any] = []
-
-    def note(leaf: Any) -> Any:
-        found.append(leaf)
-        return leaf
-
-    fx.node.map_aggregate((node.args, node.kwargs), note)
-    return iter(found)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _same_constant(first: Outlined, other: Outlined, name: str) -> bool:
-    one, two = first.constants.get(name), other.constants.get(name)
-    if one is None or two is None:
-        return one is two
-    return one is two or (one.shape == two.shape and one.dtype == two.dtype and bool(torch.equal(one, two)))
-
-
-def _name(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name if schema is not None else getattr(node.target, "__name__", str(node.target))
