@@ -10,7 +10,7 @@ class AttnRewriteError(Exception):
 
 
 class ArgumentError(AttnRewriteError, ValueError):
-    """An argument of a public call has no meaning here."""
+    """Invalid argument, or combination of arguments, of a public call."""
 
 
 class CaptureError(AttnRewriteError, RuntimeError):

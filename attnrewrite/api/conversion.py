@@ -74,20 +74,17 @@ def convert(
     """Rewrite a model's attention (and what else the target covers), weights carried, every site certified.
 
     Args:
-        model: any ``nn.Module`` that ``torch.export`` can capture; a model wrapped for parallel training or compilation
-            is refused: convert first, then wrap.
+        model: any ``nn.Module`` that ``torch.export`` can capture; parallel and compiled wrappers go around it later.
         to: a target's name (``options`` are its options, such as ``kernel_size``), a target object, or a mapping from
             site globs to either, the first match winning.
-        example_inputs: what ``forward`` takes: a tensor ``[batch, channels, height, width]``, a tuple, or a dict.
-            Derived from the model's own configuration where that states an image size.
+        example_inputs: what ``forward`` takes: a tensor ``[batch, channels, height, width]``, a tuple, or a dict; by
+            default derived from the model's configuration where that states an image size.
         sites, keep: convert only, or leave alone, the sites of these names (globs) or for which a predicate holds.
-            ``keep="auto"`` leaves alone those whose conversion alone does the most harm, until ``budget`` holds.
+            ``keep="auto"`` leaves alone those that do the most harm, each measured alone, until ``budget`` holds.
         budget: for ``keep="auto"``: the largest relative error of the outputs, or ``{"agreement": 0.95}``, the smallest
-            share of images whose largest output stays. It holds for the model as converted, before calibration, on the
-            images of ``measure``, else of ``calibrate``, else on the example inputs.
-        calibrate: unlabelled images, or a ``Calibration``: recover what the conversion lost, as
-            ``attnrewrite.calibrate`` does.
-        measure: images to measure on, as ``calibrate`` takes them: the error of every site alone and of the model.
+            share of images that keep their largest output, uncalibrated, on ``measure``, ``calibrate`` or the example.
+        calibrate: unlabelled images, or a ``Calibration``: recover what was lost, as ``attnrewrite.calibrate`` does.
+        measure: images to measure the error on, as ``calibrate`` takes them: of every site alone, and of the model.
         fidelity: the least class accepted: "exact", "continuous", "projected" or "fresh". Sites below are left alone.
         strict: raise if any site that was asked for is not converted.
         inplace: change ``model`` itself instead of a copy.
@@ -100,7 +97,7 @@ def convert(
         ``inplace`` stay the same objects.
 
     Raises:
-        ArgumentError: an argument has no meaning here.
+        ArgumentError: invalid argument or combination of arguments.
         CalibrationError: the images of ``calibrate``, ``measure`` or the budget cannot be used.
         CaptureError: the model cannot be exported.
         ConversionError: nothing could be converted, or with ``strict`` not everything. The model is left untouched.
@@ -112,17 +109,24 @@ def convert(
         model, to, example_inputs, sites=sites, keep=keep, budget=budget, fidelity=fidelity, max_rewrites=max_rewrites,
         progress=progress, measure=_images_of(calibration) if measure is None else measure, **options,
     )  # fmt: skip
-    asked = [each for each in made.sites if each.target is not None]
-    left = [each for each in asked if each.status in ("refused", "kept")]
-    if strict and left:
-        reasons = "".join(f"\n  {each.site.name or '(root)'}: {each.why}" for each in left)
-        raise ConversionError(f"strict: {len(left)} sites of {type(model).__name__} would not be converted:{reasons}")
-    converted = made.apply(inplace)
+    if strict:
+        _require_all(made)
+    converted = _recovered(made, made.apply(inplace), measure, calibration)
+    return (converted, report(converted)) if return_report else converted
+
+
+def _recovered(made: Plan, converted: nn.Module, measure: Any | None, calibration: Calibration | None) -> nn.Module:
     if measure is not None:
         converted.attnrewrite_report = measured(made, converted, measure)  # type: ignore[assignment]  # an attribute of its own
-    if calibration is not None:
-        converted = calibrated(converted, model, calibration)
-    return (converted, report(converted)) if return_report else converted
+    return converted if calibration is None else calibrated(converted, made.model, calibration)
+
+
+def _require_all(made: Plan) -> None:
+    left = [each for each in made.sites if each.target is not None and each.status in ("refused", "kept")]
+    if left:
+        reasons = "".join(f"\n  {each.site.name or '(root)'}: {each.why}" for each in left)
+        name = type(made.model).__name__
+        raise ConversionError(f"strict: {len(left)} sites of {name} would not be converted:{reasons}")
 
 
 def _calibration(given: Any | None, progress: bool) -> Calibration | None:

@@ -54,7 +54,7 @@ class Recipe(Target):
 
 
 def _as_in_paper(part: str) -> NothingToDo:
-    return NothingToDo(f"kept: the paper's models have the same {part}")
+    return NothingToDo(f"the paper's models have the same {part}")
 
 
 @dataclass(frozen=True)
