@@ -78,7 +78,7 @@ def test_bad_settings(settings, message):
 def test_models_that_do_not_belong_together():
     with pytest.raises(ArgumentError, match="was not made by"):
         attnrewrite.calibrate(original(), original(), images(4), n=4)
-    with pytest.raises(CalibrationError):
+    with pytest.raises(CalibrationError, match=r"original: its output is \(1, 3\)"):
         attnrewrite.calibrate(converted(), nn.Sequential(nn.Flatten(), nn.Linear(1600, 3)), images(4), n=4)
 
 

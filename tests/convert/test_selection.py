@@ -105,6 +105,6 @@ def test_strict_does_not_mind_what_was_kept_on_request(vit, batch):
 
 def test_strict_leaves_the_model_untouched(model, batch):
     before = values_of(model)
-    with pytest.raises(ConversionError):
+    with pytest.raises(ConversionError, match="strict: 2 sites"):
         attnrewrite.convert(model, "neighborhood", batch, kernel_size=9, oversize="error", strict=True, inplace=True)
     assert_untouched(model, before)

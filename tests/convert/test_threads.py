@@ -94,6 +94,6 @@ def test_a_failed_capture_leaves_the_process_as_it_was():
                 raise RuntimeError(f"no {self.inner(x).shape}")
 
     before = process_wide()
-    with pytest.raises(attnrewrite.AttnRewriteError):
+    with pytest.raises(attnrewrite.AttnRewriteError, match=r"no torch.Size"):
         attnrewrite.convert(Fails(), "identity", torch.randn(1, 4), progress=False)
     assert process_wide() == before

@@ -77,7 +77,7 @@ def test_the_checks_of_a_rewritten_root_are_traced():
     traced.graph.eliminate_dead_code()
     traced.recompile()
     larger = torch.randn(1, 3, 96, 96, dtype=torch.float64)
-    with pytest.raises(ConversionError):
+    with pytest.raises(ConversionError, match=r"x has shape \[1, 3, 96, 96\]"):
         traced(larger)
 
 
