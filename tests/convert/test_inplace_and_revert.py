@@ -70,7 +70,7 @@ def test_revert_of_an_unconverted_model_is_refused(vit):
 
 def test_a_reverted_model_has_no_report_and_converts_again(projected, batch):
     reverted = attnrewrite.revert(copy.deepcopy(projected))
-    with pytest.raises(ArgumentError, match="was not made by attnrewrite.convert"):
+    with pytest.raises(ArgumentError, match=r"was not made by attnrewrite\.convert"):
         attnrewrite.report(reverted)
     again = attnrewrite.convert(reverted, "neighborhood", batch, kernel_size=3)
     assert torch.equal(run(again, batch), run(projected, batch))
