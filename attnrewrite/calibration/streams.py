@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -33,8 +34,11 @@ def read_all(model: nn.Module, batch: Batch, taps: Sequence[Tap]) -> tuple[list[
     return _run(model, batch, taps, -1)
 
 
-def calling(model: nn.Module, batch: Batch, path: str, tap: Tap) -> Callable[[], Tensor]:
-    """A function that calls the module at ``path`` again, as the model does, and gives the value at ``tap`` in it."""
+def calling(model: nn.Module, batch: Batch, path: str, tap: Tap) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """A function that calls the module at ``path`` again, as the model does, and gives the value at ``tap`` in it.
+
+    It takes other values for some of the module's parameters, by their names in the model, whose own stay as they are.
+    """
     module, inside = model.get_submodule(path), model.get_submodule(tap.path)
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -51,12 +55,13 @@ def calling(model: nn.Module, batch: Batch, path: str, tap: Tap) -> Callable[[],
     finally:
         handle.remove()
 
-    def again() -> Tensor:
+    def again(parameters: Mapping[str, Tensor]) -> Tensor:
+        own = {name.removeprefix(f"{path}."): value for name, value in parameters.items()}
         seen: dict[Tap, Tensor] = {}
         listener = _listen(inside, tap, seen, 1)
         try:
             with torch.no_grad():
-                module(*given[0][0], **given[0][1])
+                functional_call(module, own, *given[0])
         except _Enough:
             pass
         finally:

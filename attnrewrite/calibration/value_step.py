@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..numerics.ridge import ridge
 from ..planning.places import Place, ValueHeads
 from .images import Batch
-from .least_squares import Pair, Refit, features, parameters_of, projection_parameters, solved, write
+from .least_squares import Pair, Refit, features, parameters_of, projection_parameters, solved
 from .moments import Moments
 from .parallel import agreed, summed
 from .streams import calling
@@ -88,36 +88,27 @@ def _mixed_sources(model: nn.Module, place: Place, heads: ValueHeads, batch: Bat
     The projection's input is linear in the values, whatever the operator: its coefficients are read off by giving the
     value projection weights that pass a few source channels on at a time.
     """
-    assert place.projection is not None
+    projection = place.projection
+    assert projection is not None
     weight, bias = parameters_of(model, heads)
     rows, columns = (torch.tensor(part, device=weight.device) for part in (heads.rows, heads.columns))
-    again = calling(model, batch, heads.owner, place.projection.input)
-    count, width = weight.shape[1], rows.shape[1]
-    old = weight.clone(), None if bias is None else bias.clone()
+    again = calling(model, batch, heads.owner, projection.input)
+    silent = weight.index_fill(0, rows.flatten(), 0)
     parts = []
-    try:
-        with torch.no_grad():
-            weight[rows.flatten()] = 0
-            if bias is not None:
-                bias[rows.flatten()] = 0
-            for start in range(0, count, width):
-                channels = torch.arange(start, min(start + width, count), device=rows.device)
-                weight[rows[:, : len(channels)].flatten()] = 0
-                weight[rows[:, : len(channels)], channels] = 1
-                parts.append(place.projection.rows(again())[..., columns[:, : len(channels)]])
-                weight[rows.flatten()] = 0
-            if bias is not None:
-                bias[rows.flatten()] = 1
-                parts.append(place.projection.rows(again())[..., columns[:, :1]])
-            else:
-                parts.append(torch.zeros_like(parts[-1][..., :1]))
-    finally:
-        with torch.no_grad():
-            weight.copy_(old[0])
-            if bias is not None and old[1] is not None:
-                bias.copy_(old[1])
-    mixed = torch.cat(parts, dim=-1).flatten(0, 1).double()
-    yield from mixed.unbind(1)
+
+    def mixed(given: Tensor, constant: float) -> Tensor:
+        """The projection's input where the values are made by the weight ``given`` and a bias of ``constant``."""
+        probe = {heads.weight: given}
+        if heads.bias is not None and bias is not None:
+            probe[heads.bias] = bias.index_fill(0, rows.flatten(), constant)
+        return projection.rows(again(probe))
+
+    for channels in torch.arange(weight.shape[1], device=rows.device).split(rows.shape[1]):
+        passing = silent.clone()
+        passing[rows[:, : len(channels)], channels] = 1
+        parts.append(mixed(passing, 0)[..., columns[:, : len(channels)]])
+    of_one = torch.zeros_like(parts[-1][..., :1]) if bias is None else mixed(silent, 1)[..., columns[:, :1]]
+    yield from torch.cat([*parts, of_one], dim=-1).flatten(0, 1).double().unbind(1)
 
 
 def _step_moments(pair: Pair, place: Place, heads: ValueHeads, direction: Tensor, chosen: Tensor) -> Moments:
@@ -126,14 +117,9 @@ def _step_moments(pair: Pair, place: Place, heads: ValueHeads, direction: Tensor
     output, _ = pair.projection(place)
     moments = Moments(2 * output.shape[1] + 1, len(output), direction.device)
     moved = _value_parameters(pair.model, heads, direction)
-    still = {name: pair.model.get_parameter(name).detach().clone() for name in moved}
     for batch, x, error, weights in pair.rows(place, chosen):
         again = calling(pair.model, batch, heads.owner, place.projection.input)
-        write(pair.model, moved)
-        try:
-            stepped = features(place.projection.rows(again()))
-        finally:
-            write(pair.model, still)
+        stepped = features(place.projection.rows(again(moved)))
         moments.add(torch.cat([x[:, :-1], (stepped - x)[:, :-1], x[:, -1:]], dim=1), error, weights)
     moments.reduce()
     return moments
