@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_checks import check_any_size, check_half_precision, check_head_in_parts
 from torch.export import Dim
 
 from attnrewrite.errors import ArgumentError, CheckpointError
@@ -95,12 +96,7 @@ def test_a_smallest_model_at_224(name):
 @pytest.mark.parametrize("size", [(64, 96), (53, 75), (16, 17)])
 def test_any_image_size_forward_and_backward(family, size):
     """In the smallest image most neighborhoods do not fit."""
-    model, image = small(family), torch.randn(2, 3, *size, requires_grad=True)
-    logits = model(image)
-    assert logits.shape == (2, 5)
-    logits.square().sum().backward()
-    assert image.grad.isfinite().all()
-    assert image.grad.abs().sum() > 0
+    check_any_size(small(family), torch.randn(2, 3, *size), classes=5)
 
 
 def written_out(attention, source):
@@ -175,17 +171,8 @@ def test_merging_takes_rows_before_columns():
 
 @EVERY
 def test_the_head_in_parts(family):
-    model, image = small(family), torch.randn(2, 3, 64, 96)
-    features = model.forward_features(image)
-    pooled = model.forward_head(features, pre_logits=True)
+    features, pooled = check_head_in_parts(small(family), torch.randn(2, 3, 64, 96))
     torch.testing.assert_close(pooled, features.flatten(1, 2).mean(1))
-    assert torch.equal(model.head(pooled), model(image))
-    model.reset_classifier(3)
-    assert model(image).shape == (2, 3)
-    model.reset_classifier(0)
-    assert torch.equal(model(image), pooled)
-    model.reset_classifier(0, "")
-    assert torch.equal(model(image), features)
 
 
 @EVERY
@@ -211,15 +198,7 @@ def test_export_with_any_batch(family):
 @EVERY
 @HALF
 def test_half_precision_and_autocast(family, dtype):
-    model, image = small(family), torch.randn(2, 3, 64, 96)
-    expected = model(image).detach()
-    with torch.autocast("cpu", dtype):
-        mixed = model(image)
-    found = model.to(dtype)(image.to(dtype))
-    for result in (mixed, found):
-        assert (result - expected).norm() / expected.norm() < 0.05
-    found.float().square().sum().backward()
-    assert all(part.grad.isfinite().all() for part in model.parameters())
+    check_half_precision(small(family), torch.randn(2, 3, 64, 96), dtype)
 
 
 @pytest.mark.parametrize(

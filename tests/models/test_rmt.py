@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_checks import check_any_size, check_half_precision, check_head_in_parts
 from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,13 +92,7 @@ def test_the_tiny_model_at_224():
 @GENERATIONS
 @pytest.mark.parametrize("size", [(96, 160), (75, 53), (33, 32)])
 def test_any_image_size_forward_and_backward(generation, size):
-    model = small(generation=generation)
-    image = torch.randn(2, 3, *size, requires_grad=True)
-    logits = model(image)
-    assert logits.shape == (2, 7)
-    logits.square().sum().backward()
-    assert image.grad.isfinite().all()
-    assert image.grad.abs().sum() > 0
+    check_any_size(small(generation=generation), torch.randn(2, 3, *size), classes=7)
 
 
 def test_the_size_of_one_image_leaves_no_trace_in_the_next():
@@ -146,18 +141,10 @@ def test_features_only_gives_the_chosen_levels():
 
 @GENERATIONS
 def test_the_head_in_parts(generation):
-    model, image = small(generation=generation), torch.randn(2, 3, 64, 64)
-    features = model.forward_features(image)
+    model = small(generation=generation)
+    features, pooled = check_head_in_parts(model, torch.randn(2, 3, 64, 64))
     assert features.shape == (2, 2, 2, model.num_features)
-    pooled = model.forward_head(features, pre_logits=True)
     assert pooled.shape == (2, model.head_hidden_size) == (2, 40 if generation == "2024" else 48)
-    assert torch.equal(model.head(pooled), model(image))
-    model.reset_classifier(3)
-    assert model(image).shape == (2, 3)
-    model.reset_classifier(0)
-    assert torch.equal(model(image), pooled)
-    model.reset_classifier(0, "")
-    assert torch.equal(model(image), features)
 
 
 @pytest.mark.parametrize("kind", ["map", "projected"])
@@ -189,13 +176,7 @@ def test_export_with_any_batch_and_size():
 
 @HALF
 def test_half_precision_forward_and_backward(dtype):
-    model, image = small(), torch.randn(2, 3, 96, 64)
-    expected = model(image).detach()
-    model.to(dtype)
-    found = model(image.to(dtype))
-    found.float().square().sum().backward()
-    assert (found - expected).norm() / expected.norm() < 0.05
-    assert all(part.grad.isfinite().all() for part in model.parameters())
+    check_half_precision(small(), torch.randn(2, 3, 96, 64), dtype)
 
 
 def test_autocast_forward_and_backward():

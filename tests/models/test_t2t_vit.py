@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from model_checks import check_any_size, check_half_precision
 from repetition import thinned
 from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,12 +86,7 @@ def test_the_smallest_model_at_224():
 @KINDS
 @pytest.mark.parametrize("size", [(64, 64), (48, 112), (35, 77), (67, 68)])
 def test_any_image_size_forward_and_backward(kind, size):
-    model, image = small(kind=kind), torch.randn(2, 3, *size, requires_grad=True)
-    logits = model(image)
-    assert logits.shape == (2, 5)
-    logits.square().sum().backward()
-    assert image.grad.isfinite().all()
-    assert image.grad.abs().sum() > 0
+    check_any_size(small(kind=kind), torch.randn(2, 3, *size), classes=5)
 
 
 def test_the_stored_positions_are_those_of_the_index():
@@ -236,15 +232,7 @@ def test_one_compiled_graph_takes_every_size():
 @KINDS
 @HALF
 def test_half_precision_and_autocast(kind, dtype):
-    model, image = small(kind=kind), torch.randn(2, 3, 64, 96)
-    expected = model(image).detach()
-    with torch.autocast("cpu", dtype):
-        mixed = model(image)
-    found = model.to(dtype)(image.to(dtype))
-    for result in (mixed, found):
-        assert (result - expected).norm() / expected.norm() < 0.05
-    found.float().square().sum().backward()
-    assert all(part.grad.isfinite().all() for part in trained(model))
+    check_half_precision(small(kind=kind), torch.randn(2, 3, 64, 96), dtype)
 
 
 @pytest.mark.parametrize(("wrap", "prefix"), [("state_dict_ema", ""), ("state_dict", "module.")])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from golden import Golden, Subject
+from golden import Golden, Subject, counterpart, require_understood
 
 from attnrewrite.models.crossformer import OLD_BUFFERS, CrossFormer, CrossFormerBlock, group_schedule
 from attnrewrite.modules.cross_scale import CrossScaleMerge, CrossScaleStem
@@ -41,12 +41,8 @@ def build(golden: Golden) -> Subject:
         "PatchEmbed": _stem,
         "PatchMerging": _merge,
     }
-    if golden.official_class not in builders:
-        raise LookupError(f"no counterpart for {golden.official_class}")
-    subject = builders[golden.official_class](golden, options)
-    left = [key for key, value in options.items() if value not in (False, 0, None)]
-    if left:
-        raise LookupError(f"no counterpart for {', '.join(left)}")
+    subject = counterpart(golden, builders)(golden, options)
+    require_understood(golden, {key: value for key, value in options.items() if value not in (False, 0, None)})
     return subject
 
 

@@ -70,6 +70,25 @@ class Subject:
     float32_tolerances: dict[str, float] = field(default_factory=dict)
 
 
+def counterpart(golden: Golden, builders: dict[str, Any]) -> Any:
+    """What builds our counterpart of the official class.
+
+    Raises:
+        LookupError: nothing does.
+    """
+    if golden.official_class not in builders:
+        raise LookupError(f"no counterpart for {golden.official_class}")
+    return builders[golden.official_class]
+
+
+def require_understood(golden: Golden, options: dict[str, Any]) -> None:
+    """Raises:
+    LookupError: official arguments are left over.
+    """
+    if options:
+        raise LookupError(f"{golden.official_class}: no counterpart for {', '.join(options)}")
+
+
 @dataclass(frozen=True)
 class Deviation:
     """Largest absolute difference, relative to the largest expected magnitude or 1."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from golden import Golden, Subject
+from golden import Golden, Subject, counterpart, require_understood
 from torch import nn
 
 from attnrewrite.functional import neighborhood_attention
@@ -40,12 +40,8 @@ def build(golden: Golden, backend: str | None = None) -> Subject:
 
 def layer(golden: Golden) -> Subject:
     options = {name: value for name, value in golden.constructor.items() if name not in NO_EFFECT}
-    builder = BUILDERS.get(golden.official_class)
-    if builder is None:
-        raise LookupError(f"no counterpart for {golden.official_class}")
-    module = builder(options)
-    if options:
-        raise LookupError(f"{golden.official_class}: no counterpart for {', '.join(options)}")
+    module = counterpart(golden, BUILDERS)(options)
+    require_understood(golden, options)
     features = observed(module)
     return Subject(module, lambda inputs: {"output": final(module(inputs["input"])), **features}, rename)
 

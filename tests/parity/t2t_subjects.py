@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from golden import Golden, Subject
+from golden import Golden, Subject, counterpart, require_understood
 
 from attnrewrite.models.t2t_vit import T2TViT
 from attnrewrite.modules.token_layers import TokenPerformer, TokenTransformer
@@ -17,12 +17,8 @@ NO_EFFECT = {
 
 def build(golden: Golden) -> Subject:
     options = {name: value for name, value in golden.constructor.items() if name not in NO_EFFECT}
-    builder = BUILDERS.get(golden.official_class)
-    if builder is None:
-        raise LookupError(f"no counterpart for {golden.official_class}")
-    subject = builder(options)
-    if options:
-        raise LookupError(f"{golden.official_class}: no counterpart for {', '.join(options)}")
+    subject = counterpart(golden, BUILDERS)(options)
+    require_understood(golden, options)
     return subject
 
 

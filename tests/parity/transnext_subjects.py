@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from golden import Golden, Subject
+from golden import Golden, Subject, counterpart, require_understood
 from torch import nn
 
 from attnrewrite.models.transnext import OverlapPatchEmbed, TransNeXt, TransNeXtBlock
@@ -38,14 +38,12 @@ def build(golden: Golden) -> Subject:
         "OverlapPatchEmbed": _embedding,
         "TransNeXt": _model,
     }
-    if golden.official_class not in builders:
-        raise LookupError(f"no counterpart for {golden.official_class}")
+    builder = counterpart(golden, builders)
     options = {key: value for key, value in golden.constructor.items() if key not in INERT}
     if options.pop("act_layer", "GELU") not in ("GELU", "gelu", None):
         raise LookupError(f"no counterpart for act_layer={golden.constructor['act_layer']!r}")
-    subject = builders[golden.official_class](golden, options)
-    if options:
-        raise LookupError(f"no counterpart for the arguments {', '.join(options)} of {golden.official_class}")
+    subject = builder(golden, options)
+    require_understood(golden, options)
     return subject
 
 
