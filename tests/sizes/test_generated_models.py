@@ -69,6 +69,9 @@ FOUND = {
     "a roll by a part of the map": Recipe(
         image=(32, 32), block="windows on tokens", window=2, clamped=True, padded=False, shift="quarter map"
     ),
+    "a form with a constant that fits two batches": Recipe(
+        image=(32, 16), block="windows", window=2, batch="loop", mlp=True, steps=(Step("queries", "times", "b"),)
+    ),
     "a constant of training": Recipe(
         image=(24, 24), block="map", steps=(Step("attended", "times_a_tensor", "2 if self.training else 1"),)
     ),
