@@ -1,0 +1,262 @@
+"""Targets and backends of other packages: one file each, found by their entry points."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from plugins import install, run
+
+import attnrewrite.operators.dispatch as backends
+import attnrewrite.planning.registry as patterns
+from attnrewrite.errors import ArgumentError
+from attnrewrite.ir.contract import Target
+
+TARGET = '''
+"""Softmax without the scores: every token takes the mean of all values."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from attnrewrite.ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from attnrewrite.ir.sites import Global, Site
+
+
+class MeanOfValues(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        return value.mean(1, keepdim=True).expand(*query.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Mean(Target):
+    name = "mean_of_values"
+
+    def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
+        if not isinstance(site.keys, Global):
+            raise NotConvertible(f"keys {site.keys} are not all tokens; convert models with global attention")
+        return Conversion(Exactness.PROJECTED, "uniform attention", MeanOfValues())
+'''
+
+CONVERT = """
+from attnrewrite.torchvision_compat import ensure_torchvision
+ensure_torchvision()
+import attnrewrite, timm, torch
+model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=5)
+converted = attnrewrite.convert(model.eval(), "mean_of_values", progress=False)
+rows = attnrewrite.report(converted).sites
+print([row.target for row in rows if row.kind == "attention"])
+tokens, attention = torch.randn(2, 17, 48), model.blocks[0].attn
+value = torch.nn.functional.linear(tokens, attention.qkv.weight[96:], attention.qkv.bias[96:])
+expected = attention.proj(value.mean(1, keepdim=True).expand_as(value))
+print((converted.blocks[0].attn(tokens) - expected).abs().max().item() < 1e-6)
+"""
+
+BACKEND = '''
+"""Neighborhood attention as dense attention with a mask, for inference."""
+
+import torch
+import torch.nn.functional as F
+
+from attnrewrite.lowering import Backend, Request
+from attnrewrite.operators.index_rule import axis_rules, windows
+
+
+def seen(grid, *geometry):
+    """[tokens, tokens]: does the query see the key?"""
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for rule in axis_rules(grid, *geometry):
+        axis = torch.tensor([[key in window for key in range(rule.length)] for window in windows(rule)])
+        mask = (mask[:, None, :, None] & axis[None, :, None, :]).flatten(2).flatten(0, 1)
+    return mask
+
+
+def local_attention(query, key, value, bias, extra_key, extra_value, kernel_size, stride, dilation, is_causal, scale):
+    query_rows, key_rows, value_rows = (part.flatten(1, -3).transpose(1, 2) for part in (query, key, value))
+    logits = scale * query_rows @ key_rows.transpose(-1, -2)
+    hidden = ~seen(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    output = (logits.softmax(-1) @ value_rows).transpose(1, 2)
+    statistics = logits.logsumexp(-1).transpose(1, 2)
+    return output.reshape(*query.shape[:-1], -1), statistics.reshape(query.shape[:-1])
+
+
+def supports(request: Request) -> str | None:
+    return "it takes neither bias nor additional keys" if request.has_bias or request.extra_keys else None
+
+
+MASKED = Backend("masked", {"local_attention": local_attention}, lambda request: 1e9, supports, devices=("cpu",))
+'''
+
+ATTEND = """
+import torch
+from attnrewrite.functional import neighborhood_attention
+from attnrewrite.lowering import available_backends, use_backend
+print("masked" in available_backends())
+query, key, value = torch.randn(3, 2, 7, 8, 3, 4, dtype=torch.float64).unbind(0)
+geometry = dict(kernel_size=(3, 5), stride=(2, 1), is_causal=(False, True), return_lse=True)
+with use_backend("masked"):
+    found = neighborhood_attention(query, key, value, **geometry)
+expected = neighborhood_attention(query, key, value, **geometry, backend="reference")
+print(max((one - other).abs().max().item() for one, other in zip(found, expected)) < 1e-12)
+"""
+
+REQUEST = """
+import torch
+from attnrewrite.errors import AttnRewriteError
+from attnrewrite.functional import neighborhood_attention
+from attnrewrite.lowering import Request, refusals
+request = Request("local_attention", "cpu", torch.float32, 1, (8, 8), 2, 4, 4, (3, 3), (1, 1), (1, 1), (False, False))
+x = torch.randn(1, 8, 8, 2, 4)
+try:
+    print(refusals(request).get("plugin"))
+    neighborhood_attention(x, x, x, 3)
+    neighborhood_attention(x, x, x, 3, backend="plugin")
+except AttnRewriteError as error:
+    print(error)
+"""
+
+MINIMAL = """
+from attnrewrite.lowering import Backend, Deferred
+BACKEND = Backend({}, lambda request: 0.0{})
+"""
+RUNS = '"plugin", {"local_attention": print}'
+
+
+def test_a_target_is_one_file(tmp_path):
+    assert len(TARGET.strip().splitlines()) < 60
+    install(tmp_path, "attnrewrite.patterns", "mean_target", TARGET)
+    assert run(CONVERT, tmp_path).splitlines() == ["['mean_of_values', 'mean_of_values']", "True"]
+
+
+def test_a_backend_is_one_file(tmp_path):
+    assert len(BACKEND.strip().splitlines()) < 60
+    install(tmp_path, "attnrewrite.backends", "masked_backend:MASKED", BACKEND)
+    assert run(ATTEND, tmp_path).splitlines() == ["True", "True"]
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (MINIMAL.format(RUNS, ', requires=("no_such",)'), "it requires no_such, which is not installed"),
+        (
+            MINIMAL.format(RUNS, ', requires=("no.such", "nothing_either", "torch")'),
+            "it requires no.such and nothing_either, which are not installed",
+        ),
+        (MINIMAL.format(RUNS, ', devices=("cuda", "xpu")'), "it runs on cuda and xpu, and the operands are on cpu"),
+        ("import no_such_package", "plugin_file:BACKEND could not be imported (ModuleNotFoundError: No module named"),
+        ("BACKENDS = 1", "plugin_file:BACKEND could not be imported (AttributeError: module 'plugin_file' has no"),
+        ("raise OSError('no driver')", "plugin_file:BACKEND could not be imported (OSError: no driver)"),
+    ],
+)
+def test_a_backend_that_cannot_run_here_refuses_with_the_reason(tmp_path, source, told):
+    install(tmp_path, "attnrewrite.backends", "plugin_file:BACKEND", source, name="plugin")
+    reason, error = run(REQUEST, tmp_path).splitlines()
+    assert reason.startswith(told)
+    assert error == f"backend 'plugin' cannot run local_attention: {reason}"
+
+
+def test_deferred_implementations_are_imported_by_the_first_run(tmp_path):
+    deferred = '"plugin", Deferred("plugin_kernels", "local_attention")'
+    (tmp_path / "plugin_kernels.py").write_text("import no_such_library")
+    install(tmp_path, "attnrewrite.backends", "plugin_file:BACKEND", MINIMAL.format(deferred, ""), name="plugin")
+    reason, error = run(REQUEST, tmp_path).splitlines()
+    assert reason == "None"
+    assert error.startswith("plugin_kernels could not be imported (ModuleNotFoundError: No module named")
+    assert error.endswith("choose another backend with attnrewrite.lowering.use_backend")
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            MINIMAL.format('"tiled", {}', ""),
+            "a backend named 'tiled' is already registered: choose another name",
+        ),
+        ("BACKEND = 'tiled'", "expected a Backend, got 'tiled'; name the object, as in 'package.module:BACKEND'"),
+    ],
+)
+def test_a_backend_with_a_taken_name_or_of_another_kind_is_refused(tmp_path, source, told):
+    install(tmp_path, "attnrewrite.backends", "plugin_file:BACKEND", source, name="plugin")
+    assert run(REQUEST, tmp_path) == f"entry point 'plugin' of attnrewrite.backends: {told}\n"
+
+
+def test_names_of_built_in_backends_are_taken_before_anything_ran(tmp_path):
+    register = """
+from attnrewrite.errors import BackendError
+from attnrewrite.lowering import Backend, register_backend
+try:
+    register_backend(Backend("reference", {}, lambda request: 0.0))
+except BackendError as error:
+    print(error)
+"""
+    assert run(register, tmp_path) == "a backend named 'reference' is already registered: choose another name\n"
+
+
+KNOWN = """
+from attnrewrite.errors import ArgumentError
+from attnrewrite.planning import registry
+try:
+    print(sorted(set(registry.known_targets()) - {"identity"})[:1], "plugin" in registry.known_targets())
+    print([recogniser.__name__ for recogniser in registry._recognisers])
+except ArgumentError as error:
+    print(error)
+"""
+
+NAMED = """
+from attnrewrite.ir.contract import Target, recogniser
+from attnrewrite.planning.registry import register_target
+
+@register_target
+class Mine(Target):
+    name = "{}"
+
+    def convert(self, site, index, weights): ...
+
+@recogniser(order=99)
+def nothing(flow, sites):
+    return []
+"""
+UNREGISTERED = NAMED.format("manhattan").replace("@register_target", "")
+ENTRY = "entry point 'plugin' of attnrewrite.patterns: "
+
+
+def test_a_plugin_may_bring_recognisers_and_register_its_targets_itself(tmp_path):
+    install(tmp_path, "attnrewrite.patterns", "plugin_file", NAMED.format("plugin"))
+    targets, recognisers = run(KNOWN, tmp_path).splitlines()
+    assert targets == "['aggregated'] True"
+    assert recognisers.endswith("'nothing']")
+    assert recognisers.count("nothing") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "source", "told"),
+    [
+        ("plugin_file", UNREGISTERED, "target: Mine takes the name 'manhattan', which Manhattan has; choose another"),
+        ("plugin_file", NAMED.format("manhattan"), ENTRY + "plugin_file could not be imported (ArgumentError"),
+        ("plugin_file", "import no_such", ENTRY + "plugin_file could not be imported (ModuleNotFoundError: No module"),
+        ("plugin_file:X", "X = 1", ENTRY + "expected a module, got 1; leave out what follows the colon"),
+    ],
+    ids=["taken", "registers a taken one", "does not import", "not a module"],
+)
+def test_targets_that_cannot_be_had_are_refused_with_the_reason(tmp_path, value, source, told):
+    install(tmp_path, "attnrewrite.patterns", value, source, name="plugin")
+    printed = run(KNOWN, tmp_path)
+    assert printed.startswith(told)
+
+
+def test_the_name_of_a_target_is_taken_once():
+    class Mine(Target):
+        name = "neighborhood"
+
+    with pytest.raises(ArgumentError, match=r"Mine takes the name 'neighborhood', which Neighborhood has; choose"):
+        patterns.register_target(Mine)
+    assert patterns.known_targets()["neighborhood"] is not Mine
+
+
+def test_whatever_lies_in_the_folders_is_found():
+    """Nothing is listed: the registries name no target, recogniser or backend."""
+    assert {"identity", "neighborhood", "t2t"} <= set(patterns.known_targets())
+    assert {"reference", "tiled"} <= set(backends.available_backends())
+    named = inspect.getsource(patterns) + inspect.getsource(backends)
+    assert not [name for name in (*patterns.known_targets(), *backends.available_backends()) if f'"{name}"' in named]
