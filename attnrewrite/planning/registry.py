@@ -32,7 +32,7 @@ def register_target(target: type[Target]) -> type[Target]:
     Raises:
         ArgumentError: another target has the name.
     """
-    _discover()
+    _discover_built_in()
     return _registered(target)
 
 
@@ -76,17 +76,27 @@ def target_of(to: str | Target, options: Mapping[str, Any] | None = None) -> Tar
 
 
 @cache
+def _discover_built_in() -> None:
+    for module in _modules_below("attnrewrite.patterns"):
+        _look_through(module)
+
+
+@cache
 def _discover() -> None:
-    found = [*_modules_below("attnrewrite.patterns"), *map(_installed, entry_points(group=ENTRY_POINT_GROUP))]
-    for module in found:
-        for value in vars(module).values():
-            if getattr(value, "__module__", None) != module.__name__:
-                continue  # what it imports is another module's
-            if inspect.isclass(value) and issubclass(value, Target) and value.name:
-                _registered(value)
-            elif inspect.isfunction(value) and hasattr(value, "order") and value not in _recognisers:
-                _recognisers.append(value)  # once, though a module that registers while it is read is read twice
-    _recognisers.sort(key=lambda recogniser: recogniser.order)  # type: ignore[attr-defined]  # set by its mark
+    _discover_built_in()
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        _look_through(_installed(entry))
+
+
+def _look_through(module: ModuleType) -> None:
+    for value in vars(module).values():
+        if getattr(value, "__module__", None) != module.__name__:
+            continue  # what it imports is another module's
+        if inspect.isclass(value) and issubclass(value, Target) and value.name:
+            _registered(value)
+        elif inspect.isfunction(value) and hasattr(value, "order") and value not in _recognisers:
+            _recognisers.append(value)
+            _recognisers.sort(key=lambda recogniser: recogniser.order)  # type: ignore[attr-defined]  # set by its mark
 
 
 def _installed(entry: EntryPoint) -> ModuleType:
