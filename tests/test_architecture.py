@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -80,6 +81,12 @@ def test_every_room_has_its_place_and_is_there():
     assert {room(name) for name in FILES} == set(ROOMS)
     assert len(ROOMS) == len(set(ROOMS))
     assert sum(len(others) for others in GRAPH.values()) > 500  # the drawing is not empty
+
+
+def test_the_order_is_the_one_that_is_written_down():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    (listed,) = re.findall(r"^    errors ·[^\n]*\n(?:    [^\n]+\n)*", text, flags=re.MULTILINE)
+    assert [name.strip(" \n/") for name in listed.split("·")] == ROOMS[: ROOMS.index("__main__")]
 
 
 def test_no_room_knows_one_behind_it():
