@@ -1,10 +1,10 @@
 """Which backend runs an operator.
 
-A backend is a small object that says what it can run, at what modelled cost, and holds the implementations.
-Backends are not listed: every module and package directly below `attnrewrite.backends` is looked through when the
-first operator runs, and other packages bring theirs by an entry point of the group `attnrewrite.backends` whose value
-is a `Backend`. Choice: explicit argument, else the innermost `use_backend`, else the environment variable
-`ATTNREWRITE_BACKEND`, else the cheapest backend that supports the request.
+A backend is a small object that says what it can run, at what modelled cost, and holds the implementations. Backends
+are not listed: every module and package directly below ``attnrewrite.backends`` is looked through when the first
+operator runs, and other packages bring theirs by an entry point of the group ``attnrewrite.backends`` whose value is a
+``Backend``. Choice: explicit argument, else the innermost ``use_backend``, else the environment variable
+``ATTNREWRITE_BACKEND``, else the cheapest backend that supports the request.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ ENVIRONMENT_VARIABLE = "ATTNREWRITE_BACKEND"
 class Request:
     """What is to be run: everything a backend may need to accept it and to model its cost.
 
-    `window` is the kernel size or window size per axis; a geometry that the operator does not have is empty.
-    `extra_keys` counts the keys beside those of the map; `batch` and `grid` are sizes of this very call.
+    ``window`` is the kernel size or window size per axis; a geometry that the operator does not have is empty.
+    ``extra_keys`` counts the keys beside those of the map; ``batch`` and ``grid`` are sizes of this very call.
     """
 
     operator: str
@@ -108,11 +108,11 @@ def _supports_all(request: Request) -> str | None:
 class Backend:
     """One way to run operators.
 
-    `implementations` maps an operator's name (such as "local_attention", "local_attention_backward") to a
-    function with the operator's arguments except `backend`. `supports` returns None, or the reason why not.
-    `cost` models the run time in seconds; only its comparison with other backends counts. `requires` names packages
-    that must be importable, `devices` the device types that it runs on (none: any). The module that makes the object
-    must import without them; `Deferred` implementations, or imports inside functions, wait for the first run.
+    ``implementations`` maps an operator's name (such as "local_attention", "local_attention_backward") to a function
+    with the operator's arguments except ``backend``. ``supports`` returns None, or the reason why not. ``cost`` models
+    the run time in seconds; only its comparison with other backends counts. ``requires`` names packages that must be
+    importable, ``devices`` the device types that it runs on (none: any). The module that makes the object must import
+    without them; ``Deferred`` implementations, or imports inside functions, wait for the first run.
     """
 
     name: str
@@ -150,7 +150,7 @@ _override: ContextVar[str | None] = ContextVar("attnrewrite_backend", default=No
 
 
 def register_backend(backend: Backend) -> Backend:
-    """Make a backend selectable by its name, which must be new. Raises `BackendError` for a name taken."""
+    """Make a backend selectable by its name, which must be new. Raises ``BackendError`` for a name taken."""
     _discover_built_in()
     return _registered(backend)
 
@@ -163,7 +163,7 @@ def available_backends() -> tuple[str, ...]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the operators called inside on the named backend. Raises `BackendError` for an unknown name."""
+    """Run the operators called inside on the named backend. Raises ``BackendError`` for an unknown name."""
     _named(name)
     token = _override.set(name)
     try:
@@ -173,7 +173,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def select_backend(request: Request, name: str | None = None) -> Backend:
-    """The backend to run a request. Raises `BackendError` if the chosen one, or every one, refuses it."""
+    """The backend to run a request. Raises ``BackendError`` if the chosen one, or every one, refuses it."""
     chosen = name or _override.get() or os.environ.get(ENVIRONMENT_VARIABLE)
     return _selected(request, chosen or None)
 
