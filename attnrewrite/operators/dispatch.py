@@ -90,7 +90,7 @@ class Deferred(Mapping[str, Implementation]):
             ) from cause
         return function
 
-    def __contains__(self, name: object) -> bool:
+    def __contains__(self, name: object) -> bool:  # a mapping's own takes the value, and so would import
         return name in self.names
 
     def __iter__(self) -> Iterator[str]:
@@ -239,7 +239,7 @@ def _registered(backend: Backend) -> Backend:
 def _is_importable(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ImportError:  # of a package above it
+    except (ImportError, ValueError):  # of a package above it; a stand-in in sys.modules has no spec
         return False
 
 
