@@ -1,8 +1,8 @@
 """Attention as functions of tensors, with their arguments checked.
 
-Maps are `[B, *grid, heads, head_dim]` with a grid of one, two or three axes. Both functions work under
-`torch.compile(fullgraph=True)`, `torch.export` (also with a dynamic batch), autocast and inference mode. They
-have no forward-mode derivative and no second derivative.
+Maps are ``[B, *grid, heads, head_dim]`` with a grid of one, two or three axes. Both functions work under
+``torch.compile(fullgraph=True)``, ``torch.export`` (also with a dynamic batch), autocast and inference mode. They have
+no forward-mode derivative and no second derivative.
 """
 
 from __future__ import annotations
@@ -48,33 +48,32 @@ def neighborhood_attention(
     backend: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend to the `kernel_size` nearest keys along each axis (Hassani et al. 2023, Neighborhood Attention).
+    """Attend to the ``kernel_size`` nearest keys along each axis (Hassani et al. 2023, Neighborhood Attention).
 
-    Windows slide inward at borders, so that every query sees equally many keys, unless `is_causal` cuts them
-    off. `dilation` (Hassani and Shi 2022) spaces the keys; `stride` (Hassani et al. 2025) lets that many
-    neighboring queries share one window, so that a stride equal to the kernel size gives blocks. The rule is
-    NATTEN's.
+    Windows slide inward at borders, so that every query sees equally many keys, unless ``is_causal`` cuts them off.
+    ``dilation`` (Hassani and Shi 2022) spaces the keys; ``stride`` (Hassani et al. 2025) lets that many neighboring
+    queries share one window, so that a stride equal to the kernel size gives blocks. The rule is NATTEN's.
 
     Args:
-        query, key: `[B, *grid, heads, head_dim]`, any floating dtype.
-        value: `[B, *grid, heads, value_dim]`.
+        query, key: ``[B, *grid, heads, head_dim]``, any floating dtype.
+        value: ``[B, *grid, heads, value_dim]``.
         kernel_size, dilation, stride, is_causal: one value, or one an axis; in tokens.
-        scale: of the dot products; None is `head_dim ** -0.5`.
-        bias: `[heads, 2 * kernel_size - 1 an axis]`, added to the logits, indexed by key minus query in
-            (dilated) steps plus `kernel_size - 1`.
-        additional_keys, additional_values: `[B, additional, heads, head_dim]` and `[..., value_dim]`, seen by
+        scale: of the dot products; None is ``head_dim ** -0.5``.
+        bias: ``[heads, 2 * kernel_size - 1 an axis]``, added to the logits, indexed by key minus query in
+            (dilated) steps plus ``kernel_size - 1``.
+        additional_keys, additional_values: ``[B, additional, heads, head_dim]`` and ``[..., value_dim]``, seen by
             every query, without bias.
-        backend: the name of one of `attnrewrite.lowering.available_backends()`; None chooses.
+        backend: the name of one of ``attnrewrite.lowering.available_backends()``; None chooses.
         return_lse: also return the log-sum-exp of the logits.
 
     Returns:
-        `[B, *grid, heads, value_dim]`, and with `return_lse` also `[B, *grid, heads]` (natural logarithm,
-        float32 for half precision). Gradients flow through both.
+        ``[B, *grid, heads, value_dim]``, and with ``return_lse`` also ``[B, *grid, heads]`` (natural logarithm, float32
+        for half precision). Gradients flow through both.
 
-        A query whose every logit is -inf by its bias gets NaN, and -inf as log-sum-exp. NaN or infinity in a
-        key, value or query (and NaN gradients of such a query) may reach more than the neighbors: backend
-        "tiled" computes boxes of queries with all the keys of a box around them, and weights of zero do not
-        hide NaN. Only backend "reference" keeps them where they belong.
+        A query whose every logit is -inf by its bias gets NaN, and -inf as log-sum-exp. NaN or infinity in a key, value
+        or query (and NaN gradients of such a query) may reach more than the neighbors: backend "tiled" computes boxes
+        of queries with all the keys of a box around them, and weights of zero do not hide NaN. Only backend "reference"
+        keeps them where they belong.
 
     Raises:
         ArgumentError: for arguments that do not fit each other.
@@ -113,23 +112,23 @@ def grouped_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend inside the windows of a partition of the map (Liu et al. 2021, Swin Transformer).
 
-    Token c of an axis belongs to window floor((c - shift) / window_size). A shift gives exactly the shifted
-    windows of Swin with their mask, but without the cyclic roll: windows at the borders are truncated.
+    Token c of an axis belongs to window floor((c - shift) / window_size). A shift gives exactly the shifted windows of
+    Swin with their mask, but without the cyclic roll: windows at the borders are truncated.
 
     Args:
-        query, key: `[B, *grid, heads, head_dim]`, any floating dtype.
-        value: `[B, *grid, heads, value_dim]`.
-        window_size, shift: one value, or one an axis; in tokens, `0 <= shift < window_size`.
-        scale: of the dot products; None is `head_dim ** -0.5`.
-        bias: `[heads, n, n]` for the n positions of a full window in row-major order, query by key.
-        pad_key, pad_value: `[heads, head_dim]` and `[heads, value_dim]`. If given, the map counts as padded
+        query, key: ``[B, *grid, heads, head_dim]``, any floating dtype.
+        value: ``[B, *grid, heads, value_dim]``.
+        window_size, shift: one value, or one an axis; in tokens, ``0 <= shift < window_size``.
+        scale: of the dot products; None is ``head_dim ** -0.5``.
+        bias: ``[heads, n, n]`` for the n positions of a full window in row-major order, query by key.
+        pad_key, pad_value: ``[heads, head_dim]`` and ``[heads, value_dim]``. If given, the map counts as padded
             at the end of each axis to a multiple of the window, and padded positions are keys like this, as
             in Swin. If not, only tokens are attended to.
-        backend: the name of one of `attnrewrite.lowering.available_backends()`; None chooses.
+        backend: the name of one of ``attnrewrite.lowering.available_backends()``; None chooses.
         return_lse: also return the log-sum-exp of the logits.
 
     Returns:
-        As `neighborhood_attention`.
+        As ``neighborhood_attention``.
 
     Raises:
         ArgumentError: for arguments that do not fit each other.

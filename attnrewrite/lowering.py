@@ -2,6 +2,7 @@
 
 from .operators.dispatch import (
     Backend,
+    Deferred,
     Request,
     available_backends,
     refusals,
@@ -12,6 +13,7 @@ from .operators.dispatch import (
 
 __all__ = [
     "Backend",
+    "Deferred",
     "Request",
     "available_backends",
     "refusals",

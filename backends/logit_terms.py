@@ -1,7 +1,7 @@
 """What is added to logits before the softmax, as an index into one small table.
 
-Column `FREE` of the table adds nothing, column `ABSENT` removes a key, the rest are the entries of the bias.
-So a mask and a bias are one gather, and the gradient of the bias is one scatter.
+Column ``FREE`` of the table adds nothing, column ``ABSENT`` removes a key, the rest are the entries of the bias. So a
+mask and a bias are one gather, and the gradient of the bias is one scatter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FREE, ABSENT, FIRST_BIAS = 0, 1, 2
 
 
 def logit_table(bias: Tensor | None, like: Tensor) -> Tensor:
-    """The table, `[heads, 2 + entries]` (`[1, 2]` without bias), of the dtype and on the device of `like`."""
+    """The table, ``[heads, 2 + entries]`` (``[1, 2]`` without bias), of the dtype and on the device of ``like``."""
     fixed = like.new_tensor([[0.0, -torch.inf]])
     if bias is None:
         return fixed
@@ -31,7 +31,7 @@ def bias_gradient(grad_table: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def over_axes(parts: Sequence[Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Join one `[queries, keys]` table an axis to one for the map, row-major in both directions."""
+    """Join one ``[queries, keys]`` table an axis to one for the map, row-major in both directions."""
 
     def product(outer: Tensor, inner: Tensor) -> Tensor:
         return join(outer[:, None, :, None], inner[None, :, None, :]).flatten(2).flatten(0, 1)
@@ -40,7 +40,7 @@ def over_axes(parts: Sequence[Tensor], join: Callable[[Tensor, Tensor], Tensor])
 
 
 def row_major(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Flat indices into a map of `sizes` from one table of indices an axis."""
+    """Flat indices into a map of ``sizes`` from one table of indices an axis."""
     weighted, stride = [], 1
     for part, size in zip(reversed(parts), reversed(sizes), strict=True):
         weighted.append(part * stride)

@@ -24,9 +24,9 @@ SECONDS_PER_GATHERED_NUMBER = 1e-9
 
 @dataclass(frozen=True)
 class Problem:
-    """Query n of `[B, *grid, heads, d]` sees the keys `rows[n]` with the logit terms `terms[n]`, both int64.
+    """Query n of ``[B, *grid, heads, d]`` sees the keys ``rows[n]`` with the logit terms ``terms[n]``, both int64.
 
-    Rows count through the map's keys and then through the extra keys, `[B, E, heads, d]`.
+    Rows count through the map's keys and then through the extra keys, ``[B, E, heads, d]``.
     """
 
     query: Tensor
@@ -53,7 +53,7 @@ def local_problem(
     is_causal: tuple[bool, ...],
     scale: float,
 ) -> Problem:
-    """What each query of `local_attention` sees."""
+    """What each query of ``local_attention`` sees."""
     grid = tuple(query.shape[1:-2])
     rules = axis_rules(grid, kernel_size, stride, dilation, is_causal)
     tables = [axis_table(rule, query.device) for rule in rules]
@@ -79,7 +79,7 @@ def grouped_problem(
     shift: tuple[int, ...],
     scale: float,
 ) -> Problem:
-    """What each query of `grouped_attention` sees; all padding is one extra row."""
+    """What each query of ``grouped_attention`` sees; all padding is one extra row."""
     grid = tuple(query.shape[1:-2])
     partitions = axis_partitions(grid, window_size, shift, pad_key is not None)
     tables = [_slots(partition) for partition in partitions]
@@ -142,7 +142,7 @@ def backward(problem: Problem, grad_output: Tensor, grad_lse: Tensor) -> tuple[T
 
 
 def _gathered(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Query `[B, N, heads, d]`; the keys and values it sees `[B, N, K, heads, d]`."""
+    """Query ``[B, N, heads, d]``; the keys and values it sees ``[B, N, K, heads, d]``."""
     dtype = accumulation_dtype(problem.query.dtype)
     pairs = ((problem.key, problem.extra_key), (problem.value, problem.extra_value))
     keys, values = (
@@ -153,7 +153,7 @@ def _gathered(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _softmax(problem: Problem, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities `[B, N, heads, K]` and log-sum-exp `[B, N, heads]`."""
+    """Probabilities ``[B, N, heads, K]`` and log-sum-exp ``[B, N, heads]``."""
     table = logit_table(problem.bias, query)
     logits = torch.einsum("bnhd,bnkhd->bnhk", query, keys) * problem.scale
     logits = logits + table[:, problem.terms].transpose(0, 1)
@@ -162,7 +162,7 @@ def _softmax(problem: Problem, query: Tensor, keys: Tensor) -> tuple[Tensor, Ten
 
 
 def _scatter(rows: Tensor, gradients: Tensor, own: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum gradients `[B, N, K, heads, d]` into the rows they belong to: the map's, and the extra ones."""
+    """Sum gradients ``[B, N, K, heads, d]`` into the rows they belong to: the map's, and the extra ones."""
     batch, tokens = len(own), prod(own.shape[1:-2])
     total = tokens + (0 if extra is None else extra.shape[1])
     summed = gradients.new_zeros(batch, total, *own.shape[-2:])
@@ -172,7 +172,7 @@ def _scatter(rows: Tensor, gradients: Tensor, own: Tensor, extra: Tensor | None)
 
 
 def _bias_gradient(problem: Problem, grad_logits: Tensor) -> Tensor:
-    """Gradient of the bias from that of the logits, `[B, N, heads, K]`."""
+    """Gradient of the bias from that of the logits, ``[B, N, heads, K]``."""
     if problem.bias is None:
         return grad_logits.new_empty(0)
     table = torch.zeros_like(logit_table(problem.bias, grad_logits))
@@ -181,22 +181,22 @@ def _bias_gradient(problem: Problem, grad_logits: Tensor) -> Tensor:
 
 
 def local_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Neighborhood attention; see `attnrewrite.operators.local_attention`."""
+    """Neighborhood attention; see ``attnrewrite.operators.local_attention``."""
     return forward(local_problem(*arguments))
 
 
 def local_attention_backward(grad_output: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Gradients of the tensor operands of `local_attention`; output and log-sum-exp are computed afresh."""
+    """Gradients of the tensor operands of ``local_attention``; output and log-sum-exp are computed afresh."""
     return backward(local_problem(*rest[:OPERANDS], *rest[OPERANDS + 2 :]), grad_output, grad_lse)
 
 
 def grouped_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Attention inside blocks; see `attnrewrite.operators.grouped_attention`."""
+    """Attention inside blocks; see ``attnrewrite.operators.grouped_attention``."""
     return forward(grouped_problem(*arguments))
 
 
 def grouped_attention_backward(grad_output: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Gradients of the tensor operands of `grouped_attention`; output and log-sum-exp are computed afresh."""
+    """Gradients of the tensor operands of ``grouped_attention``; output and log-sum-exp are computed afresh."""
     problem = grouped_problem(*rest[:OPERANDS], *rest[OPERANDS + 2 :])
     *gradients, grad_pad_key, grad_pad_value = backward(problem, grad_output, grad_lse)
     return (*gradients, grad_pad_key.sum((0, 1)), grad_pad_value.sum((0, 1)))

@@ -1,7 +1,7 @@
 """Load a model by the name its library knows it by, or from the user's own file.
 
-Names: `timm:vit_tiny_patch16_224`, `torchvision:swin_t`, `transformers:ViTForImageClassification` (a model
-class, built from its default configuration), `path/to/file.py:Factory`, or a bare timm or torchvision name.
+Names: ``timm:vit_tiny_patch16_224``, ``torchvision:swin_t``, ``transformers:ViTForImageClassification`` (a model
+class, built from its default configuration), ``path/to/file.py:Factory``, or a bare timm or torchvision name.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from ..torchvision_compat import ensure_torchvision
 
 
 def load_model(spec: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build the model that `spec` names, with random weights unless `pretrained`.
+    """Build the model that ``spec`` names, with random weights unless ``pretrained``.
 
     The keyword arguments go to the library's factory, to the configuration of a transformers model, or to the
     factory in the user's file.
@@ -70,7 +70,7 @@ _LOADERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def _library_of(name: str) -> str:
-    """The library that a bare `name` belongs to: timm where both know it."""
+    """The library that a bare ``name`` belongs to: timm where both know it."""
     known: dict[str, str] = {}
     if _is_installed("torchvision"):
         models = _import("torchvision").models

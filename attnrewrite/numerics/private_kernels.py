@@ -16,10 +16,10 @@ from ..errors import BackendError
 
 
 def private_kernel(name: str, *arguments: Any, **options: Any) -> Any:
-    """Call `aten::{name}` with every tensor among its arguments laid out as these kernels take for granted.
+    """Call ``aten::{name}`` with every tensor among its arguments laid out as these kernels take for granted.
 
-    That is, for tensors `[..., rows, channels]` of any dtype: the numbers of a row are neighbors in memory, and rows do
-    not overlap (BLAS asks that of a matrix; a row stride of 0 is what `expand` gives). Leading axes may have any
+    That is, for tensors ``[..., rows, channels]`` of any dtype: the numbers of a row are neighbors in memory, and rows
+    do not overlap (BLAS asks that of a matrix; a row stride of 0 is what ``expand`` gives). Leading axes may have any
     stride, and any offset will do: the kernels load without alignment. A tensor that is laid out otherwise is copied,
     others are not; nor are tensors on the meta device, which have no memory to read.
 

@@ -1,4 +1,4 @@
-"""Checks of tensor arguments that the attention functions share; each raises `ArgumentError`."""
+"""Checks of tensor arguments that the attention functions share; each raises ``ArgumentError``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise `BackendError` in forward-mode differentiation, where custom operators give a silent zero."""
+    """Raise ``BackendError`` in forward-mode differentiation, where custom operators give a silent zero."""
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise BackendError(
             "the attention operators have no forward-mode derivative: use reverse mode, "

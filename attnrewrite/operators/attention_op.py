@@ -1,9 +1,8 @@
 """What the attention operators share: their description to backends, their fakes, their autograd formula.
 
-Such an operator takes six tensors (query, key, value and three optional ones), then its geometry, and returns
-the output and the log-sum-exp. Its backward operator takes the gradients of both results, the tensors, both
-results and the geometry, and returns six gradients, empty ones for absent tensors (where a backend may return
-anything).
+Such an operator takes six tensors (query, key, value and three optional ones), then its geometry, and returns the
+output and the log-sum-exp. Its backward operator takes the gradients of both results, the tensors, both results and the
+geometry, and returns six gradients, empty ones for absent tensors (where a backend may return anything).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class _Context(Protocol):
 
 
 def attention_request(operator: str, query: Tensor, value: Tensor, window: tuple[int, ...], **rest: Any) -> Request:
-    """Describe a call to the backends; `rest` are further fields of `Request`."""
+    """Describe a call to the backends; ``rest`` are further fields of ``Request``."""
     return Request(
         operator=operator,
         device=query.device.type,
@@ -78,7 +77,7 @@ def make_differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
 def register_flops(forward: OpOverloadPacket, backward: OpOverloadPacket, pairs: Callable[..., int]) -> None:
     """Tell torch's counters what the two operators cost, without what they compute and throw away.
 
-    `pairs` takes the shapes of query and of the first optional key, and the geometry, and gives the number of (query,
+    ``pairs`` takes the shapes of query and of the first optional key, and the geometry, and gives the number of (query,
     key) pairs of all images and heads. Forward has two products over them; backward five: logits again, and the
     gradients of probabilities, query, key and value.
     """

@@ -1,12 +1,12 @@
-"""The operator `attnrewrite::grouped_attention`: attention inside the blocks of a partition of a map.
+"""The operator ``attnrewrite::grouped_attention``: attention inside the blocks of a partition of a map.
 
-Shapes, with heads last: query and key `[B, *grid, heads, d]`, value `[B, *grid, heads, d_v]`; optional bias
-`[heads, n, n]` over the n slots of a full window (row-major; rows are queries, columns are keys), of which
-truncated blocks use their part. With `pad_key [heads, d]` and `pad_value [heads, d_v]` the map counts as
-padded at the end of each axis to a multiple of the window, and every padded slot is that key and value (Swin
-does not mask its padding); without them no slot outside the map is attended to. Results: output `[B, *grid,
-heads, d_v]` and the log-sum-exp of all logits `[B, *grid, heads]` (natural logarithm; float32 for half
-precision). Arguments are not checked here: see `attnrewrite.functional`.
+Shapes, with heads last: query and key ``[B, *grid, heads, d]``, value ``[B, *grid, heads, d_v]``; optional bias
+``[heads, n, n]`` over the n slots of a full window (row-major; rows are queries, columns are keys), of which truncated
+blocks use their part. With ``pad_key [heads, d]`` and ``pad_value [heads, d_v]`` the map counts as padded at the end of
+each axis to a multiple of the window, and every padded slot is that key and value (Swin does not mask its padding);
+without them no slot outside the map is attended to. Results: output ``[B, *grid, heads, d_v]`` and the log-sum-exp of
+all logits ``[B, *grid, heads]`` (natural logarithm; float32 for half precision). Arguments are not checked here: see
+``attnrewrite.functional``.
 
 Gradients flow through both results. There is no gradient of the gradient, no forward-mode derivative.
 """
@@ -45,7 +45,7 @@ def grouped_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Attend; an empty `backend` means the best one."""
+    """Attend; an empty ``backend`` means the best one."""
     geometry = (tuple(window_size), tuple(shift))
     request = grouped_request("grouped_attention", query, value, bias, pad_key, *geometry)
     return contiguous(*run(request, backend, query, key, value, bias, pad_key, pad_value, *geometry, scale))
@@ -116,9 +116,8 @@ def _pairs(
 ) -> int:
     """Number of (token, slot) pairs of all images and heads.
 
-    On a map that the window divides, unshifted, these are B heads N n pairs. Truncated blocks count with
-    the slots they have; padding counts as keys, which it is, but not as queries, whose results would be
-    thrown away.
+    On a map that the window divides, unshifted, these are B heads N n pairs. Truncated blocks count with the slots they
+    have; padding counts as keys, which it is, but not as queries, whose results would be thrown away.
     """
     batch, *grid, heads, _dim = query
     partitions = axis_partitions(tuple(grid), tuple(window_size), tuple(shift), pad_key is not None)

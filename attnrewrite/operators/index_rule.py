@@ -1,8 +1,8 @@
 """Which keys a query of neighborhood attention sees, axis by axis.
 
-The rule is NATTEN's (Hassani et al. 2023, Neighborhood Attention Transformer; Hassani and Shi 2022, dilation;
-Hassani et al. 2025, Generalized Neighborhood Attention, stride). Axes are independent: a query's neighborhood
-on a map is the Cartesian product of its windows on the axes. Unlike NATTEN a kernel size of 1 is legal.
+The rule is NATTEN's (Hassani et al. 2023, Neighborhood Attention Transformer; Hassani and Shi 2022, dilation; Hassani
+et al. 2025, Generalized Neighborhood Attention, stride). Axes are independent: a query's neighborhood on a map is the
+Cartesian product of its windows on the axes. Unlike NATTEN a kernel size of 1 is legal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Scalar = TypeVar("Scalar", int, bool)
 
 @dataclass(frozen=True)
 class AxisRule:
-    """The neighborhood along `length` tokens: keys `dilation` apart, `stride` queries a window."""
+    """The neighborhood along ``length`` tokens: keys ``dilation`` apart, ``stride`` queries a window."""
 
     length: int
     kernel_size: int
@@ -30,7 +30,7 @@ class AxisRule:
     is_causal: bool = False
 
     def window(self, query: int) -> range:
-        """Keys of one query, ascending: `kernel_size` of them, as windows slide inward; fewer if causal."""
+        """Keys of one query, ascending: ``kernel_size`` of them, as windows slide inward; fewer if causal."""
         group, position = query % self.dilation, query // self.dilation
         group_length = -(-(self.length - group) // self.dilation)
         shared = position // self.stride * self.stride
@@ -46,11 +46,10 @@ class AxisRule:
 
 @dataclass(frozen=True)
 class AxisTable:
-    """An `AxisRule` as int64 (and bool) tensors of shape `[length, kernel_size]`.
+    """An ``AxisRule`` as int64 (and bool) tensors of shape ``[length, kernel_size]``.
 
-    Causal windows shrink; their unused slots have `valid` False and repeat the last key, so every index is
-    legal. `bias_index` is the entry of the relative position bias: (key - query) / dilation + kernel_size -
-    1.
+    Causal windows shrink; their unused slots have ``valid`` False and repeat the last key, so every index is legal.
+    ``bias_index`` is the entry of the relative position bias: (key - query) / dilation + kernel_size - 1.
     """
 
     keys: torch.Tensor
@@ -66,7 +65,7 @@ def windows(rule: AxisRule) -> tuple[range, ...]:
 
 @lru_cache(maxsize=256)
 def axis_table(rule: AxisRule, device: torch.device) -> AxisTable:
-    """The windows of an axis as index tensors on `device`."""
+    """The windows of an axis as index tensors on ``device``."""
     bounds = torch.tensor([(window[0], window[-1]) for window in windows(rule)], device=device)
     first, last = bounds[:, :1], bounds[:, 1:]
     reach = first + torch.arange(rule.kernel_size, device=device) * rule.dilation
@@ -82,7 +81,7 @@ def axis_rules(
     dilation: tuple[int, ...],
     is_causal: tuple[bool, ...],
 ) -> tuple[AxisRule, ...]:
-    """One rule an axis; the tuples have one entry an axis, already checked by `check_rules`."""
+    """One rule an axis; the tuples have one entry an axis, already checked by ``check_rules``."""
     return tuple(map(AxisRule, grid, kernel_size, stride, dilation, is_causal))
 
 
@@ -94,7 +93,7 @@ def attended_pairs(rule: AxisRule) -> int:
 
 
 def check_rules(rules: tuple[AxisRule, ...]) -> None:
-    """Raise `ArgumentError` for an axis on which the rule has no meaning."""
+    """Raise ``ArgumentError`` for an axis on which the rule has no meaning."""
     for axis, rule in enumerate(rules):
         for name in ("kernel_size", "stride", "dilation"):
             if getattr(rule, name) < 1:

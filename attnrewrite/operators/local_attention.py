@@ -1,10 +1,10 @@
-"""The operator `attnrewrite::local_attention`: neighborhood attention on 1-D, 2-D and 3-D maps.
+"""The operator ``attnrewrite::local_attention``: neighborhood attention on 1-D, 2-D and 3-D maps.
 
-Shapes, with heads last: query and key `[B, *grid, heads, d]`, value `[B, *grid, heads, d_v]`; optional bias
-`[heads, 2k-1 per axis]`, indexed by key minus query; optional additional keys and values `[B, A, heads, d or
-d_v]` that every query sees. Results: output `[B, *grid, heads, d_v]` and the log-sum-exp of all logits `[B,
-*grid, heads]` (natural logarithm; float32 for half precision). Arguments are not checked here: see
-`attnrewrite.functional`.
+Shapes, with heads last: query and key ``[B, *grid, heads, d]``, value ``[B, *grid, heads, d_v]``; optional bias
+``[heads, 2k-1 per axis]``, indexed by key minus query; optional additional keys and values ``[B, A, heads, d or d_v]``
+that every query sees. Results: output ``[B, *grid, heads, d_v]`` and the log-sum-exp of all logits ``[B, *grid,
+heads]`` (natural logarithm; float32 for half precision). Arguments are not checked here: see
+``attnrewrite.functional``.
 
 Gradients flow through both results. There is no gradient of the gradient, no forward-mode derivative.
 """
@@ -43,7 +43,7 @@ def local_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Attend; an empty `backend` means the best one."""
+    """Attend; an empty ``backend`` means the best one."""
     geometry = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
     request = local_request("local_attention", query, value, bias, additional_keys, *geometry)
     operands = (query, key, value, bias, additional_keys, additional_values)

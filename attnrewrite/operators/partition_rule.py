@@ -1,9 +1,8 @@
 """Which block of a partition a token of grouped attention belongs to, axis by axis.
 
-Token c belongs to block floor((c - shift) / window). With a shift the first block holds the `shift` tokens
-before the first full window. This is the shifted window of Swin (Liu et al. 2021) without its cyclic roll: a
-rolled window that mixes opposite borders is masked so that it falls apart into exactly these truncated
-blocks.
+Token c belongs to block floor((c - shift) / window). With a shift the first block holds the ``shift`` tokens before the
+first full window. This is the shifted window of Swin (Liu et al. 2021) without its cyclic roll: a rolled window that
+mixes opposite borders is masked so that it falls apart into exactly these truncated blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ..errors import ArgumentError
 
 @dataclass(frozen=True)
 class AxisPartition:
-    """The partition of one axis; `padded` axes count as padded at the end to a multiple of the window."""
+    """The partition of one axis; ``padded`` axes count as padded at the end to a multiple of the window."""
 
     length: int
     window: int
@@ -31,10 +30,9 @@ class AxisPartition:
 
 @dataclass(frozen=True)
 class AxisBlock:
-    """One block: tokens `start .. start + tokens`, at window positions `first_slot ..`, of `slots` present
-    ones.
+    """One block: tokens ``start .. start + tokens``, at window positions ``first_slot ..``, of ``slots`` present ones.
 
-    The `slots - tokens` present slots after the tokens are padding.
+    The ``slots - tokens`` present slots after the tokens are padding.
     """
 
     start: int
@@ -46,7 +44,7 @@ class AxisBlock:
 def axis_partitions(
     grid: tuple[int, ...], window_size: tuple[int, ...], shift: tuple[int, ...], padded: bool
 ) -> tuple[AxisPartition, ...]:
-    """One partition an axis; the tuples have one entry an axis, already checked by `check_partitions`."""
+    """One partition an axis; the tuples have one entry an axis, already checked by ``check_partitions``."""
     return tuple(AxisPartition(*axis, padded) for axis in zip(grid, window_size, shift, strict=True))
 
 
@@ -64,7 +62,7 @@ def attended_slots(partition: AxisPartition) -> int:
 
 
 def check_partitions(partitions: tuple[AxisPartition, ...]) -> None:
-    """Raise `ArgumentError` for an axis on which the partition has no meaning."""
+    """Raise ``ArgumentError`` for an axis on which the partition has no meaning."""
     for axis, partition in enumerate(partitions):
         if partition.window < 1:
             raise ArgumentError(f"window_size must be at least 1, got {partition.window} for axis {axis}")

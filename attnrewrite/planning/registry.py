@@ -11,11 +11,11 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
-from ..errors import ArgumentError, nearest
+from ..errors import ArgumentError, first_line, nearest
 from ..graph.dataflow import Dataflow
 from ..ir.contract import Recogniser, Target
 from ..ir.sites import Refused, Site
@@ -32,7 +32,7 @@ def register_target(target: type[Target]) -> type[Target]:
     Raises:
         ArgumentError: another target has the name.
     """
-    _discover()
+    _discover_built_in()
     return _registered(target)
 
 
@@ -76,17 +76,44 @@ def target_of(to: str | Target, options: Mapping[str, Any] | None = None) -> Tar
 
 
 @cache
+def _discover_built_in() -> None:
+    for module in _modules_below("attnrewrite.patterns"):
+        _look_through(module)
+
+
+@cache
 def _discover() -> None:
-    found = [*_modules_below("attnrewrite.patterns"), *(e.load() for e in entry_points(group=ENTRY_POINT_GROUP))]
-    for module in found:
-        for value in vars(module).values():
-            if getattr(value, "__module__", None) != module.__name__:
-                continue  # what it imports is another module's
-            if inspect.isclass(value) and issubclass(value, Target) and value.name:
-                _registered(value)
-            elif inspect.isfunction(value) and hasattr(value, "order"):
-                _recognisers.append(value)
-    _recognisers.sort(key=lambda recogniser: recogniser.order)  # type: ignore[attr-defined]  # set by its mark
+    _discover_built_in()
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        _look_through(_installed(entry))
+
+
+def _look_through(module: ModuleType) -> None:
+    for value in vars(module).values():
+        if getattr(value, "__module__", None) != module.__name__:
+            continue  # what it imports is another module's
+        if inspect.isclass(value) and issubclass(value, Target) and value.name:
+            _registered(value)
+        elif inspect.isfunction(value) and hasattr(value, "order") and value not in _recognisers:
+            _recognisers.append(value)
+            _recognisers.sort(key=lambda recogniser: recogniser.order)  # type: ignore[attr-defined]  # set by its mark
+
+
+def _installed(entry: EntryPoint) -> ModuleType:
+    """The module that another package brings."""
+    try:
+        module = entry.load()
+    except Exception as cause:  # whatever somebody else's module raises
+        raise ArgumentError(
+            f"entry point {entry.name!r} of {ENTRY_POINT_GROUP}: {entry.value} could not be imported "
+            f"({type(cause).__name__}: {first_line(cause)}); repair or uninstall the package"
+        ) from cause
+    if not isinstance(module, ModuleType):
+        raise ArgumentError(
+            f"entry point {entry.name!r} of {ENTRY_POINT_GROUP}: expected a module, got {module!r}; "
+            "leave out what follows the colon"
+        )
+    return module
 
 
 def _modules_below(package: str) -> Iterator[ModuleType]:

@@ -1,5 +1,4 @@
-"""Attention by tiles: explicit matrix products and softmax over boxes of the map, on any device torch runs
-on.
+"""Attention by tiles: explicit matrix products and softmax over boxes of the map, on any device torch runs on.
 
 Half precision is computed in float32, tile by tile.
 """
@@ -82,24 +81,24 @@ def _no_rows(own: Tensor, extra: Tensor | None) -> Tensor:
 
 
 def local_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Neighborhood attention; see `attnrewrite.operators.local_attention`."""
+    """Neighborhood attention; see ``attnrewrite.operators.local_attention``."""
     return forward(local_problem(*arguments))
 
 
 def local_attention_backward(grad_output: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Gradients of the tensor operands of `local_attention`."""
+    """Gradients of the tensor operands of ``local_attention``."""
     operands, results, geometry = rest[:OPERANDS], rest[OPERANDS : OPERANDS + 2], rest[OPERANDS + 2 :]
     gradients = backward(local_problem(*operands, *geometry), grad_output, grad_lse, *results)
     return _in_order(gradients, operands)
 
 
 def grouped_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Attention inside blocks; see `attnrewrite.operators.grouped_attention`."""
+    """Attention inside blocks; see ``attnrewrite.operators.grouped_attention``."""
     return forward(grouped_problem(*arguments))
 
 
 def grouped_attention_backward(grad_output: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Gradients of the tensor operands of `grouped_attention`."""
+    """Gradients of the tensor operands of ``grouped_attention``."""
     operands, results, geometry = rest[:OPERANDS], rest[OPERANDS : OPERANDS + 2], rest[OPERANDS + 2 :]
     gradients = backward(grouped_problem(*operands, *geometry), grad_output, grad_lse, *results)
     *others, pad_keys, pad_values = _in_order(gradients, operands)

@@ -23,11 +23,9 @@ RUN_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
 
 @dataclass(frozen=True)
 class Block:
-    """Tilings of queries and keys with equal counts; `terms` indexes the logit table, `[points, keys +
-    extras]`.
+    """Tilings of queries and keys with equal counts; ``terms`` indexes the logit table, ``[points, keys + extras]``.
 
-    No `terms` means that nothing is added to any logit. The first `extras` of the extra keys follow a tile's
-    keys.
+    No ``terms`` means that nothing is added to any logit. The first ``extras`` of the extra keys follow a tile's keys.
     """
 
     queries: Tiling
@@ -37,8 +35,7 @@ class Block:
 
 
 class Operands(NamedTuple):
-    """Maps `[B, *grid, heads, channels]`, extra keys and values `[B, E, heads, channels]` and the logit
-    table.
+    """Maps ``[B, *grid, heads, channels]``, extra keys and values ``[B, E, heads, channels]`` and the logit table.
 
     Gradients have the same form.
     """
@@ -65,7 +62,7 @@ Derivative = Callable[[Tile, Outcome], TileGradients]
 
 
 def attend(block: Block, problem: Problem, attention: Attention, output: Tensor, lse: Tensor) -> None:
-    """Fill the block's part of output `[B, *grid, heads, d_v]` and log-sum-exp `[B, *grid, heads, 1]`."""
+    """Fill the block's part of output ``[B, *grid, heads, d_v]`` and log-sum-exp ``[B, *grid, heads, 1]``."""
     outputs, statistics = tile_view(output, block.queries), tile_view(lse, block.queries)
     for index, tile in _tiles(block, problem, held=1):
         mixed, logarithms = attention(tile)
@@ -89,7 +86,7 @@ def attend_backward(
 
 
 def _tiles(block: Block, problem: Problem, held: int) -> Iterator[tuple[Index, Tile]]:
-    """The block's tiles, run by run, in the precision of the softmax; `held` is 2 with gradients beside them."""
+    """The block's tiles, run by run, in the precision of the softmax; ``held`` is 2 with gradients beside them."""
     operands = problem.operands
     dtype = operands.table.dtype
     lead = lead_shape(operands.query.shape[0], block.queries)
@@ -123,7 +120,7 @@ def _with_extras(tiles: Tensor, extra: Tensor, block: Block, lead: tuple[int, ..
 
 
 def _add_key_gradients(block: Block, index: Index, own: Tensor, extra: Tensor, gradient: Tensor) -> None:
-    """Add gradients `[tiles, heads, keys + extras, channels]` to those of the map and of the extra keys."""
+    """Add gradients ``[tiles, heads, keys + extras, channels]`` to those of the map and of the extra keys."""
     keys = gradient.shape[2] - block.extras
     accumulate(own, block.keys, index, gradient[:, :, :keys])
     if block.extras:

@@ -1,7 +1,7 @@
 """A model of the run time of tiled attention, by which tiles are chosen.
 
-The constants are rounded fits to measured runs (two cores of an x86 server; for accelerators coarse
-estimates). Only ratios matter: a wrong one costs time, never correctness.
+The constants are rounded fits to measured runs (two cores of an x86 server; for accelerators coarse estimates). Only
+ratios matter: a wrong one costs time, never correctness.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The blocks of neighborhood attention: halo tiles, where a tile of queries attends to the box of keys its
-windows touch.
+"""The blocks of neighborhood attention: halo tiles, where a tile of queries attends to the box of keys its windows
+touch.
 
-Tiles whose windows lie alike (all interior ones, say) form one block with one mask. Windows that slide inward
-at a border, stride, causality and dilation only make for other masks or further blocks. A tile may be as long
-as the map along an axis (a band) or along all (dense attention): the cost model decides.
+Tiles whose windows lie alike (all interior ones, say) form one block with one mask. Windows that slide inward at a
+border, stride, causality and dilation only make for other masks or further blocks. A tile may be as long as the map
+along an axis (a band) or along all (dense attention): the cost model decides.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .tiles import AxisTiles
 
 @dataclass(frozen=True)
 class AxisSpan:
-    """Tiles along an axis whose windows lie alike: query i sees the keys `range(*windows[i])` of its tile."""
+    """Tiles along an axis whose windows lie alike: query i sees the keys ``range(*windows[i])`` of its tile."""
 
     queries: AxisTiles
     keys: AxisTiles
@@ -36,7 +36,7 @@ class AxisSpan:
 
 @lru_cache(maxsize=1024)
 def axis_spans(rule: AxisRule, tile: int) -> tuple[AxisSpan, ...]:
-    """Cut each dilation group of an axis into tiles of `tile` queries; runs of alike tiles are one span."""
+    """Cut each dilation group of an axis into tiles of ``tile`` queries; runs of alike tiles are one span."""
     return tuple(
         span
         for first_group, groups, length in _group_classes(rule)
@@ -75,7 +75,7 @@ def _layout(tile: Sequence[range], start: int) -> tuple[int, int, tuple[tuple[in
 def neighborhood_blocks(
     rules: tuple[AxisRule, ...], tile: tuple[int, ...], has_bias: bool, extras: int, device: torch.device
 ) -> tuple[Block, ...]:
-    """The blocks of a neighborhood, with `tile` queries a tile along each axis and `extras` extra keys."""
+    """The blocks of a neighborhood, with ``tile`` queries a tile along each axis and ``extras`` extra keys."""
     spans = (axis_spans(rule, size) for rule, size in zip(rules, tile, strict=True))
     return tuple(_block(axes, rules, has_bias, extras, device) for axes in product(*spans))
 

@@ -1,7 +1,6 @@
 """The blocks of grouped attention: windows that are cut alike are the tiles of one block.
 
-Truncated windows at the borders are blocks of their own, of just their size, so nothing is rolled and nothing
-masked.
+Truncated windows at the borders are blocks of their own, of just their size, so nothing is rolled and nothing masked.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .tiles import AxisTiles
 
 @dataclass(frozen=True)
 class AxisSpan:
-    """Alike windows along one axis: `slots` (tokens, then padding) from window position `first_slot` on."""
+    """Alike windows along one axis: ``slots`` (tokens, then padding) from window position ``first_slot`` on."""
 
     tiles: AxisTiles
     first_slot: int

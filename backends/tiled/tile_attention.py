@@ -1,7 +1,7 @@
 """Attention inside tiles, forward and backward: by torch's fused kernel for a CPU, or by explicit products.
 
-Explicit products take logits to base 2, because the vectorised `exp` of a CPU leaves its fast path at -inf (masked
-keys) and `exp2` does not: a factor of eight for that step.
+Explicit products take logits to base 2, because the vectorised ``exp`` of a CPU leaves its fast path at -inf (masked
+keys) and ``exp2`` does not: a factor of eight for that step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ LOG_2 = log(2)
 
 
 class Tile(NamedTuple):
-    """A run of tiles `[tiles, heads, points or keys, channels]`, and what is added to the scaled logits.
+    """A run of tiles ``[tiles, heads, points or keys, channels]``, and what is added to the scaled logits.
 
-    `terms` is `[heads or 1, points, keys]`; None adds nothing.
+    ``terms`` is ``[heads or 1, points, keys]``; None adds nothing.
     """
 
     query: Tensor
@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What attention gave for its queries, `[..., channels or 1]`, and the gradients that arrive there."""
+    """What attention gave for its queries, ``[..., channels or 1]``, and the gradients that arrive there."""
 
     output: Tensor
     lse: Tensor
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
 
 
 class TileGradients(NamedTuple):
-    """Gradients `[tiles, heads, points or keys, channels]` and of the logits; the fused kernel keeps the latter."""
+    """Gradients ``[tiles, heads, points or keys, channels]`` and of the logits; the fused kernel keeps the latter."""
 
     query: Tensor
     key: Tensor
@@ -49,7 +49,7 @@ class TileGradients(NamedTuple):
 
 
 def fused(tile: Tile) -> tuple[Tensor, Tensor]:
-    """Mixed values, and the log-sum-exp `[tiles, heads, points, 1]`.
+    """Mixed values, and the log-sum-exp ``[tiles, heads, points, 1]``.
 
     Values must be as wide as queries, and no axis empty. A query whose terms are all -inf gets zeros instead of NaN.
     """
@@ -79,7 +79,7 @@ def explicit(tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def fused_backward(tile: Tile, outcome: Outcome) -> TileGradients:
-    """Gradients where none arrives at the log-sum-exp; for the tiles that `fused` takes."""
+    """Gradients where none arrives at the log-sum-exp; for the tiles that ``fused`` takes."""
     terms = None if tile.terms is None else tile.terms[None]
     query, key, value = private_kernel(
         "_scaled_dot_product_flash_attention_for_cpu_backward",

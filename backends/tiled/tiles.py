@@ -1,7 +1,6 @@
-"""Moving between maps `[B, *grid, heads, channels]` and tiles `[tiles, heads, points, channels]`.
+"""Moving between maps ``[B, *grid, heads, channels]`` and tiles ``[tiles, heads, points, channels]``.
 
-Tiles are strided views of the map, overlapping where key tiles do, so that reading them is one copy without
-indices.
+Tiles are strided views of the map, overlapping where key tiles do, so that reading them is one copy without indices.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class AxisTiles:
-    """Along one axis: `count` tiles of `size` tokens, one every `step` tokens from `start`.
+    """Along one axis: ``count`` tiles of ``size`` tokens, one every ``step`` tokens from ``start``.
 
-    With a dilation the tokens of a tile are that far apart, and the tiles repeat in `groups` dilation groups
-    from `first_group`; start, size and step count inside a group.
+    With a dilation the tokens of a tile are that far apart, and the tiles repeat in ``groups`` dilation groups from
+    ``first_group``; start, size and step count inside a group.
     """
 
     start: int
@@ -42,7 +41,7 @@ def lead_shape(batch: int, tiling: Tiling) -> tuple[int, ...]:
 
 
 def tile_view(source: Tensor, tiling: Tiling) -> Tensor:
-    """View a map as `[B, *groups, *counts, heads, *sizes, channels]`."""
+    """View a map as ``[B, *groups, *counts, heads, *sizes, channels]``."""
     batch, *along, head, channel = source.stride()
     axes = list(zip(tiling, along, strict=True))
     sizes = (
@@ -62,7 +61,7 @@ def tile_view(source: Tensor, tiling: Tiling) -> Tensor:
 
 
 def chunks(lead: tuple[int, ...], limit: int) -> Iterator[Index]:
-    """Cut the tiles into runs of at most `limit` (at least one), as indices into the leading dimensions."""
+    """Cut the tiles into runs of at most ``limit`` (at least one), as indices into the leading dimensions."""
     split = len(lead)
     while split and prod(lead[split - 1 :]) <= limit:
         split -= 1
@@ -76,7 +75,7 @@ def chunks(lead: tuple[int, ...], limit: int) -> Iterator[Index]:
 
 
 def read(view: Tensor, index: Index) -> Tensor:
-    """Copy a run of tiles to `[tiles, heads, points, channels]`."""
+    """Copy a run of tiles to ``[tiles, heads, points, channels]``."""
     chosen = view[index] if index else view
     rank = view.dim() // 3 - 1
     *lead, heads = chosen.shape[: -rank - 1]
