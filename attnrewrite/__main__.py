@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .capture.examples import example_inputs_for
 from .costs import analyze
-from .costs.cost import CONVENTIONS
-from .costs.meta_model import Sizer
+from .costs.count.cost import CONVENTIONS
+from .costs.count.size_tracer import Sizer
 from .errors import ArgumentError, AttnRewriteError
 from .hosts.loading import load_model
 from .models import create_model, list_models

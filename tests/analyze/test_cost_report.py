@@ -14,7 +14,8 @@ from cost_models import image, on_meta
 
 from attnrewrite import analyze
 from attnrewrite.__main__ import main
-from attnrewrite.costs import Hardware, symbols
+from attnrewrite.costs import Hardware
+from attnrewrite.costs.algebra import symbols
 from attnrewrite.errors import ArgumentError, ConversionError
 from attnrewrite.hosts.loading import load_model
 
@@ -110,7 +111,7 @@ def test_pooled_aggregated_attention_raises_the_cost_of_vit_s_below_284_pixels()
 def test_crossovers_of_conversions_are_the_closed_forms(vit_small, compared):
     """With t = 1 class token and n = s²/256 cells: a neighborhood pays for n > k²; pooled attention where
     n² - n (t + P) > k² n with P = n/4 cells and two local products; the decomposed form where 2n² > n (4√n + 25)."""
-    from attnrewrite.costs.hypothetical import converted_cost
+    from attnrewrite.costs.report.what_if import converted_cost
 
     crossings = {
         (target, *options.values()): converted_cost(compared, target, options).crossovers

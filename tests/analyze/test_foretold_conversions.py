@@ -11,9 +11,9 @@ from repetition import thinned
 from torch import nn
 
 from attnrewrite import analyze, convert
-from attnrewrite.costs.hypothetical import converted_cost
-from attnrewrite.costs.meta_model import Sizer
-from attnrewrite.costs.report import Report
+from attnrewrite.costs import Report
+from attnrewrite.costs.count.size_tracer import Sizer
+from attnrewrite.costs.report.what_if import converted_cost
 from attnrewrite.errors import ArgumentError, ConversionError
 from attnrewrite.hosts.loading import load_model
 from attnrewrite.ir.contract import Conversion, Exactness, Target

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from attnrewrite import analyze
-from attnrewrite.costs.meta_model import Sizer
-from attnrewrite.costs.work import PARTS
+from attnrewrite.costs.count.size_tracer import Sizer
+from attnrewrite.costs.count.work import PARTS
 from attnrewrite.hosts.loading import load_model
 
 VIT = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5, "img_size": (64, 96)}

@@ -8,7 +8,7 @@ import pytest
 from group_donors import DONORS, donor, images
 
 import attnrewrite
-from attnrewrite.costs.report import Report
+from attnrewrite.costs import Report
 
 CASES = [
     (name, target)

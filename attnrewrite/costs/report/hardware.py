@@ -1,0 +1,113 @@
+"""Peaks and bandwidths of accelerators, and where a cost lies under their roof."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...errors import ArgumentError, nearest
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine's roof.
+
+    Args:
+        name: for display.
+        peak: dense (not sparse) operations a second by dtype, e.g. ``{"bfloat16": 989e12}``; a FLOP is half a MAC.
+        bandwidth: bytes a second of device memory.
+        source: where the figures are from.
+    """
+
+    name: str
+    peak: Mapping[str, float]
+    bandwidth: float
+    source: str = "given by the user"
+
+    def ridge(self, dtype: str) -> float:
+        """FLOP a byte at which the machine is limited by both.
+
+        Raises:
+            ArgumentError: no peak for this dtype is known.
+        """
+        if dtype not in self.peak:
+            raise ArgumentError(
+                f"dtype: no peak of {self.name} is known for {dtype!r}; it has {', '.join(self.peak)}; pass "
+                "hardware=Hardware(name, peak={...}, bandwidth=...)"
+            )
+        return self.peak[dtype] / self.bandwidth
+
+    def bound(self, flops: float, size: float, dtype: str) -> float:
+        """The least seconds that ``flops`` over ``size`` bytes can take: a bound, not an estimate."""
+        return max(flops / self.peak[dtype], size / self.bandwidth)
+
+
+def _nvidia(name: str, half: float, single: float, bandwidth: float) -> Hardware:
+    peak = {"float16": half * 1e12, "bfloat16": half * 1e12, "float32": single * 1e12}
+    return Hardware(name, peak, bandwidth * 1e9, "NVIDIA data sheet, dense rates without sparsity")
+
+
+HARDWARE = {
+    "h200": _nvidia("H200 SXM", 989.4, 66.9, 4800),
+    "h100": _nvidia("H100 SXM", 989.4, 66.9, 3350),
+    "a100": _nvidia("A100 SXM 80 GB", 311.9, 19.5, 2039),
+    "l4": _nvidia("L4", 121.0, 30.3, 300),
+}
+
+
+def hardware_of(given: str | Hardware) -> Hardware:
+    """Raises:
+    ArgumentError: unknown name.
+    """
+    if isinstance(given, Hardware):
+        return given
+    if not isinstance(given, str) or given.lower() not in HARDWARE:
+        raise ArgumentError(
+            f"hardware: {given!r} is not in the table{nearest(str(given), HARDWARE)}; it has {', '.join(HARDWARE)}; "
+            "or pass Hardware(name, peak={'bfloat16': ...}, bandwidth=...)"
+        )
+    return HARDWARE[given.lower()]
+
+
+@dataclass(frozen=True)
+class RooflinePoint:
+    """One part of the model: attention core of a site, or its linear maps. ``seconds`` is a lower bound."""
+
+    name: str
+    flops: int
+    bytes: int
+    intensity: float
+    limit: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Every site's parts under one machine's roof, each operand moved once (what a fused kernel reaches at best)."""
+
+    hardware: Hardware
+    dtype: str
+    points: list[RooflinePoint]
+
+    @property
+    def seconds(self) -> float:
+        """Lower bound of the whole, part after part."""
+        return sum(point.seconds for point in self.points)
+
+    def __str__(self) -> str:
+        ridge = self.hardware.ridge(self.dtype)
+        rows = [
+            f"roofline of {self.hardware.name}, {self.dtype}: ridge {ridge:.0f} FLOP/byte ({self.hardware.source})",
+            *(
+                f"  {p.name:<44} {p.intensity:8.1f} FLOP/byte  {p.limit:<7} bound {p.seconds * 1e6:8.2f} µs"
+                for p in self.points
+            ),
+            f"  lower bound of all parts one after another: {self.seconds * 1e3:.3f} ms",
+        ]
+        return "\n".join(rows)
+
+
+def point(hardware: Hardware, dtype: str, name: str, flops: int, size: int) -> RooflinePoint:
+    intensity = flops / size
+    limit = "compute" if intensity >= hardware.ridge(dtype) else "memory"
+    return RooflinePoint(name, flops, size, intensity, limit, hardware.bound(flops, size, dtype))

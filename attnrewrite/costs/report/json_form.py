@@ -1,0 +1,101 @@
+"""A report as data: plain dictionaries, and JSON as the contract for other programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import sympy
+from sympy import Expr
+
+from ..algebra.symbols import plain
+
+if TYPE_CHECKING:
+    from ..sites.site_reader import CountedSite
+    from .comparison import Comparison
+    from .report import Report
+
+SCHEMA_VERSION = 1
+
+
+def as_json(report: Report) -> str:
+    return json.dumps(as_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """All of a report in types that JSON has."""
+    height, width = report.size
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": report.name,
+        "input": {"height": height, "width": width, "batch": report.batch, "dtype": report.dtype},
+        "convention": report.convention,
+        "total": report.total,
+        "cost": asdict(report.cost),
+        "parameters": asdict(report.parameters),
+        "macs": expression(report.expression),
+        "polynomial": {"lattice": report.lattice, **expression(report.polynomial)},
+        "order": report.order,
+        "sites": records(report),
+        "modules": [
+            {"name": m.name, "kind": m.kind, "calls": m.calls, "parameters": m.parameters, **asdict(m.cost)}
+            for m in report.modules
+        ],
+        "checks": [{**asdict(check), "equal": check.equal} for check in report.checks],
+        "unsupported": [str(operation) for operation in report.unsupported],
+        "assumptions": report.assumptions,
+        "comparisons": [comparison(found) for found in report.comparisons],
+    }
+
+
+def expression(value: Expr) -> dict[str, str]:
+    """For programs, for people, and for papers; the functions in them are those of ``costs.symbols``."""
+    return {"srepr": sympy.srepr(value), "text": plain(value), "latex": sympy.latex(value)}
+
+
+def records(report: Report) -> list[dict[str, Any]]:
+    """One dictionary a site."""
+    return [_record(report, site) for site in report.sites]
+
+
+def _record(report: Report, site: CountedSite) -> dict[str, Any]:
+    record: dict[str, Any] = {"name": site.name, "kind": site.kind, "source": site.describe, "macs": site.macs}
+    if site.formula is None:
+        return {**record, "formula": None, "why": site.why}
+    formula = site.formula
+    numbers = {
+        name: formula.number(getattr(formula, name), *report.size) for name in ("attention_map", "saved", "once")
+    }
+    return {
+        **record,
+        **numbers,
+        "order": formula.order,
+        "formula": expression(formula.macs),
+        "symbols": {str(name): expression(value) for name, value in formula.values.items()},
+    }
+
+
+def comparison(compared: Comparison) -> dict[str, Any]:
+    return {
+        "names": list(compared.names),
+        "before": compared.before_macs,
+        "after": compared.after_macs,
+        "orders": list(compared.orders),
+        "crossovers": compared.crossovers,
+        "verdict": compared.verdict,
+        "notes": compared.notes,
+        "sites": [
+            {
+                "name": row.name,
+                "before": None if row.before is None else row.before.kind,
+                "after": None if row.after is None else row.after.kind,
+                "before_macs": row.before_macs,
+                "after_macs": row.after_macs,
+                "formula": None
+                if row.after is None or row.after.formula is None
+                else expression(row.after.formula.macs),
+            }
+            for row in compared.rows
+        ],
+    }
