@@ -4,8 +4,10 @@ from .count.cost import Cost
 from .count.training import Training
 from .report.analysis import analyze
 from .report.comparison import ComparedSite, Comparison
-from .report.hardware import Hardware, Roofline
-from .report.report import Evaluation, Report
+from .report.evaluation import Evaluation
+from .report.hardware import Hardware
+from .report.report import Report
+from .report.roofline import Roofline
 from .sites.model_formula import Check
 
 __all__ = [

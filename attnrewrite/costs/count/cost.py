@@ -71,13 +71,3 @@ def require_convention(name: str) -> str:
             f"convention: {name!r} is not known{nearest(str(name), CONVENTIONS)}; use one of {', '.join(CONVENTIONS)}"
         )
     return name
-
-
-def scaled(value: float) -> str:
-    """``4.599 G``: four digits with a decimal prefix."""
-    if value < 0:
-        return f"-{scaled(-value)}"
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.{max(0, 3 - len(str(int(value / factor))) + 1)}f} {prefix}"
-    return f"{value:.0f} " if float(value).is_integer() else f"{value:.2f} "

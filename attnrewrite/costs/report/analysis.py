@@ -43,7 +43,7 @@ def analyze(
         hardware: for ``Report.roofline``.
 
     Raises:
-        ArgumentError: an argument has no meaning here.
+        ArgumentError: invalid argument or combination of arguments.
         CaptureError: the model's cost depends on values, so that shapes alone do not tell it; with ``to``, it cannot be
             captured.
         ConversionError: nothing would be converted.

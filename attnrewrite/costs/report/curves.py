@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..sites.model_formula import ModelFormula
-
-if TYPE_CHECKING:
-    from .report import Report
+from .comparison import Comparison
+from .model_costs import ModelCosts
 
 SMALLEST, LARGEST, STEP = 64, 1024, 32
 
@@ -21,10 +20,10 @@ class Curve:
     points: list[tuple[int, int]]
 
 
-def curves(report: Report) -> list[Curve]:
+def curves(costs: ModelCosts, comparisons: Sequence[Comparison]) -> list[Curve]:
     """The model's own curve, and those of what it is compared with."""
-    others = [Curve(comparison.names[1], _points(comparison.formula)) for comparison in report.comparisons]
-    return [Curve(report.name, _points(report.formula)), *others]
+    others = [Curve(comparison.names[1], _points(comparison.formula)) for comparison in comparisons]
+    return [Curve(costs.name, _points(costs.formula)), *others]
 
 
 def _points(formula: ModelFormula) -> list[tuple[int, int]]:

@@ -3,49 +3,48 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 from sympy import Expr
 
 from ..algebra.symbols import plain
-
-if TYPE_CHECKING:
-    from ..sites.site_reader import CountedSite
-    from .comparison import Comparison
-    from .report import Report
+from ..sites.site_reader import CountedSite
+from .comparison import Comparison
+from .model_costs import ModelCosts
 
 SCHEMA_VERSION = 1
 
 
-def as_json(report: Report) -> str:
-    return json.dumps(as_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
+def as_json(costs: ModelCosts, comparisons: Sequence[Comparison]) -> str:
+    return json.dumps(as_dict(costs, comparisons), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def as_dict(report: Report) -> dict[str, Any]:
+def as_dict(costs: ModelCosts, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """All of a report in types that JSON has."""
-    height, width = report.size
+    height, width = costs.size
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": report.name,
-        "input": {"height": height, "width": width, "batch": report.batch, "dtype": report.dtype},
-        "convention": report.convention,
-        "total": report.total,
-        "cost": asdict(report.cost),
-        "parameters": asdict(report.parameters),
-        "macs": expression(report.expression),
-        "polynomial": {"lattice": report.lattice, **expression(report.polynomial)},
-        "order": report.order,
-        "sites": records(report),
+        "model": costs.name,
+        "input": {"height": height, "width": width, "batch": costs.batch, "dtype": costs.dtype},
+        "convention": costs.convention,
+        "total": costs.total,
+        "cost": asdict(costs.cost),
+        "parameters": asdict(costs.parameters),
+        "macs": expression(costs.expression),
+        "polynomial": {"lattice": costs.lattice, **expression(costs.polynomial)},
+        "order": costs.order,
+        "sites": records(costs),
         "modules": [
             {"name": m.name, "kind": m.kind, "calls": m.calls, "parameters": m.parameters, **asdict(m.cost)}
-            for m in report.modules
+            for m in costs.modules
         ],
-        "checks": [{**asdict(check), "equal": check.equal} for check in report.checks],
-        "unsupported": [str(operation) for operation in report.unsupported],
-        "assumptions": report.assumptions,
-        "comparisons": [comparison(found) for found in report.comparisons],
+        "checks": [{**asdict(check), "equal": check.equal} for check in costs.checks],
+        "unsupported": [str(operation) for operation in costs.unsupported],
+        "assumptions": costs.assumptions,
+        "comparisons": [comparison(found) for found in comparisons],
     }
 
 
@@ -54,19 +53,17 @@ def expression(value: Expr) -> dict[str, str]:
     return {"srepr": sympy.srepr(value), "text": plain(value), "latex": sympy.latex(value)}
 
 
-def records(report: Report) -> list[dict[str, Any]]:
+def records(costs: ModelCosts) -> list[dict[str, Any]]:
     """One dictionary a site."""
-    return [_record(report, site) for site in report.sites]
+    return [_record(costs, site) for site in costs.sites]
 
 
-def _record(report: Report, site: CountedSite) -> dict[str, Any]:
+def _record(costs: ModelCosts, site: CountedSite) -> dict[str, Any]:
     record: dict[str, Any] = {"name": site.name, "kind": site.kind, "source": site.describe, "macs": site.macs}
     if site.formula is None:
         return {**record, "formula": None, "why": site.why}
     formula = site.formula
-    numbers = {
-        name: formula.number(getattr(formula, name), *report.size) for name in ("attention_map", "saved", "once")
-    }
+    numbers = {name: formula.number(getattr(formula, name), *costs.size) for name in ("attention_map", "saved", "once")}
     return {
         **record,
         **numbers,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from ...errors import ArgumentError
-from .curves import Curve, curves
+from .comparison import Comparison
+from .curves import curves
+from .model_costs import ModelCosts
 
-if TYPE_CHECKING:
-    from .report import Report
 
-
-def plot(report: Report, axes: Any = None) -> Any:
+def plot(costs: ModelCosts, comparisons: Sequence[Comparison], axes: Any = None) -> Any:
     """Cost over the side of a square image, one line a variant; returns the axes.
 
     Raises:
@@ -22,8 +22,7 @@ def plot(report: Report, axes: Any = None) -> Any:
     except ImportError as cause:
         raise ArgumentError("plot: matplotlib is not installed: pip install 'attnrewrite[plots]'") from cause
     axes = pyplot.subplots()[1] if axes is None else axes
-    lines: list[Curve] = curves(report)
-    for line in lines:
+    for line in curves(costs, comparisons):
         axes.loglog(*zip(*line.points, strict=True), label=line.name)
     axes.set_xlabel("side of a square image, pixels")
     axes.set_ylabel("MAC an image")

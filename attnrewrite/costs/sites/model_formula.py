@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
 
 import sympy
 from sympy import Expr, Integer
@@ -19,7 +18,7 @@ from ...graph.dataflow import Dataflow
 from ...ir.sites import Site
 from ...planning.plan import Plan
 from ...planning.stages import lifted
-from ..algebra.formulas import ZERO
+from ..algebra.formulas import ZERO, SiteFormula
 from ..algebra.interpolate import fitted
 from ..algebra.symbols import evaluator, lattice_unit, plain
 from ..count.size_tracer import Sizer
@@ -87,8 +86,18 @@ class ModelFormula:
     def lattice(self) -> int:
         return math.lcm(*map(lattice_unit, {f.total for f in self._formulas}), self.rest_unit)
 
+    def has_cells(self, height: int, width: int) -> bool:
+        """Whether the sites' maps, their keys and their groups have a cell at this size."""
+        return all(extent(1, height, width) > 0 for extent in self._extents)
+
+    @cached_property
+    def _extents(self) -> list[Callable[[int, int, int], int]]:
+        """The values of the sites' symbols that depend on the image."""
+        values = {value for formula in self._formulas for value in formula.values.values() if value.free_symbols}
+        return [evaluator(value) for value in values]
+
     @property
-    def _formulas(self) -> list[Any]:
+    def _formulas(self) -> list[SiteFormula]:
         return [site.formula for site in self.sites if site.formula is not None]
 
 
