@@ -12,7 +12,7 @@ from torch import nn
 
 from attnrewrite import analyze, convert
 from attnrewrite.costs import Report
-from attnrewrite.costs.count.size_tracer import Sizer
+from attnrewrite.costs.count.size_tracer import SizeTracer
 from attnrewrite.costs.report.what_if import converted_cost
 from attnrewrite.errors import ArgumentError, ConversionError
 from attnrewrite.hosts.loading import load_model
@@ -107,7 +107,7 @@ def test_a_conversion_costs_what_was_foretold(name, target, options):
             converted_cost(report(name), target, own, **fidelity)
         return
     foretold = converted_cost(report(name), target, own, **fidelity)
-    counts = Sizer(converted, ((image(name),), {}))
+    counts = SizeTracer(converted, ((image(name),), {}))
     assert foretold.after_macs == counts.at_example().total.macs
     assert foretold.after_macs == sum(row.after_macs for row in foretold.rows)
     assert foretold.formula.macs(3, *counts.size) == counts.at(*counts.size, batch=3).total.macs

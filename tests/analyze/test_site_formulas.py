@@ -9,7 +9,7 @@ from sympy import Integer
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnrewrite.costs.algebra import formulas
-from attnrewrite.costs.algebra.formulas import Widths
+from attnrewrite.costs.algebra.site_formula import Widths
 from attnrewrite.costs.algebra.symbols import B, H, W, evaluator
 
 WIDTH, HEADS, BATCH = 64, 4, 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...cores import AggregatedCore, ReducedAggregatedCore, WindowAttention
 from ...cores.sequence import grid_of
 from ...ir.sites import Grid
-from ..algebra.formulas import Widths
+from ..algebra.site_formula import Widths
 from .core_formulas import Given, core_formula
 from .cost import Cost
 

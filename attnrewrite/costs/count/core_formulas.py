@@ -27,24 +27,8 @@ from ...cores import (
     SlidingAttention,
     WindowAttention,
 )
-from ..algebra.formulas import (
-    COLUMNS,
-    PAIRS,
-    PREFIX,
-    ROWS,
-    ZERO,
-    A,
-    C,
-    Extent,
-    K,
-    N,
-    P,
-    SiteFormula,
-    Widths,
-    fitting,
-    h,
-    window_pairs,
-)
+from ..algebra.formulas import fitting, window_pairs
+from ..algebra.site_formula import COLUMNS, PAIRS, PREFIX, ROWS, ZERO, A, C, Extent, K, N, P, SiteFormula, Widths, h
 from ..algebra.symbols import down, grouped_side
 
 

@@ -23,7 +23,7 @@ from ...modules.manhattan import ManhattanAttention
 from ...modules.neighborhood_block import NeighborhoodAttention2d
 from ...modules.tokens_to_token import TokensToToken
 from ..algebra import formulas
-from ..algebra.formulas import Extent, SiteFormula, Widths
+from ..algebra.site_formula import Extent, SiteFormula, Widths
 from ..algebra.symbols import down, offsets
 from .core_calls import BY_DEFINITION, cost_of_core_call
 from .cost import LAYER_NORM, Cost

@@ -19,7 +19,7 @@ def meta_inputs(inputs: Inputs) -> Inputs:
     return args, kwargs
 
 
-class Sizer:
+class SizeTracer:
     """Traces one model at any image size and batch, by whatever means the model has of taking another size.
 
     Args:

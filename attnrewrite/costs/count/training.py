@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .cost import Cost
-from .size_tracer import Sizer
+from .size_tracer import SizeTracer
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Training:
         return self.forward + self.backward
 
 
-def training_costs(sizer: Sizer, parameters: int, model: nn.Module) -> Training:
+def training_costs(tracer: SizeTracer, parameters: int, model: nn.Module) -> Training:
     """Raises:
     CaptureError: the model does not run on shapes alone with gradients.
     """
-    found, inference = sizer.at_example(training=True), sizer.at_example()
+    found, inference = tracer.at_example(training=True), tracer.at_example()
     backward: Cost = found.backward
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -16,7 +16,7 @@ from sympy import Expr
 from ..algebra.interpolate import fitted
 from ..algebra.symbols import evaluator
 from .cost import Cost
-from .size_tracer import Sizer
+from .size_tracer import SizeTracer
 
 PARTS = ("elementwise", "normalisation", "bytes_read", "bytes_written")
 """Of a ``Cost``, what has a polynomial here."""
@@ -53,7 +53,7 @@ class ModuleWork:
 class Work:
     """Of a model, by module path (the root is ``""``); modules whose work is no polynomial are left out."""
 
-    sizer: Sizer = field(repr=False)
+    tracer: SizeTracer = field(repr=False)
     modules: dict[str, ModuleWork] = field(default_factory=dict)
 
     def at(self, height: int, width: int, batch: int, path: str = "") -> Cost | None:
@@ -62,18 +62,18 @@ class Work:
         cost = None if found is None or found.batch != batch else found.at(height, width)
         if cost is not None:
             return cost
-        counted = self.sizer.at(height, width, batch)
+        counted = self.tracer.at(height, width, batch)
         return None if counted is None else Cost(**{part: getattr(counted.of(path), part) for part in PARTS})
 
 
-def derive_work(sizer: Sizer, paths: list[str], units: Iterator[int]) -> Work:
+def derive_work(tracer: SizeTracer, paths: list[str], units: Iterator[int]) -> Work:
     """The work of some modules on the first lattice of ``units`` whose sizes the model takes."""
-    found = Work(sizer)
-    if not sizer.has_image:
+    found = Work(tracer)
+    if not tracer.has_image:
         return found
     for unit in units:
         for path in dict.fromkeys(["", *paths]):
-            made = _module_work(sizer, path, unit)
+            made = _module_work(tracer, path, unit)
             if made is not None:
                 found.modules[path] = made
         if found.modules:
@@ -81,16 +81,16 @@ def derive_work(sizer: Sizer, paths: list[str], units: Iterator[int]) -> Work:
     return found
 
 
-def _module_work(sizer: Sizer, path: str, unit: int) -> ModuleWork | None:
-    height, width = sizer.size
+def _module_work(tracer: SizeTracer, path: str, unit: int) -> ModuleWork | None:
+    height, width = tracer.size
     for least in ((height, width), (height + unit, width + unit)):
-        fits = {part: fitted(partial(_counted, sizer, path, part), unit, least) for part in PARTS}
+        fits = {part: fitted(partial(_counted, tracer, path, part), unit, least) for part in PARTS}
         parts = {part: polynomial for part, polynomial in fits.items() if polynomial is not None}
         if len(parts) == len(PARTS):
-            return ModuleWork(**parts, unit=unit, batch=sizer.batch, least=least)
+            return ModuleWork(**parts, unit=unit, batch=tracer.batch, least=least)
     return None
 
 
-def _counted(sizer: Sizer, path: str, part: str, height: int, width: int) -> int | None:
-    trace = sizer.at(height, width)
+def _counted(tracer: SizeTracer, path: str, part: str, height: int, width: int) -> int | None:
+    trace = tracer.at(height, width)
     return None if trace is None else int(getattr(trace.of(path), part))

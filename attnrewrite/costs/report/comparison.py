@@ -10,8 +10,8 @@ from ...reports.numbers import scaled
 from ...reports.tables import aligned
 from ..algebra.crossover import cheaper_above, crossings
 from ..algebra.symbols import order
+from ..sites.counted_site import CountedSite
 from ..sites.model_formula import ModelFormula
-from ..sites.site_reader import CountedSite
 from .model_costs import ModelCosts
 
 

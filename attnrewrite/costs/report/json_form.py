@@ -11,7 +11,7 @@ import sympy
 from sympy import Expr
 
 from ..algebra.symbols import plain
-from ..sites.site_reader import CountedSite
+from ..sites.counted_site import CountedSite
 from .comparison import Comparison
 from .model_costs import ModelCosts
 

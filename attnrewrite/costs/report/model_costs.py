@@ -15,12 +15,12 @@ from ...capture.examples import Inputs
 from ...errors import ArgumentError
 from ..algebra.symbols import B, envelope, evaluator, leading, order
 from ..count.cost import Cost, counted
-from ..count.size_tracer import Sizer
+from ..count.size_tracer import SizeTracer
 from ..count.trace import Trace, Unpriced
 from ..count.training import Training, training_costs
 from ..count.work import Work, derive_work
+from ..sites.counted_site import CountedSite
 from ..sites.model_formula import Check, ModelFormula, derive, lattices
-from ..sites.site_reader import CountedSite
 from .evaluation import Evaluation, item_bytes
 
 
@@ -57,9 +57,9 @@ class ModelCosts:
 
     def __init__(self, model: nn.Module, example: Inputs, convention: str) -> None:
         self.model, self.example, self.convention = model, example, convention
-        self._sizer = Sizer(model, example)
+        self._tracer = SizeTracer(model, example)
         self.name = type(model).__name__
-        self.trace: Trace = self._sizer.at_example()
+        self.trace: Trace = self._tracer.at_example()
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.parameters = Parameters(sum(p.numel() for p in model.parameters()), trainable)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
@@ -68,11 +68,11 @@ class ModelCosts:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the example image."""
-        return self._sizer.size
+        return self._tracer.size
 
     @property
     def batch(self) -> int:
-        return self._sizer.batch
+        return self._tracer.batch
 
     @property
     def cost(self) -> Cost:
@@ -109,7 +109,7 @@ class ModelCosts:
     @cached_property
     def formula(self) -> ModelFormula:
         """The whole model's formula with its sites, checks and assumptions."""
-        return derive(self.model, self.example, self._sizer)
+        return derive(self.model, self.example, self._tracer)
 
     @property
     def sites(self) -> list[CountedSite]:
@@ -201,12 +201,12 @@ class ModelCosts:
     def work(self) -> Work:
         """Elementwise operations and bytes of the model and of the modules that hold its sites, as polynomials."""
         paths = [site.name for site in self.sites]
-        return derive_work(self._sizer, paths, lattices(self.lattice, self.size))
+        return derive_work(self._tracer, paths, lattices(self.lattice, self.size))
 
     @cached_property
     def training(self) -> Training:
         """Backward pass, training step, and peaks of memory, on the example."""
-        return training_costs(self._sizer, self.parameters.total, self.model)
+        return training_costs(self._tracer, self.parameters.total, self.model)
 
     @cached_property
     def _memory(self) -> Any:

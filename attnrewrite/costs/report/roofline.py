@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..sites.site_reader import CountedSite
+from ..sites.counted_site import CountedSite
 from .evaluation import item_bytes
 from .hardware import Hardware
 

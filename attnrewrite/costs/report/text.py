@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from ...reports.names import folded_name, numberless
 from ...reports.numbers import scaled
 from ...reports.tables import aligned, markdown_table
-from ..algebra.formulas import SiteFormula
+from ..algebra.site_formula import SiteFormula
 from ..algebra.symbols import H, W, plain
 from ..count.cost import UNITS
-from ..sites.site_reader import CountedSite
+from ..sites.counted_site import CountedSite
 from .comparison import Comparison
 from .model_costs import ModelCosts
 

@@ -20,8 +20,8 @@ from ...planning.product_cost import macs_after, macs_before
 from ...planning.stages import decided
 from ...reports.names import folded_name, numberless
 from ..sites.converted_sites import converted_formula, core_name
+from ..sites.counted_site import CountedSite
 from ..sites.model_formula import ModelFormula, lifted_without_hooks
-from ..sites.site_reader import CountedSite
 from .comparison import ComparedSite, Comparison
 from .model_costs import ModelCosts
 

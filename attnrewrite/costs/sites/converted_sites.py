@@ -19,11 +19,12 @@ from ...ir.sites import AttentionSite, MapGroups, MlpSite, Projection, Site, Ste
 from ...modules.conv_glu import ConvGLU
 from ...modules.cross_scale import CrossScaleMerge, CrossScaleStem
 from ..algebra import formulas
-from ..algebra.formulas import PADDED, A, C, N, P, SiteFormula, Widths, h
+from ..algebra.site_formula import PADDED, ZERO, A, C, N, P, SiteFormula, Widths, h
 from ..algebra.symbols import H, W
 from ..count.core_formulas import Given, core_formula
 from ..count.definitions import definition_of
-from .site_reader import CountedSite, mlp_form
+from .counted_site import CountedSite
+from .site_reader import mlp_form
 
 
 def converted_formula(counted: CountedSite, conversion: Conversion) -> SiteFormula | None:
@@ -73,7 +74,7 @@ def _projections(site: AttentionSite, *parts: Projection | None) -> Expr:
     """MACs a token of the linear maps that hold ``parts``, each map once."""
     held = {part.weight for part in parts if part is not None}
     maps = dict.fromkeys(linear for linear in site.nodes.linears if linear.args[1] in held)
-    return sum((C * shape_of(linear)[-1] for linear in maps), formulas.ZERO)
+    return sum((C * shape_of(linear)[-1] for linear in maps), ZERO)
 
 
 def _mlp(counted: CountedSite, site: MlpSite, before: SiteFormula, conversion: Conversion) -> SiteFormula | None:

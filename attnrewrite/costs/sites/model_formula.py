@@ -18,11 +18,12 @@ from ...graph.dataflow import Dataflow
 from ...ir.sites import Site
 from ...planning.plan import Plan
 from ...planning.stages import lifted
-from ..algebra.formulas import ZERO, SiteFormula
 from ..algebra.interpolate import fitted
+from ..algebra.site_formula import ZERO, SiteFormula
 from ..algebra.symbols import evaluator, lattice_unit, plain
-from ..count.size_tracer import Sizer
-from .site_reader import CountedSite, SiteReader
+from ..count.size_tracer import SizeTracer
+from .counted_site import CountedSite
+from .site_reader import SiteReader
 
 PROBES = 2
 
@@ -101,10 +102,10 @@ class ModelFormula:
         return [site.formula for site in self.sites if site.formula is not None]
 
 
-def derive(model: nn.Module, example: Inputs, sizer: Sizer) -> ModelFormula:
+def derive(model: nn.Module, example: Inputs, tracer: SizeTracer) -> ModelFormula:
     """Lift the sites of ``model`` and complete their formulas to the whole model's."""
-    count = sizer.at_example().total.macs
-    if not sizer.has_image:
+    count = tracer.at_example().total.macs
+    if not tracer.has_image:
         note = "no image among the inputs: the cost is a number, of this batch"
         return ModelFormula([], rest_once=Integer(count), assumptions=[note])
     try:
@@ -112,9 +113,9 @@ def derive(model: nn.Module, example: Inputs, sizer: Sizer) -> ModelFormula:
     except (CaptureError, ArgumentError) as cause:
         found = ModelFormula([])
         found.assumptions.append(f"no sites, the model could not be captured: {first_line(cause)}")
-        _complete(found, sizer)
+        _complete(found, tracer)
         return found
-    found = _read(flow, [planned.site for planned in plan.sites], sizer)
+    found = _read(flow, [planned.site for planned in plan.sites], tracer)
     found.lifted = plan
     found.refused = [f"{refused.name or '(root)'}: {refused.reason}" for refused in plan.refused]
     return found
@@ -130,77 +131,77 @@ def lifted_without_hooks(model: nn.Module, example: Inputs) -> tuple[Plan, Dataf
     return lifted(without_hooks(model), kwargs if kwargs and not args else args)
 
 
-def _read(flow: Dataflow, sites: list[Site], sizer: Sizer) -> ModelFormula:
+def _read(flow: Dataflow, sites: list[Site], tracer: SizeTracer) -> ModelFormula:
     """Whether mergings pad or cut odd maps is not seen at one size: the first reading that holds at others is taken."""
     readings = []
     for odd_up in (True, False):
         reader = SiteReader(flow, sites, odd_up)
         found = ModelFormula(reader.read())
         readings.append(found)
-        if len(set(_rests(found, sizer))) == 1 or not reader.maps.rounds_merges:
+        if len(set(_rests(found, tracer))) == 1 or not reader.maps.rounds_merges:
             break
-    holding = [found for found in readings if len(set(_rests(found, sizer))) == 1]
-    found = holding[0] if holding else ModelFormula(_without_refuted(readings[0], sizer))
-    _complete(found, sizer)
+    holding = [found for found in readings if len(set(_rests(found, tracer))) == 1]
+    found = holding[0] if holding else ModelFormula(_without_refuted(readings[0], tracer))
+    _complete(found, tracer)
     return found
 
 
-def _without_refuted(found: ModelFormula, sizer: Sizer) -> list[CountedSite]:
+def _without_refuted(found: ModelFormula, tracer: SizeTracer) -> list[CountedSite]:
     """Sites whose formula does not equal the count of their module at another size lose it."""
-    here = sizer.at_example()
+    here = tracer.at_example()
     kept = []
     for site in found.sites:
         if site.formula is not None and site.name and here.of(site.name).macs == site.macs:
-            for size in _probe_sizes(sizer, found.lattice):
-                counted = sizer.at(*size)
-                if counted is not None and counted.of(site.name).macs != site.formula.macs_of(sizer.batch, *size):
-                    why = f"its formula holds at {sizer.size[0]}x{sizer.size[1]} and not at {size[0]}x{size[1]}"
+            for size in _probe_sizes(tracer, found.lattice):
+                counted = tracer.at(*size)
+                if counted is not None and counted.of(site.name).macs != site.formula.macs_of(tracer.batch, *size):
+                    why = f"its formula holds at {tracer.size[0]}x{tracer.size[1]} and not at {size[0]}x{size[1]}"
                     site = replace(site, formula=None, why=why)
                     break
         kept.append(site)
     return kept
 
 
-def _points(found: ModelFormula, sizer: Sizer) -> list[tuple[int, int]]:
-    return [sizer.size, *_probe_sizes(sizer, found.lattice)]
+def _points(found: ModelFormula, tracer: SizeTracer) -> list[tuple[int, int]]:
+    return [tracer.size, *_probe_sizes(tracer, found.lattice)]
 
 
-def _rests(found: ModelFormula, sizer: Sizer) -> list[tuple[int, int]]:
+def _rests(found: ModelFormula, tracer: SizeTracer) -> list[tuple[int, int]]:
     """What the sites leave at the example and at other sizes."""
-    points = _points(found, sizer)
-    first = _rest(found, sizer, *points[0])
-    return [first, *(_rest(found, sizer, *point, both=first[1] != 0) for point in points[1:])]
+    points = _points(found, tracer)
+    first = _rest(found, tracer, *points[0])
+    return [first, *(_rest(found, tracer, *point, both=first[1] != 0) for point in points[1:])]
 
 
-def _complete(found: ModelFormula, sizer: Sizer) -> None:
+def _complete(found: ModelFormula, tracer: SizeTracer) -> None:
     """Find what the sites leave, and check the sum at the example, at another batch, and at other sizes."""
-    points, rests = _points(found, sizer), _rests(found, sizer)
+    points, rests = _points(found, tracer), _rests(found, tracer)
     if len(points) == 1:
         found.assumptions.append(
-            f"the model takes no size but {sizer.size[0]}x{sizer.size[1]}: other sizes are extrapolated by its "
+            f"the model takes no size but {tracer.size[0]}x{tracer.size[1]}: other sizes are extrapolated by its "
             "formulas, and what is no site is taken to stay the same"
         )
     if len(set(rests)) == 1:
         found.rest, found.rest_once = Integer(rests[0][0]), Integer(rests[0][1])
     else:
-        _interpolate(found, sizer)
+        _interpolate(found, tracer)
     for name in ("per_image", "once", "macs", "lattice"):
         found.__dict__.pop(name, None)
     for point in points:
-        _check(found, sizer, *point, sizer.batch)
-    _check(found, sizer, *sizer.size, sizer.batch + 1)
+        _check(found, tracer, *point, tracer.batch)
+    _check(found, tracer, *tracer.size, tracer.batch + 1)
 
 
-def _check(found: ModelFormula, sizer: Sizer, height: int, width: int, batch: int) -> None:
-    counted = sizer.at(height, width, batch)
+def _check(found: ModelFormula, tracer: SizeTracer, height: int, width: int, batch: int) -> None:
+    counted = tracer.at(height, width, batch)
     if counted is not None:
         found.checks.append(Check(height, width, batch, found.macs(batch, height, width), counted.total.macs))
 
 
-def _rest(found: ModelFormula, sizer: Sizer, height: int, width: int, both: bool = True) -> tuple[int, int]:
+def _rest(found: ModelFormula, tracer: SizeTracer, height: int, width: int, both: bool = True) -> tuple[int, int]:
     """What the sites leave at a size: per image, and per call whatever the batch (0 unless ``both`` are asked for)."""
-    batch = sizer.batch
-    one, two = sizer.at(height, width, batch), sizer.at(height, width, batch + 1) if both else None
+    batch = tracer.batch
+    one, two = tracer.at(height, width, batch), tracer.at(height, width, batch + 1) if both else None
     assert one is not None
     first = one.total.macs - found.macs(batch, height, width)
     if two is None:
@@ -209,12 +210,12 @@ def _rest(found: ModelFormula, sizer: Sizer, height: int, width: int, both: bool
     return second - first, first - batch * (second - first)
 
 
-def _interpolate(found: ModelFormula, sizer: Sizer) -> None:
+def _interpolate(found: ModelFormula, tracer: SizeTracer) -> None:
     """The rest as polynomials, exact on the lattice; where it is none, the count at the example stands alone."""
-    at_example = _rest(found, sizer, *sizer.size)
+    at_example = _rest(found, tracer, *tracer.size)
     parts = (0, 1) if at_example[1] else (0,)
-    for unit in lattices(found.lattice, sizer.size):
-        fits = [fitted(partial(_rest_at, found, sizer, parts, part), unit, sizer.size) for part in parts]
+    for unit in lattices(found.lattice, tracer.size):
+        fits = [fitted(partial(_rest_at, found, tracer, parts, part), unit, tracer.size) for part in parts]
         fits += [ZERO] * (2 - len(fits))
         if fits[0] is not None and fits[1] is not None:
             found.rest, found.rest_once, found.rest_unit = fits[0], fits[1], unit
@@ -228,11 +229,11 @@ def _interpolate(found: ModelFormula, sizer: Sizer) -> None:
 
 
 def _rest_at(
-    found: ModelFormula, sizer: Sizer, parts: tuple[int, ...], part: int, height: int, width: int
+    found: ModelFormula, tracer: SizeTracer, parts: tuple[int, ...], part: int, height: int, width: int
 ) -> int | None:
-    if sizer.at(height, width) is None:
+    if tracer.at(height, width) is None:
         return None
-    return _rest(found, sizer, height, width, both=len(parts) > 1)[part]
+    return _rest(found, tracer, height, width, both=len(parts) > 1)[part]
 
 
 def lattices(lattice: int, size: tuple[int, int]) -> Iterator[int]:
@@ -242,9 +243,9 @@ def lattices(lattice: int, size: tuple[int, int]) -> Iterator[int]:
             yield unit
 
 
-def _probe_sizes(sizer: Sizer, lattice: int) -> list[tuple[int, int]]:
+def _probe_sizes(tracer: SizeTracer, lattice: int) -> list[tuple[int, int]]:
     """Up to ``PROBES`` other sizes that the model takes, as awkward as it allows."""
-    height, width = sizer.size
+    height, width = tracer.size
     step = lattice if lattice <= 64 else 32
     wanted = [
         (height + height // 8 + 5, width + width // 4 + 3),
@@ -256,6 +257,6 @@ def _probe_sizes(sizer: Sizer, lattice: int) -> list[tuple[int, int]]:
     ]
     taken: list[tuple[int, int]] = []
     for size in dict.fromkeys(wanted):
-        if len(taken) < PROBES and sizer.at(*size) is not None:
+        if len(taken) < PROBES and tracer.at(*size) is not None:
             taken.append(size)
     return taken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from sympy import Expr, Integer
@@ -16,46 +16,15 @@ from ...graph.dataflow import Dataflow
 from ...graph.values import operator_name, shape_of
 from ...ir.sites import AttentionSite, Global, Grid, MapGroups, MlpSite, Reduced, Site, StemSite, Window
 from ..algebra import formulas
-from ..algebra.formulas import SiteFormula, Widths
+from ..algebra.site_formula import SiteFormula, Widths
 from ..count.core_calls import BY_DEFINITION
 from ..count.core_formulas import Given, between_maps, core_formula
 from ..count.definitions import definition_of
 from .core_sites import CoreSite, core_sites
+from .counted_site import AnySite, CountedSite, OwnModule
 from .extents import Map, Maps, Sides
 from .operator_sites import OperatorSite, operator_sites
 from .regions import Regions
-
-
-@dataclass(frozen=True)
-class OwnModule:
-    """One of this library's modules, called once; ``kind`` is of sites."""
-
-    name: str
-    kind: str
-    text: str
-
-    def describe(self) -> str:
-        return self.text
-
-
-AnySite = Site | CoreSite | OperatorSite | OwnModule
-
-
-@dataclass(frozen=True)
-class CountedSite:
-    """A site, its formula, and what its operations count at capture (MACs of all images).
-
-    ``formula`` is None where none equals the count; ``why`` then says so.
-    """
-
-    name: str
-    kind: str
-    describe: str
-    macs: int
-    formula: SiteFormula | None
-    site: AnySite | None
-    sides: Sides | None = None
-    why: str = ""
 
 
 class SiteReader:
