@@ -22,6 +22,7 @@ from ..planning.registry import known_targets
 from ..planning.stages import lifted, prove
 from ..reports.names import folded_name, numberless
 from ..reports.numbers import short
+from ..reports.tables import aligned
 
 EFFECTS = {
     Exactness.EXACT: "same function",
@@ -89,9 +90,7 @@ class Explanation:
         plain = [choice for choice in choices if not choice.recipe]
         if plain:
             head = ("to", "sites", "the model becomes", "its products cost")
-            rows = [head, *(choice.cells() for choice in plain[:_SHOWN])]
-            widths = [max(len(row[place]) for row in rows) for place in range(len(head))]
-            lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+            lines += [f"  {line}" for line in aligned(head, [choice.cells() for choice in plain[:_SHOWN]])]
         others = [choice.target for choice in (*plain[_SHOWN:], *(choice for choice in choices if choice.recipe))]
         lines += [f"  also: {', '.join(others)}"] if others else []
         if not choices:

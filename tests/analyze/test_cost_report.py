@@ -276,6 +276,30 @@ def test_wrong_arguments_are_named(arguments, message):
         analyze(load_model("timm:vit_tiny_patch16_224", **SMALL, img_size=32).eval(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        ({"height": 0}, "^height: must be a whole number of at least 1, got 0$"),
+        ({"width": 0}, "^width: must be a whole number of at least 1, got 0$"),
+        ({"height": -224}, "^height: must be a whole number of at least 1, got -224$"),
+        ({"width": 112.5}, r"^width: must be a whole number of at least 1, got 112\.5$"),
+        ({"height": 15}, "^height: at 15 px a map of VisionTransformer has no cells; it takes 16 px and more$"),
+        ({"width": 8}, "^width: at 8 px a map of VisionTransformer has no cells; it takes 16 px and more$"),
+        ({"height": 3, "width": 3}, "^height: at 3 px"),
+    ],
+)
+def test_impossible_sizes_have_no_cost(vit, sides, message):
+    with pytest.raises(ArgumentError, match=message):
+        vit.at(**sides)
+
+
+def test_sides_that_are_not_given_are_the_examples(vit):
+    assert (vit.at().height, vit.at().width) == (224, 224)
+    assert (vit.at(96).height, vit.at(96).width) == (96, 96)
+    assert (vit.at(width=96).height, vit.at(width=96).width) == (224, 96)
+    assert vit.at(16, 16).macs > 0  # one patch
+
+
 def test_wrong_questions_are_named(vit):
     with pytest.raises(ArgumentError, match="batch"):
         vit.at(224, 224, batch=0)

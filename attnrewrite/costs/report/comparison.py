@@ -24,7 +24,6 @@ class ComparedSite:
     after: CountedSite | None
     before_macs: int
     after_macs: int
-    note: str = ""
 
     @property
     def change(self) -> int:

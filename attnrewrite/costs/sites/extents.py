@@ -139,13 +139,20 @@ class Maps:
         self._maps.append(Map(node, (int(made[0]), int(made[1])), (sides[0], sides[1]), before.fixed))
 
     def _padded(self, before: Map, seen: tuple[int, ...], read: Axes) -> tuple[Expr, ...]:
-        """The sides a strided operation sees behind a padding: one up to its stride, else one of so many cells."""
-        fits = all(-(-old // axis[1]) * axis[1] == new for old, new, axis in zip(before.size, seen, read, strict=True))
-        if not fits:
+        """The sides, at any size, that a strided operation sees behind a padding of the map ``before``.
+
+        One capture shows the padded sides (``seen``) and not the rule behind them. There are two in use: padding up to
+        a multiple of the stride, or by a fixed amount. The first is taken wherever it explains what was seen.
+        """
+        strides = [stride for _, stride, _ in read]
+        to_multiple = all(
+            -(-old // stride) * stride == new for old, new, stride in zip(before.size, seen, strides, strict=True)
+        )
+        if not to_multiple:
             return tuple(side + new - old for side, old, new in zip(before.sides, before.size, seen, strict=True))
-        self.rounds_merges = True
+        self.rounds_merges = True  # whether odd sides are padded at all is decided by counts at other sizes
         return tuple(
-            self._round(side, Integer(axis[1])) * axis[1] for side, axis in zip(before.sides, read, strict=True)
+            self._round(side, Integer(stride)) * stride for side, stride in zip(before.sides, strides, strict=True)
         )
 
     def _behind(self, operand: Node, size: tuple[int, int]) -> Map | None:

@@ -28,12 +28,17 @@ from .regions import Regions
 
 
 class SiteReader:
-    """Formulas of the sites of one captured graph."""
+    """Formulas of the sites of one captured graph.
+
+    Every contraction of the graph belongs to one site at most: a site claims its nodes, and what is claimed twice is
+    read once. A formula is never believed: candidates are evaluated at the captured size, and the first that equals the
+    count of the site's own nodes is taken. ``odd_up``: see ``Maps``.
+    """
 
     def __init__(self, flow: Dataflow, sites: list[Site], odd_up: bool = True) -> None:
         self.flow, self.batch = flow, flow.capture.batch
         self.cores = core_sites(flow)
-        after_cores = {core.end for core in self.cores}  # whose operand may look like gathered patches
+        after_cores = {core.end for core in self.cores}  # a core's result, rearranged, looks like gathered patches
         stems = [site for site in sites if isinstance(site, StemSite) and site.result not in after_cores]
         merges = [site for site in stems if site.patches is not None]
         self.maps = Maps(flow.capture, merges, odd_up)
@@ -46,7 +51,11 @@ class SiteReader:
         self.operators = own
 
     def read(self) -> list[CountedSite]:
-        """In graph order. Operators of this library first: they may hold what looks like a site of its own."""
+        """In graph order.
+
+        Claimed from the outside in: this library's modules, cores and operators, which hold what looks like sites of
+        their own; then the recognised sites; last the linear maps and convolutions that nobody claimed.
+        """
         found: list[tuple[Node, CountedSite]] = self._own_modules(self.flow.capture.root)
         found += [(core.query, counted) for core in self.cores if (counted := self._of_core(core)) is not None]
         for operator in self.operators:

@@ -97,7 +97,7 @@ def report(name: str) -> Report:
 
 
 @pytest.mark.parametrize(("name", "target", "options"), cases())
-def test_a_conversion_costs_what_was_foretold(name, target, options):
+def test_a_conversion_costs_what_was_predicted(name, target, options):
     fidelity = {"fidelity": options["fidelity"]} if "fidelity" in options else {}
     own = {option: value for option, value in options.items() if option != "fidelity"}
     try:
@@ -106,15 +106,15 @@ def test_a_conversion_costs_what_was_foretold(name, target, options):
         with pytest.raises(ConversionError, match="nothing to convert"):
             converted_cost(report(name), target, own, **fidelity)
         return
-    foretold = converted_cost(report(name), target, own, **fidelity)
+    predicted = converted_cost(report(name), target, own, **fidelity)
     counts = SizeTracer(converted, ((image(name),), {}))
-    assert foretold.after_macs == counts.at_example().total.macs
-    assert foretold.after_macs == sum(row.after_macs for row in foretold.rows)
-    assert foretold.formula.macs(3, *counts.size) == counts.at(*counts.size, batch=3).total.macs
+    assert predicted.after_macs == counts.at_example().total.macs
+    assert predicted.after_macs == sum(row.after_macs for row in predicted.rows)
+    assert predicted.formula.macs(3, *counts.size) == counts.at(*counts.size, batch=3).total.macs
     twice = counts.at(2 * counts.size[0], 2 * counts.size[1])  # some conversions are tied to their size
     assert name != "vit" or twice is not None
     if twice is not None:
-        assert foretold.formula.macs(1, 2 * counts.size[0], 2 * counts.size[1]) == twice.total.macs
+        assert predicted.formula.macs(1, 2 * counts.size[0], 2 * counts.size[1]) == twice.total.macs
 
 
 @pytest.mark.parametrize(
@@ -170,16 +170,16 @@ def test_errors_are_those_of_convert(to, options, message):
 
 def test_a_mapping_prices_each_site_by_its_own_target():
     to = {"blocks.0.*": target_of("neighborhood", {"kernel_size": 3}), "blocks.1.*": "manhattan_decomposed"}
-    foretold = analyze(donor("vit"), image("vit"), to=to).comparison
-    kinds = {row.name: row.after.kind for row in foretold.rows}
+    predicted = analyze(donor("vit"), image("vit"), to=to).comparison
+    kinds = {row.name: row.after.kind for row in predicted.rows}
     assert (kinds["blocks.0.attn"], kinds["blocks.1.attn"]) == ("NA", "MaSA-d")
-    assert foretold.after_macs == analyze(convert(donor("vit"), to, image("vit"), progress=False), image("vit")).total
+    assert predicted.after_macs == analyze(convert(donor("vit"), to, image("vit"), progress=False), image("vit")).total
 
 
 def test_sites_that_stay_say_why():
-    foretold = converted_cost(report("swin, one window"), "rmt", {})
+    predicted = converted_cost(report("swin, one window"), "rmt", {})
     left = ["layers.0.blocks.0.attn is left as it is", "layers.0.blocks.1.attn is left as it is"]
-    assert [note.partition(":")[0] for note in foretold.notes] == left
+    assert [note.partition(":")[0] for note in predicted.notes] == left
     with pytest.raises(ConversionError, match="FRESH is below fidelity"):
         analyze(donor("vit"), image("vit"), to="tokens_to_token", mode="fresh")
 
@@ -199,10 +199,10 @@ class Strange(Target):
 
 
 def test_a_core_without_a_formula_is_counted_and_said_so():
-    foretold = converted_cost(report("vit"), Strange(), {})
-    assert [note for note in foretold.notes if "has no formula: its products are counted at 64x96 only" in note]
+    predicted = converted_cost(report("vit"), Strange(), {})
+    assert [note for note in predicted.notes if "has no formula: its products are counted at 64x96 only" in note]
     tokens, width = 25, 24
-    row = next(row for row in foretold.rows if row.name == "blocks.0.attn")
+    row = next(row for row in predicted.rows if row.name == "blocks.0.attn")
     changed = analyze(convert(donor("vit"), Strange(), image("vit"), progress=False), image("vit")).total
-    assert foretold.after_macs == changed
+    assert predicted.after_macs == changed
     assert row.after_macs < row.before_macs == 4 * tokens * width**2 + 2 * tokens**2 * width
