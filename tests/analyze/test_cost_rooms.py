@@ -40,7 +40,7 @@ def test_no_room_knows_a_later_one():
     }
     assert back == set()
     assert ("count", "cost") in GRAPH["count", "trace"]  # the graph is read
-    assert ("algebra", "formulas") in GRAPH["sites", "site_reader"]
+    assert ("algebra", "formulas") in GRAPH["sites", "candidates"]
 
 
 def test_files_know_each_other_one_way():

@@ -25,7 +25,7 @@ def off_on_meta() -> Iterator[None]:
         def enter(device_type: str, *args: Any, **kwargs: Any) -> Any:
             return nullcontext() if device_type == "meta" else region(device_type, *args, **kwargs)
 
-        torch.is_autocast_enabled, torch.autocast = answer, enter  # type: ignore[assignment, misc]  # exchanged for a while
+        torch.is_autocast_enabled, torch.autocast = answer, enter  # type: ignore[assignment, misc]  # torch says: these functions only
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ def scaling_chart(curves: Sequence[Curve], crossings: Sequence[tuple[float, floa
     return LogLogChart(
         title="MACs over image side",
         x_title="side of a square image, px",
-        y_title="MAC an image",
+        y_title="MACs per image",
         x=x,
         y=y,
         x_values=_SIDES,
@@ -48,8 +48,8 @@ def roofline_chart(roof: Roofline) -> LogLogChart:
     ]
     return LogLogChart(
         title=f"Roofline of {roof.hardware.name}",
-        x_title="FLOP a byte",
-        y_title="FLOP/s at most",
+        x_title="arithmetic intensity, FLOP/byte",
+        y_title="attainable FLOP/s",
         x=x,
         y=(x[0] * bandwidth / 1.5, peak * 2),
         x_values=decades(x),

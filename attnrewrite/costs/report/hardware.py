@@ -25,7 +25,7 @@ class Hardware:
     source: str = "given by the user"
 
     def ridge(self, dtype: str) -> float:
-        """FLOP a byte at which the machine is limited by both.
+        """FLOP/byte at which compute and bandwidth limit alike.
 
         Raises:
             ArgumentError: no peak for this dtype is known.

@@ -25,6 +25,6 @@ def plot(costs: ModelCosts, comparisons: Sequence[Comparison], axes: Any = None)
     for line in curves(costs, comparisons):
         axes.loglog(*zip(*line.points, strict=True), label=line.name)
     axes.set_xlabel("side of a square image, pixels")
-    axes.set_ylabel("MAC an image")
+    axes.set_ylabel("MACs per image")
     axes.legend()
     return axes

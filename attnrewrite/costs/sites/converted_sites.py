@@ -23,8 +23,8 @@ from ..algebra.site_formula import PADDED, ZERO, A, C, N, P, SiteFormula, Widths
 from ..algebra.symbols import H, W
 from ..count.core_formulas import Given, core_formula
 from ..count.definitions import definition_of
+from .candidates import mlp_form
 from .counted_site import CountedSite
-from .site_reader import mlp_form
 
 
 def converted_formula(counted: CountedSite, conversion: Conversion) -> SiteFormula | None:
