@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .capture.examples import example_inputs_for
 from .costs import analyze
-from .costs.cost import CONVENTIONS
-from .costs.meta_model import Sizer
+from .costs.count.cost import CONVENTIONS
+from .costs.count.size_tracer import SizeTracer
 from .errors import ArgumentError, AttnRewriteError
 from .hosts.loading import load_model
 from .models import create_model, list_models
@@ -73,7 +73,7 @@ def _model_and_image(spec: str, sides: tuple[int, int] | None, batch: int) -> tu
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     shape = (channels, *sides) if sides is not None else tuple(stated.shape[1:]) if stated is not None else ()
     image = torch.zeros(()).expand(batch, *shape)
-    if sides is not None and not Sizer(model, ((image,), {})).takes_example:
+    if sides is not None and not SizeTracer(model, ((image,), {})).takes_example:
         with suppress(TypeError):
             model = _built(spec, img_size=sides)
     return model, image

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-import pytest
 from plugins import ROOT, run
 
 ROOMS = [
@@ -17,9 +16,6 @@ ROOMS = [
     "calibration", "costs", "api", "__main__", "",
 ]  # fmt: skip
 """A room knows those before it, never those behind it; the last is the package itself, which shows what is public."""
-
-# Folders whose files still import each other in a circle. Empty this and delete the test of it.
-KNOWN_CIRCLES = {"costs"}
 
 PACKAGES = {"attnrewrite": "attnrewrite", "patterns": "attnrewrite.patterns", "backends": "attnrewrite.backends"}
 """Names of modules by the folders that they lie in."""
@@ -73,10 +69,6 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def inside(folder: str) -> dict[str, set[str]]:
-    return {name: {other for other in others if room(other) == folder} for name, others in GRAPH.items()}
-
-
 def test_every_room_has_its_place_and_is_there():
     assert {room(name) for name in FILES} == set(ROOMS)
     assert len(ROOMS) == len(set(ROOMS))
@@ -96,13 +88,7 @@ def test_no_room_knows_one_behind_it():
 
 
 def test_files_import_each_other_in_no_circle():
-    known = {name: set() if room(name) in KNOWN_CIRCLES else others for name, others in GRAPH.items()}
-    assert circle(known) == []
-
-
-@pytest.mark.parametrize("folder", sorted(KNOWN_CIRCLES))
-def test_the_known_circles_are_still_there(folder):
-    assert circle(inside(folder)), f"{folder} has no circle any more: take it out of KNOWN_CIRCLES"
+    assert circle(GRAPH) == []
 
 
 def test_only_registries_import_by_the_names_of_rooms():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from ..planning.product_cost import macs_after, macs_before
 from ..planning.reading import TOLD
 from ..planning.registry import known_targets
 from ..planning.stages import lifted, prove
-from ..reports.conversion import folded_name, short
+from ..reports.names import folded_name, numberless
+from ..reports.numbers import short
+from ..reports.tables import aligned
 
 EFFECTS = {
     Exactness.EXACT: "same function",
@@ -89,9 +90,7 @@ class Explanation:
         plain = [choice for choice in choices if not choice.recipe]
         if plain:
             head = ("to", "sites", "the model becomes", "its products cost")
-            rows = [head, *(choice.cells() for choice in plain[:_SHOWN])]
-            widths = [max(len(row[place]) for row in rows) for place in range(len(head))]
-            lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+            lines += [f"  {line}" for line in aligned(head, [choice.cells() for choice in plain[:_SHOWN]])]
         others = [choice.target for choice in (*plain[_SHOWN:], *(choice for choice in choices if choice.recipe))]
         lines += [f"  also: {', '.join(others)}"] if others else []
         if not choices:
@@ -115,7 +114,7 @@ class Explanation:
             lines += _wrapped(f"{numbers} = {planned.site.describe()} @ {name}{proof}{told}", width, "    ")
             for text, alike in _grouped(options, str).items():
                 lines += _wrapped(f"      {', '.join(option.target for option in alike)}: {text}", width, " " * 10)
-        for refused in _grouped(self.plan.refused, lambda r: _numberless(r.kind, r.reason, r.name)).values():
+        for refused in _grouped(self.plan.refused, lambda r: _alike(r.kind, r.reason, r.name)).values():
             name = folded_name([each.name for each in refused])
             lines += _wrapped(f"refused {refused[0].kind} @ {name}: {refused[0].reason}", width, "    ")
         return lines
@@ -124,7 +123,7 @@ class Explanation:
         """The same for sites that share an entry."""
         planned = self.plan.sites[place]
         said = (planned.site.describe(), planned.site.name, *map(str, self.options[place]))
-        return self.plan.read[id(planned.site)], *_numberless(*said)
+        return self.plan.read[id(planned.site)], *_alike(*said)
 
     def _choices(self) -> list[_Choice]:
         """The targets that convert anything: attention first, the cheaper before the dearer."""
@@ -159,8 +158,9 @@ class _Choice:
         return self.target, count, EFFECTS[min(self.converting)], saved
 
 
-def _numberless(*texts: str) -> tuple[str, ...]:
-    return tuple(re.sub(r"\d+", "#", text) for text in texts)
+def _alike(*texts: str) -> tuple[str, ...]:
+    """The same for texts that differ only in their numbers."""
+    return tuple(map(numberless, texts))
 
 
 def _grouped(members: Iterable[Member], kind: Callable[[Member], Any]) -> dict[Any, list[Member]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..errors import ArgumentError, nearest
 from ..planning.plan import Plan
-from ..reports.conversion import ModelErrors, number
+from ..reports.conversion import ModelErrors
+from ..reports.numbers import error_text
 from .measure import images_for, measure_model, measure_sites
 
 Budget = float | Mapping[str, float]
@@ -72,7 +73,7 @@ def keep_the_worst(plan: Plan, budget: Budget | None, data: Any | None) -> None:
         for planned in plan.converting:
             if id(planned.site) in gone:
                 error = alone[planned.site.name].logits if planned.site.name in alone else None
-                planned.keep(f'keep="auto": its conversion alone moves the outputs by {number(error)}')
+                planned.keep(f'keep="auto": its conversion alone moves the outputs by {error_text(error)}')
         plan.build()
         if plan.converting:
             errors = measure_model(plan.apply(), plan.model, images)

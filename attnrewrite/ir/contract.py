@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from ..errors import ArgumentError, nearest
 from ..graph.dataflow import Dataflow
 from .sites import Refused, Site
 
@@ -22,6 +23,20 @@ class Exactness(IntEnum):
     PROJECTED = 1
     CONTINUOUS = 2
     EXACT = 3
+
+
+def exactness_of(name: str, argument: str) -> Exactness:
+    """The class of a name as users write it: ``"exact"``, ``"continuous"``, ``"projected"`` or ``"fresh"``.
+
+    Raises:
+        ArgumentError: any other name, given as ``argument``.
+    """
+    known = [level.name.lower() for level in Exactness]
+    wanted = str(name).lower()
+    if wanted not in known:
+        expected = f"{argument}: expected one of {', '.join(known)}, got {name!r}"
+        raise ArgumentError(f"{expected}{nearest(wanted, known)}")
+    return Exactness[wanted.upper()]
 
 
 @dataclass(frozen=True)

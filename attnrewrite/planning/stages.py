@@ -35,7 +35,7 @@ from ..errors import UNFORESEEN, ArgumentError, ConversionError
 from ..graph.dataflow import Dataflow
 from ..graph.restating import restate
 from ..graph.values import Values, evaluate
-from ..ir.contract import Conversion, Exactness, NotConvertible, NothingToDo, Target
+from ..ir.contract import Conversion, Exactness, NotConvertible, NothingToDo, Target, exactness_of
 from ..ir.sites import AttentionSite, Global, Reduced, Refused, Site
 from ..lift.looks import Looks, Seen
 from ..numerics.draws import Stream
@@ -65,7 +65,7 @@ def planned(
     **options: Any,
 ) -> Plan:
     """Decide, certify and measure a conversion without changing the model; arguments and errors as for ``convert``."""
-    least, targets = _fidelity(fidelity), _targets(to, options)
+    least, targets = exactness_of(fidelity, "fidelity"), _targets(to, options)
     made, flow = lifted(model, example_inputs)
     _look_around(made)
     _choose(made, targets, sites, keep)
@@ -97,7 +97,7 @@ def decided(made: Plan, to: Any, fidelity: str, options: dict[str, Any]) -> Plan
 
     ``made`` is only read. Arguments and errors as for ``convert``.
     """
-    least, targets = _fidelity(fidelity), _targets(to, options)
+    least, targets = exactness_of(fidelity, "fidelity"), _targets(to, options)
     chosen = Plan(made.model, made.flow, [PlannedSite(planned.site) for planned in made.sites], made.refused)
     _choose(chosen, targets, None, None)
     indices: Counter[int] = Counter()
@@ -147,13 +147,6 @@ def _look_around(made: Plan) -> None:
         _ = made.looks.other_batch  # wanted for every module then, and no values take memory yet
     for planned, site in zip(made.sites, made.looks.sites, strict=True):
         planned.site = site
-
-
-def _fidelity(name: str) -> Exactness:
-    known = [level.name.lower() for level in Exactness]
-    if name not in known:
-        raise ArgumentError(f"fidelity: expected one of {', '.join(known)}, got {name!r}")
-    return Exactness[name.upper()]
 
 
 def _targets(to: Any, options: dict[str, Any]) -> dict[str, Target]:

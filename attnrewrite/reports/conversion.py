@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -14,8 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConversionError, nearest
-from ..ir.contract import Exactness
-from .page import html_page
+from ..ir.contract import Exactness, exactness_of
+from .names import folded_name, numberless
+from .numbers import error_text, short
+from .page import page
+from .tables import markdown_table
 
 SCHEMA_VERSION = 3
 
@@ -47,7 +49,7 @@ class ModelErrors:
 
     def __str__(self) -> str:
         share = "" if self.agreement is None else f", agreement {self.agreement:.1%}"
-        return f"error {number(self.logits)}{share}"
+        return f"error {error_text(self.logits)}{share}"
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,12 @@ class ConversionReport:
 
     def to_markdown(self) -> str:
         columns, rows = self.cells()
-        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([f"**{self.headline()}**", "", *lines])
+        return "\n".join([f"**{self.headline()}**", "", *markdown_table(columns, rows)])
 
     def to_html(self) -> str:
         """One self-contained page."""
-        return html_page(self.headline(), *self.cells(), self.notes())
+        title, (columns, rows) = self.headline(), self.cells()
+        return page("conversion.html", title, headline=title, columns=columns, rows=rows, notes=self.notes())
 
     def raise_if(
         self, *, max_output_error: float | None = None, below: str | None = None, refused: bool = False
@@ -154,14 +155,15 @@ class ConversionReport:
             refused: whether a refused site is a reason too.
 
         Raises:
+            ArgumentError: ``below`` is no class.
             ConversionError: with every site or figure that is out of bounds.
         """
         problems = []
         error = math.inf if self.output_error is None else self.output_error
         if max_output_error is not None and not error <= max_output_error:
-            problems.append(f"output error {number(self.output_error)} is above {max_output_error:.1e}")
+            problems.append(f"output error {error_text(self.output_error)} is above {max_output_error:.1e}")
         if below is not None:
-            least = Exactness[below.upper()]
+            least = exactness_of(below, "below")
             problems += [f"{s.name}: {s.exactness}, {s.why}" for s in self.converted if Exactness[s.exactness] < least]
         if refused:
             problems += [f"{s.name}: refused, {s.why}" for s in self.sites if s.status == "refused"]
@@ -170,7 +172,7 @@ class ConversionReport:
 
     def headline(self) -> str:
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
-        error = f"; output error {number(self.output_error)}" if self.converted else ""
+        error = f"; output error {error_text(self.output_error)}" if self.converted else ""
         return f"{self.model} at {shapes}: {len(self.converted)} of {len(self.sites)} sites converted{error}"
 
     def table(self) -> Table:
@@ -185,7 +187,7 @@ class ConversionReport:
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The table's columns and rows, without columns that say nothing."""
         rows = [_cells(names, site) for names, site in folded(self.sites)]
-        told = [any(row[place] not in ("", number(None)) for row in rows) for place in range(len(_COLUMNS))]
+        told = [any(row[place] not in ("", error_text(None)) for row in rows) for place in range(len(_COLUMNS))]
         shown = [place for place, name in enumerate(_COLUMNS) if told[place] or name == "error"]
         return [_COLUMNS[place] for place in shown], [[row[place] for place in shown] for row in rows]
 
@@ -219,15 +221,11 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.1e}"
-
-
 def folded(sites: list[SiteReport]) -> Iterator[tuple[str, SiteReport]]:
     """Consecutive sites that differ only in numbers of their names share a row: ``blocks.{0...11}.attn``."""
 
     def alike(site: SiteReport) -> tuple[Any, ...]:
-        return (re.sub(r"\d+", "#", site.name), site.status, _class(site), site.source, site.target, site.why)
+        return (numberless(site.name), site.status, _class(site), site.source, site.target, site.why)
 
     for _, group in groupby(sites, key=alike):
         members = list(group)
@@ -250,18 +248,11 @@ def _without_nan(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def folded_name(names: list[str]) -> str:
-    if len(names) == 1:
-        return names[0] or "(root)"
-    first, last = (re.split(r"(\d+)", name) for name in (names[0], names[-1]))
-    return "".join(a if a == b else f"{{{a}...{b}}}" for a, b in zip(first, last, strict=True))
-
-
 def _cells(names: str, site: SiteReport) -> tuple[str, ...]:
     kept = ""
     if site.dropped_mass:
         kept = f"{1 - sum(site.dropped_mass) / len(site.dropped_mass):.2f}"
-    error = number(site.error) if site.status == "converted" else ""
+    error = error_text(site.error) if site.status == "converted" else ""
     macs = " -> ".join(map(short, site.macs)) if site.macs else ""
     counts = "/".join(short(site.parameters[key]) for key in ("moved", "new", "dropped")) if site.parameters else ""
     return (
@@ -284,17 +275,9 @@ def _only_text(site: SiteReport) -> str:
     if site.dead or (site.errors is not None and site.errors.dead):
         return "DEAD"
     if site.errors is None:
-        return number(None)
-    after = "" if site.calibrated is None else f" -> {number(site.calibrated.logits)}"
-    return number(site.errors.logits) + after
-
-
-def short(count: int) -> str:
-    """``1.18M``, ``148k``, ``96``."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{suffix}"
-    return str(count)
+        return error_text(None)
+    after = "" if site.calibrated is None else f" -> {error_text(site.calibrated.logits)}"
+    return error_text(site.errors.logits) + after
 
 
 def suggestion(wanted: str, names: list[str]) -> str:

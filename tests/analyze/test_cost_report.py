@@ -11,10 +11,12 @@ import pytest
 import sympy
 import torch
 from cost_models import image, on_meta
+from markupsafe import escape
 
 from attnrewrite import analyze
 from attnrewrite.__main__ import main
-from attnrewrite.costs import Hardware, symbols
+from attnrewrite.costs import Hardware
+from attnrewrite.costs.algebra import symbols
 from attnrewrite.errors import ArgumentError, ConversionError
 from attnrewrite.hosts.loading import load_model
 
@@ -110,7 +112,7 @@ def test_pooled_aggregated_attention_raises_the_cost_of_vit_s_below_284_pixels()
 def test_crossovers_of_conversions_are_the_closed_forms(vit_small, compared):
     """With t = 1 class token and n = s²/256 cells: a neighborhood pays for n > k²; pooled attention where
     n² - n (t + P) > k² n with P = n/4 cells and two local products; the decomposed form where 2n² > n (4√n + 25)."""
-    from attnrewrite.costs.hypothetical import converted_cost
+    from attnrewrite.costs.report.what_if import converted_cost
 
     crossings = {
         (target, *options.values()): converted_cost(compared, target, options).crossovers
@@ -148,7 +150,7 @@ def test_json_holds_everything_and_expressions_come_back(compared):
 def test_text_and_markdown_state_unit_size_checks_and_what_is_missing(compared):
     text = str(compared)
     for part in (
-        "at 224x224, batch 1, float32: 4.599 GMAC", "22,050,664 parameters", "blocks.{0…11}.attn", "4·C²·N + 2·C·N²",
+        "at 224x224, batch 1, float32: 4.599 GMAC", "22,050,664 parameters", "blocks.{0...11}.attn", "4·C²·N + 2·C·N²",
         "9·H²·W²/64 + 84168·H·W + 21626880 MAC an image on multiples of 16 px, Θ(n²)",
         "check 224x224: equal (4 598 882 304 MAC)", "not counted: nothing", "assumptions: none",
     ):  # fmt: skip
@@ -187,7 +189,7 @@ def test_the_page_is_whole_and_loads_nothing(compared, tmp_path):
     assert "script" not in page.seen
     assert page.seen.count("svg") == 2
     assert "url(" not in text
-    assert compared.comparison.verdict.replace('"', "&quot;") in text
+    assert str(escape(compared.comparison.verdict)) in text
     for value in re.findall(r'(?:cx|cy|x1|y1)="([^"]+)"', text):
         assert -1 <= float(value) <= 761
     assert compared._repr_html_() in text
@@ -272,6 +274,30 @@ def test_peak_memory_of_a_chain_is_known():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ArgumentError, match=message):
         analyze(load_model("timm:vit_tiny_patch16_224", **SMALL, img_size=32).eval(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        ({"height": 0}, "^height: must be a whole number of at least 1, got 0$"),
+        ({"width": 0}, "^width: must be a whole number of at least 1, got 0$"),
+        ({"height": -224}, "^height: must be a whole number of at least 1, got -224$"),
+        ({"width": 112.5}, r"^width: must be a whole number of at least 1, got 112\.5$"),
+        ({"height": 15}, "^height: at 15 px a map of VisionTransformer has no cells; it takes 16 px and more$"),
+        ({"width": 8}, "^width: at 8 px a map of VisionTransformer has no cells; it takes 16 px and more$"),
+        ({"height": 3, "width": 3}, "^height: at 3 px"),
+    ],
+)
+def test_impossible_sizes_have_no_cost(vit, sides, message):
+    with pytest.raises(ArgumentError, match=message):
+        vit.at(**sides)
+
+
+def test_sides_that_are_not_given_are_the_examples(vit):
+    assert (vit.at().height, vit.at().width) == (224, 224)
+    assert (vit.at(96).height, vit.at(96).width) == (96, 96)
+    assert (vit.at(width=96).height, vit.at(width=96).width) == (224, 96)
+    assert vit.at(16, 16).macs > 0  # one patch
 
 
 def test_wrong_questions_are_named(vit):

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sympy import Integer, Min, Rational, srepr, sympify
 
-from attnrewrite.costs import symbols
-from attnrewrite.costs.crossover import cheaper_above, crossings
-from attnrewrite.costs.interpolate import fitted
-from attnrewrite.costs.symbols import (
+from attnrewrite.costs.algebra import symbols
+from attnrewrite.costs.algebra.crossover import cheaper_above, crossings
+from attnrewrite.costs.algebra.interpolate import fitted
+from attnrewrite.costs.algebra.symbols import (
     B,
     H,
     W,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnrewrite import analyze, convert
-from attnrewrite.costs import formulas
+from attnrewrite.costs.algebra.site_formula import PADDED
 from attnrewrite.errors import ArgumentError, CaptureError
 from attnrewrite.functional import neighborhood_attention
 from attnrewrite.hosts.loading import load_model
@@ -134,7 +134,7 @@ def test_distilled_and_register_tokens():
 
 @pytest.mark.parametrize("side", [56, 60, 50])
 def test_position_networks_where_the_pooling_does_not_divide(side):
-    from attnrewrite.costs.symbols import count_offsets
+    from attnrewrite.costs.algebra.symbols import count_offsets
     from attnrewrite.modules.log_cpb import _offset_range
 
     for cells in (7, 8, side // 8):
@@ -152,7 +152,7 @@ def test_long_distance_pads_to_group_times_interval():
     sites = {site.name: site for site in report.sites}
     for name, side in (("layers.0.blocks.0.attn", 63), ("layers.0.blocks.1.attn", 112)):
         formula = sites[name].formula
-        assert formula.number(formulas.PADDED, 240, 240) == side**2
+        assert formula.number(PADDED, 240, 240) == side**2
         assert sites[name].macs == formula.macs_of(1, 240, 240)
 
 

@@ -37,7 +37,7 @@ def test_the_cost_page(vit, tmp_path):
     report = attnrewrite.analyze(vit, torch.zeros(1, 3, 64, 64), to="neighborhood", hardware="h200")
     page = shown(report.to_html(tmp_path / "cost.html"), tmp_path)
     assert page.count("<svg") >= 2  # scaling and roofline
-    assert "blocks.{0…2}.attn" in page
+    assert "blocks.{0...2}.attn" in page
     assert 'to="neighborhood"' in page or "to=&quot;neighborhood&quot;" in page
 
 

@@ -8,9 +8,9 @@ import torch
 from sympy import Integer
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnrewrite.costs import formulas
-from attnrewrite.costs.formulas import Widths
-from attnrewrite.costs.symbols import B, H, W, evaluator
+from attnrewrite.costs.algebra import formulas
+from attnrewrite.costs.algebra.site_formula import Widths
+from attnrewrite.costs.algebra.symbols import B, H, W, evaluator
 
 WIDTH, HEADS, BATCH = 64, 4, 2
 WIDTHS = Widths(WIDTH, HEADS, WIDTH)
@@ -115,7 +115,7 @@ def test_cross_scale_embedding_shares_out_its_channels():
     filters = [torch.empty(share, 3, k, k, device="meta") for share, k in zip((32, 16, 8, 8), kernels, strict=True)]
 
     def sides(kernel):
-        from attnrewrite.costs.symbols import strided
+        from attnrewrite.costs.algebra.symbols import strided
 
         return tuple(strided(side, kernel, stride, (kernel - stride) // 2) for side in (H, W))
 

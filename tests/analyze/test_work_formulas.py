@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from attnrewrite import analyze
-from attnrewrite.costs.meta_model import Sizer
-from attnrewrite.costs.work import PARTS
+from attnrewrite.costs.count.size_tracer import SizeTracer
+from attnrewrite.costs.count.work import PARTS
 from attnrewrite.hosts.loading import load_model
 
 VIT = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5, "img_size": (64, 96)}
@@ -16,7 +16,7 @@ SWIN = {"window_size": 4, "depths": (1, 2), "num_heads": (2, 4), "embed_dim": 16
 
 
 def counted(model: nn.Module, image: torch.Tensor, size: tuple[int, int], path: str, batch: int = 1) -> dict[str, int]:
-    trace = Sizer(model, ((image,), {})).at(*size, batch=batch)
+    trace = SizeTracer(model, ((image,), {})).at(*size, batch=batch)
     return {part: getattr(trace.of(path), part) for part in PARTS}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from model_queries import ATTENTION
 from small_models import small_model
 
 import attnrewrite
+from attnrewrite.errors import ArgumentError, ConversionError
 from attnrewrite.reports.conversion import ConversionReport, SiteReport
 
 
@@ -122,6 +124,30 @@ def test_text_with_brackets_is_not_taken_for_markup():
     text = str(ConversionReport("Model", [], [site]))
     assert "[bold]x[/bold]" in text
     assert "arguments[0]" in text
+
+
+def test_a_class_that_is_none_is_named_and_the_nearest_suggested():
+    report = ConversionReport("Model", [], [SiteReport("a", "attention", "", "converted", "t", "PROJECTED")])
+    known = "below: expected one of fresh, projected, continuous, exact, got 'exactt'; did you mean 'exact'?"
+    with pytest.raises(ArgumentError, match=re.escape(known)):
+        report.raise_if(below="exactt")
+    with pytest.raises(ConversionError, match="a: PROJECTED"):
+        report.raise_if(below="continuous")
+    report.raise_if(below="projected")
+
+
+def test_no_name_is_taken_for_markup_in_a_page():
+    site = SiteReport("a", "attention", "<i>keys</i>", "refused", why='its "<script>" & more')
+    page = ConversionReport("<b>Model</b>", [], [site]).to_html()
+    assert "<script>" not in page
+    assert "<i>" not in page
+    assert "<b>" not in page
+    assert "its &#34;&lt;script&gt;&#34; &amp; more" in page
+
+
+def test_bars_in_a_cell_do_not_split_it():
+    rows = ConversionReport("Model", [], [SiteReport("a", "attention", "x|y", "refused")]).to_markdown().splitlines()
+    assert rows[-1].split(" | ")[2] == r"x\|y"
 
 
 def test_the_headline_counts(projected):

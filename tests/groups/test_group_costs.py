@@ -8,7 +8,7 @@ import pytest
 from group_donors import DONORS, donor, images
 
 import attnrewrite
-from attnrewrite.costs.report import Report
+from attnrewrite.costs import Report
 
 CASES = [
     (name, target)
@@ -33,10 +33,10 @@ def test_donors_are_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "target"), [*CASES, LONG])
-def test_a_conversion_costs_what_was_foretold(name: str, target: str) -> None:
+def test_a_conversion_costs_what_was_predicted(name: str, target: str) -> None:
     batch = images(name, 1)
-    foretold = attnrewrite.analyze(donor(name), batch, to=target).comparison
+    predicted = attnrewrite.analyze(donor(name), batch, to=target).comparison
     after = attnrewrite.analyze(attnrewrite.convert(donor(name), target, batch, progress=False), batch)
-    assert foretold is not None
-    assert foretold.after_macs == after.total
+    assert predicted is not None
+    assert predicted.after_macs == after.total
     assert all(check.equal for check in after.checks)

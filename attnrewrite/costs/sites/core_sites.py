@@ -1,0 +1,72 @@
+"""Sites of converted models: calls of the cores that conversions install, between their linear maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ...capture import ModuleCall, NodeRef
+from ...graph.dataflow import Dataflow
+from ...graph.values import shape_of
+from ...ir.sites import Grid
+from ..count.core_calls import map_given
+from ..count.core_formulas import has_formula
+from .operator_sites import next_linear
+
+
+@dataclass(frozen=True)
+class CoreSite:
+    """A call of a core of attention; ``grid`` is the map of its queries, ``keys`` the number of its keys' tokens."""
+
+    name: str
+    call: ModuleCall
+    query: Node
+    source: Node
+    end: Node
+    linears: tuple[Node, ...]
+    grid: Grid
+    keys: int
+    heads: int
+    head_dim: int
+    width: int
+    kind = "attention"
+
+    def describe(self) -> str:
+        return f"attention grid {self.grid} heads {self.heads}x{self.head_dim} {type(self.call.module).__name__}"
+
+
+def core_sites(flow: Dataflow) -> list[CoreSite]:
+    """Every call of a core of known cost whose operands come from linear maps."""
+    found = (_read(call, flow) for call in flow.capture.root.walk() if has_formula(call.module))
+    return [site for site in found if site is not None]
+
+
+def _read(call: ModuleCall, flow: Dataflow) -> CoreSite | None:
+    operands = [_node(call.arguments[name]) for name in ("query", "key", "value")]
+    result = _node(call.output)
+    if result is None or any(operand is None for operand in operands):
+        return None
+    query, key, _ = operands
+    assert query is not None
+    assert key is not None
+    above = [n for operand in operands if operand for n in flow.ancestors(operand, stop=flow.is_linear)]
+    linears = tuple(dict.fromkeys(n for n in above if flow.is_linear(n)))
+    if not linears:
+        return None
+    first = min(linears)
+    source = first.args[0]
+    assert isinstance(source, Node)
+    shape = shape_of(query)
+    local = _node(call.arguments.get("local_key"))
+    grid = map_given(call.module, shape, None if local is None else shape_of(local))
+    return CoreSite(
+        name=flow.capture.enclosing_call([*linears, result]).path,
+        call=call, query=query, source=source, end=next_linear(result, flow) or result, linears=linears, grid=grid,
+        keys=grid.tokens if len(shape) == 5 else shape_of(key)[1], heads=shape[-2], head_dim=shape[-1],
+        width=shape_of(source)[-1],
+    )  # fmt: skip
+
+
+def _node(reference: object) -> Node | None:
+    return reference.node if isinstance(reference, NodeRef) else None
