@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("attnrewrite.reports"),
+    loader=PackageLoader(str(__package__)),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
