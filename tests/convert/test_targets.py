@@ -48,7 +48,7 @@ def test_options_reach_the_target(vit, batch):
         ({"*": "neighbourhood"}, {}, r"to: unknown target 'neighbourhood'; did you mean 'neighborhood'"),
         (Neighborhood(3), {"kernel_size": 5}, r"to: options \['kernel_size'\] go into the target object"),
         ("neighbourhood", {}, r"to: unknown target 'neighbourhood'; did you mean 'neighborhood'\?"),
-        ("xyz", {}, r"to: unknown target 'xyz'.*Known targets: .*identity.*neighborhood"),
+        ("xyz", {}, r"to: unknown target 'xyz'.*known targets: .*identity.*neighborhood"),
         (3, {}, r"to: unknown target 3"),
         (Neighborhood, {}, r"to: "),
         ("neighborhood", {"kernel_sz": 3}, r"to: .* does not take \['kernel_sz'\]; it takes: kernel_size"),
