@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..ir.sites import Grid, Window
 from ..modules.adaptive_pool import adaptive_average, cell_bounds
 from ..modules.local_window import inside_map, window_average, window_scores
+from ..operators.index_rule import reached_table
 from .exactness import ExactWhereHeld
-from .neighborhood import reached_table
 from .sequence import attend, grid_of, join_map, split_map
 from .window import require_same_border
 

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from attnrewrite.patterns.recognise.windows import relative_offset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +14,7 @@ from attnrewrite import AttnRewriteError
 from attnrewrite.cores import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
 from attnrewrite.cores.neighborhood import clamped_kernel, neighborhood_mask
 from attnrewrite.ir.sites import Grid, Window
+from attnrewrite.operators.index_rule import relative_offset
 
 HEADS, DIM = 2, 4
 
