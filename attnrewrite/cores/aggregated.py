@@ -45,10 +45,10 @@ class LocalBranch(nn.Module):
 
     def keys(self, key: Tensor, value: Tensor, table: Tensor | None = None, seen: Tensor | None = None) -> LocalKeys:
         """The windows of a map; ``table`` ``[heads, window_size ** 2]`` is what the site adds to their scores."""
-        bias = self.relative_pos_bias_local
-        if bias is None:
+        own = self.relative_pos_bias_local
+        if own is None:
             return LocalKeys(key, value, self.window_size, in_softmax=False)
-        bias = bias if table is None else bias + table
+        bias = own if table is None else own + table
         return LocalKeys(key, value, self.window_size, bias.to(key.dtype), seen)
 
     def problem(

@@ -182,7 +182,8 @@ def _local_scores(query: Tensor, local: LocalKeys) -> Tensor:
     scores = window_scores(query, _heads_first(local.key), local.window_size).flatten(2, 3)
     if local.bias is not None:
         scores = scores + local.bias[:, None]
-    seen = inside_map(*query.shape[2:4], local.window_size, query.device) if local.seen is None else local.seen
+    seen, (height, width) = local.seen, query.shape[2:4]
+    seen = inside_map(height, width, local.window_size, query.device) if seen is None else seen
     return scores.masked_fill(~seen, float("-inf"))
 
 
