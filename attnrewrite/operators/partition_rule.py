@@ -165,6 +165,23 @@ class Grouping:
         return any(not isinstance(side, int) or side > 0 for side in self.before + self.after)
 
     @property
+    def padded_sides(self) -> Pair:
+        """Rows and columns of the map with its padding."""
+        rows, columns = (
+            count * size * step for count, size, step in zip(self.regions, self.group, self.interval, strict=True)
+        )
+        return rows, columns
+
+    @property
+    def sides(self) -> Pair:
+        """Rows and columns of the map."""
+        rows, columns = (
+            padded - front - behind
+            for padded, front, behind in zip(self.padded_sides, self.before, self.after, strict=True)
+        )
+        return rows, columns
+
+    @property
     def slots(self) -> int:
         """Tokens of a group, padding included."""
         return self.group[0] * self.group[1]
