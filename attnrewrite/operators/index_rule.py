@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,18 @@ from torch import Tensor
 from ..errors import ArgumentError
 
 Scalar = TypeVar("Scalar", int, bool)
+
+
+class Neighborhood(NamedTuple):
+    """The rule of a map: every field has one entry an axis, of the meaning it has in `AxisRule`.
+
+    A tuple, so that it spreads into the flat arguments that operators of `torch.library` take.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,16 @@ ABSENT = -1
 """In a slot that is no key: it lies beyond the map, or a border cuts it off."""
 PADDING = -2
 """In a slot that lies beyond the map and counts as a key."""
+
+
+class Windows(NamedTuple):
+    """The partition of a map into windows: every field has one entry an axis, of the meaning it has in `AxisPartition`.
+
+    A tuple, so that it spreads into the flat arguments that operators of `torch.library` take.
+    """
+
+    window_size: tuple[int, ...]
+    shift: tuple[int, ...]
 
 
 @dataclass(frozen=True)
