@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cores.neighborhood import relative_entries, relative_offset
+from ..operators.index_rule import relative_entries, relative_offset
 
 ROUNDING = 1e-6
 """Relative error of a bias that is one number: a vectorised sigmoid gives it other last digits at other places."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cores.neighborhood import axis_mask, reached_table
 from ..errors import ArgumentError
 from ..ir.contract import NotConvertible
 from ..ir.heads import as_pair
 from ..ir.sites import AttentionSite, Global, Grid, Interleaved, MapGroups, Reduced, Window
+from ..operators.index_rule import axis_mask, reached_table
 from .relative_table import relative_table
 
 Pair = tuple[int, int]

@@ -8,9 +8,15 @@ from torch import Tensor, nn
 
 from ..ir.sites import Grid, Window
 from ..modules.adaptive_pool import adaptive_average, cell_bounds
-from ..modules.local_window import inside_map, window_average, window_scores
+from ..operators.aggregated_attention import (
+    AggregatedProblem,
+    LearnedTokens,
+    LocalKeys,
+    SharedKeys,
+    aggregated_attention,
+)
+from ..operators.index_rule import reached_table
 from .exactness import ExactWhereHeld
-from .neighborhood import reached_table
 from .sequence import attend, grid_of, join_map, split_map
 from .window import require_same_border
 
@@ -36,6 +42,22 @@ class LocalBranch(nn.Module):
         self.relative_pos_bias_local = None
         if bias != float("-inf"):
             self.relative_pos_bias_local = nn.Parameter(torch.full((heads, places), bias))
+
+    def keys(self, key: Tensor, value: Tensor, table: Tensor | None = None, seen: Tensor | None = None) -> LocalKeys:
+        """The windows of a map; ``table`` ``[heads, window_size ** 2]`` is what the site adds to their scores."""
+        own = self.relative_pos_bias_local
+        if own is None:
+            return LocalKeys(key, value, self.window_size, in_softmax=False)
+        bias = own if table is None else own + table
+        return LocalKeys(key, value, self.window_size, bias.to(key.dtype), seen)
+
+    def problem(
+        self, query: Tensor, scale: float, window: LocalKeys, shared: SharedKeys | None = None
+    ) -> AggregatedProblem:
+        """Of the ``[batch, height, width, heads, head_dim]`` queries of a map, whose windows ``keys`` gave."""
+        embedded = query + self.query_embedding.transpose(0, 1).to(query.dtype)
+        learned = LearnedTokens(query, self.learnable_tokens.to(query.dtype), self.learnable_bias.to(query.dtype))
+        return AggregatedProblem(embedded * scale, window, shared, learned)
 
     def extra_repr(self) -> str:
         state = "after the softmax only" if self.relative_pos_bias_local is None else "in the softmax"
@@ -87,9 +109,13 @@ class AggregatedCore(ExactWhereHeld):
         added = F.pad(_cell_counts(grid, cells, query).log(), (prefix, 0))
         if bias is not None and cells == self.window == (grid.height, grid.width):
             added = bias[0].unflatten(1, (grid.height, grid.width))
-        image = aggregate(
-            maps, key_map, value_map, shared[0], shared[1], added, self.local, self.scale, self._table(bias)
-        )
+        keys_of_all = SharedKeys(shared[0], shared[1], added.to(query.dtype))
+        if self.local is None:
+            problem = AggregatedProblem(maps * self.scale, shared=keys_of_all)
+        else:
+            window = self.local.keys(key_map, value_map, self._table(bias))
+            problem = self.local.problem(maps, self.scale, window, keys_of_all)
+        image = aggregated_attention(problem)
         return join_map(attend(first, key, value, None, self.scale) if prefix else first, image)
 
     def _table(self, bias: Tensor | None) -> Tensor | None:
@@ -119,8 +145,10 @@ class ReducedAggregatedCore(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, local_key: Tensor, local_value: Tensor) -> Tensor:
         """Heads-last ``[batch, tokens, heads, dim]``; ``local_key`` and ``local_value`` ``[batch, height, width, heads,
         dim]`` of the query map."""
-        maps = query.unflatten(1, local_key.shape[1:3])
-        return aggregate(maps, local_key, local_value, key, value, None, self.local, self.scale).flatten(1, 2)
+        query = query.unflatten(1, local_key.shape[1:3])
+        window = self.local.keys(local_key, local_value)
+        problem = self.local.problem(query, self.scale, window, SharedKeys(key, value))
+        return aggregated_attention(problem).flatten(1, 2)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:.4g}"
@@ -157,9 +185,9 @@ class MaskedAggregatedCore(nn.Module):
             assert isinstance(self.entries, Tensor)
             reach = self.local.window_size // 2 + 1
             table = reached_table(bias, self.entries, self.blocks.size, (reach, reach)).flatten(1)
-        none = key.flatten(1, 2)[:, :0]
-        inside = same_block(self.blocks, grid, self.local.window_size).to(query.device)
-        return aggregate(query, key, value, none, none, None, self.local, self.scale, table, inside)
+        seen = same_block(self.blocks, grid, self.local.window_size).to(query.device)
+        window = self.local.keys(key, value, table, seen.flatten(0, 1))
+        return aggregated_attention(self.local.problem(query, self.scale, window))
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, grid={self.grid}, scale={self.scale:.4g}"
@@ -174,54 +202,6 @@ def same_block(blocks: Window, grid: Grid, window_size: int) -> Tensor:
     number, reach = number.view(grid.height, grid.width), window_size // 2
     around = F.pad(number, (reach,) * 4, value=-1).unfold(0, window_size, 1).unfold(1, window_size, 1)
     return (around == number[:, :, None, None]).flatten(2)
-
-
-def aggregate(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    shared_key: Tensor,
-    shared_value: Tensor,
-    shared_bias: Tensor | None,
-    local: LocalBranch | None,
-    scale: float,
-    table: Tensor | None = None,
-    inside: Tensor | None = None,
-) -> Tensor:
-    """Dot-product aggregated attention of a map.
-
-    Args:
-        query, key, value: ``[batch, height, width, heads, dim]``.
-        shared_key, shared_value: ``[batch, keys, heads, dim]``, seen by every token.
-        shared_bias: ``[keys]`` or ``[heads, height, width, keys]``, added to their scores.
-        local: the window's parameters; None is no window.
-        table: ``[heads, window_size ** 2]``, added to the window's scores.
-        inside: ``[height, width, window_size ** 2]``, which places of the window are in the softmax; None is all on
-            the map.
-
-    Returns:
-        ``[batch, height, width, heads, dim]``.
-    """
-    height, width = query.shape[1:3]
-    query, key, value = (part.permute(0, 3, 1, 2, 4) for part in (query, key, value))
-    embedded = query if local is None else query + local.query_embedding[:, None].to(query.dtype)
-    shared = torch.einsum("bhyxd,bmhd->bhyxm", embedded * scale, shared_key)
-    shared = shared if shared_bias is None else shared + shared_bias.to(shared.dtype)
-    if local is None:
-        return torch.einsum("bhyxm,bmhd->byxhd", shared.softmax(-1), shared_value)
-    places = local.window_size**2
-    weights = shared.softmax(-1)
-    after = query @ local.learnable_tokens[:, None].to(query.dtype) + local.learnable_bias[:, None].to(query.dtype)
-    if local.relative_pos_bias_local is not None:
-        bias = local.relative_pos_bias_local if table is None else local.relative_pos_bias_local + table
-        scores = window_scores(embedded * scale, key, local.window_size) + bias[:, None, None].to(query.dtype)
-        if inside is None:
-            inside = inside_map(height, width, local.window_size, query.device).view(height, width, places)
-        scores = scores.masked_fill(~inside, float("-inf"))
-        joint = torch.cat([scores, shared], dim=-1).softmax(-1)
-        after, weights = after + joint[..., :places], joint[..., places:]
-    mixed = window_average(after, value, local.window_size).permute(0, 2, 3, 1, 4)
-    return mixed + torch.einsum("bhyxm,bmhd->byxhd", weights, shared_value)
 
 
 def _cell_counts(grid: Grid, cells: Pair, like: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ir.sites import Grid
-from ..modules.activation import Activation
 from ..modules.depthwise import DepthwiseConv
+from ..operators.conv_glu import ConvGluGeometry, conv_glu
 from .sequence import grid_of, join_map, split_map
 
 
@@ -25,15 +25,22 @@ class ConvGate(nn.Module):
         source_dim: channels of ``source``; None leaves the value out, for an MLP that has its own gate.
         convolves: False leaves the convolution out, for an MLP that has its own.
         grid: where the convolution finds the map in token sequences; None if it is given maps.
+        pre_activation: name of what acts before the convolution, as in PVT v2's linear variant.
     """
 
     def __init__(
-        self, activation: str, hidden_dim: int, source_dim: int | None, convolves: bool, grid: Grid | None
+        self,
+        activation: str,
+        hidden_dim: int,
+        source_dim: int | None,
+        convolves: bool,
+        grid: Grid | None,
+        pre_activation: str = "identity",
     ) -> None:
         super().__init__()
         self.grid = grid
+        self.geometry = ConvGluGeometry(activation, pre_activation)
         self.conv = identity_convolution(hidden_dim) if convolves else None
-        self.act = Activation(activation)
         self.value = None if source_dim is None else constant_one(source_dim, hidden_dim)
 
     def forward(self, hidden: Tensor, gate: Tensor | None = None, source: Tensor | None = None) -> Tensor:
@@ -41,12 +48,16 @@ class ConvGate(nn.Module):
 
         ``gate`` is the value of an MLP that has one; ``source`` what feeds the MLP's first linear map.
         """
-        if self.conv is not None:
-            hidden = on_map(self.conv, hidden, self.grid)
-        return self.act(hidden, gate if self.value is None else self.value(source))
+        value = gate if self.value is None else self.value(source)
+        assert isinstance(value, Tensor)
+        return conv_glu(hidden, value, None if self.conv is None else self._convolve, self.geometry)
+
+    def _convolve(self, hidden: Tensor) -> Tensor:
+        assert self.conv is not None
+        return on_map(self.conv, hidden, self.grid)
 
     def extra_repr(self) -> str:
-        return f"grid={self.grid}"
+        return f"{self.geometry}, grid={self.grid}"
 
 
 class ConvGatedMlp(nn.Module):
@@ -54,8 +65,7 @@ class ConvGatedMlp(nn.Module):
 
     Args:
         dim, hidden_dim, out_dim: channels.
-        activation, grid: of the ``ConvGate``.
-        pre_activation: name of what acts before the convolution, as in PVT v2's linear variant.
+        activation, grid, pre_activation: of the ``ConvGate``.
         dropout: rate before ``fc2``.
     """
 
@@ -71,8 +81,7 @@ class ConvGatedMlp(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.pre_act = Activation(pre_activation)
-        self.gate = ConvGate(activation, hidden_dim, dim, True, grid)
+        self.gate = ConvGate(activation, hidden_dim, dim, True, grid, pre_activation)
         self.grid = grid
         self.drop = nn.Dropout(dropout)
         self.fc2 = nn.Linear(hidden_dim, out_dim)
@@ -83,7 +92,7 @@ class ConvGatedMlp(nn.Module):
 
     def hidden(self, source: Tensor) -> Tensor:
         """What ``fc2`` is given."""
-        return self.gate(self.pre_act(self.fc1(source)), source=source)
+        return self.gate(self.fc1(source), source=source)
 
 
 def on_map(operator: Callable[[Tensor], Tensor], value: Tensor, grid: Grid | None) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ir.sites import Grid
+from ..operators.long_short_attention import LongShortGeometry, long_short_attention
+from ..operators.partition_rule import Grouping, cropped_map, padded_map
 from .exactness import ExactWhereHeld
 from .sequence import attend, grid_of, join_map, split_map
 
@@ -51,38 +49,22 @@ class GroupedCore(ExactWhereHeld):
         (first, query_map), (keys, key_map), (values, value_map) = (
             split_map(part, grid) for part in (query, key, value)
         )
-        queries = into_groups(query_map, group, interval)
-        count = queries.shape[1]
-        grouped_keys, grouped_values = (
-            torch.cat([own[:, None].expand(-1, count, -1, -1, -1), into_groups(image, group, interval)], dim=2)
-            for own, image in ((keys, key_map), (values, value_map))
-        )
-        added = self._bias(bias, group, grid, interval, queries)
+        grouping = Grouping.covering((grid.height, grid.width), group, interval)
+        maps = [padded_map(part, grouping) for part in (query_map, key_map, value_map)]
         rate = self.dropout if self.training else 0.0
-        operands = (queries.flatten(0, 1), grouped_keys.flatten(0, 1), grouped_values.flatten(0, 1))
-        mixed = attend(operands[0], operands[1], operands[2], added, self.scale, rate)
-        image = from_groups(mixed.unflatten(0, (-1, count)), (grid.height, grid.width), group, interval)
+        geometry = LongShortGeometry(grouping, scale=self.scale, dropout=rate)
+        prefix = (keys, values) if grid.prefix_tokens else (None, None)
+        mixed = long_short_attention(maps[0], maps[1], maps[2], geometry, self._bias(bias, group), *prefix)
+        image = cropped_map(mixed, grouping)
         return join_map(attend(first, key, value, None, self.scale) if first.shape[1] else first, image)
 
-    def _bias(self, bias: Tensor | None, group: Pair, grid: Grid, interval: Pair, queries: Tensor) -> Tensor | None:
-        """``[batch * groups or 1, heads, n, prefix + n]``, or None."""
+    def _bias(self, bias: Tensor | None, group: Pair) -> Tensor | None:
+        """``[heads, n, n]`` by places in a group, or None."""
         table = None if bias is None else bias[0]
-        if self.position_bias is not None:
-            own = self.position_bias(group)
-            table = own if table is None else table + own
-        padded = any(side % (g * i) for side, g, i in zip((grid.height, grid.width), group, interval, strict=True))
-        if table is None and not padded:
-            return None
-        total = queries.new_zeros(1, 1, group[0] * group[1], group[0] * group[1]) if table is None else table[None]
-        if padded:
-            real = into_groups(queries.new_ones(1, grid.height, grid.width, 1, 1), group, interval)[0, :, :, 0, 0] > 0
-            real = real | ~real.any(
-                dim=1, keepdim=True
-            )  # padding alone is cut off later, but must be finite
-            absent = queries.new_zeros(real.shape).masked_fill(~real, -math.inf)
-            total = total + absent[:, None, None, :]
-            total = total.repeat(queries.shape[0], 1, 1, 1)
-        return F.pad(total, (grid.prefix_tokens, 0))
+        if self.position_bias is None:
+            return table
+        own = self.position_bias(group)
+        return own if table is None else table + own
 
     def extra_repr(self) -> str:
         return f"group={self.group}, interval={self.interval}, grid={self.grid}, scale={self.scale:.4g}"
@@ -94,24 +76,3 @@ def fitted(group: Pair, interval: Pair, grid: Grid) -> tuple[Pair, Pair]:
     rows, columns = (min(g, side) for g, side in zip(group, sides, strict=True))
     down, across = (i if g < side else 1 for g, i, side in zip(group, interval, sides, strict=True))
     return (rows, columns), (down, across)
-
-
-def into_groups(image: Tensor, group: Pair, interval: Pair) -> Tensor:
-    """``[batch, height, width, ...]`` to ``[batch, groups, n, ...]``, padded with zeros at the end of each axis.
-
-    Place ``c`` of an axis is in region ``c // (group * interval)`` and, there, in the group ``c % interval``.
-    """
-    short = [-side % (g * i) for side, g, i in zip(image.shape[1:3], group, interval, strict=True)]
-    image = F.pad(image, (0, 0) * (image.ndim - 3) + (0, short[1], 0, short[0]))
-    image = image.unflatten(2, (-1, group[1], interval[1])).unflatten(1, (-1, group[0], interval[0]))
-    # batch, region row, place row, group row, region column, place column, group column
-    image = image.permute(0, 1, 3, 4, 6, 2, 5, *range(7, image.ndim))
-    return image.flatten(5, 6).flatten(1, 4)
-
-
-def from_groups(groups: Tensor, sides: Pair, group: Pair, interval: Pair) -> Tensor:
-    """The inverse of ``into_groups``."""
-    regions = [-(-side // (g * i)) for side, g, i in zip(sides, group, interval, strict=True)]
-    image = groups.unflatten(2, group).unflatten(1, (regions[0], interval[0], regions[1], interval[1]))
-    image = image.permute(0, 1, 5, 2, 3, 6, 4, *range(7, image.ndim))
-    return image.flatten(4, 6).flatten(1, 3)[:, : sides[0], : sides[1]]

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ir.sites import Grid
-from ..modules.decay import map_bias
 from ..modules.depthwise import DepthwiseConv
-from ..modules.manhattan import manhattan_attention
-from .sequence import attend, grid_of, join_map, split_map, with_prefix
+from ..operators.manhattan_attention import ManhattanGeometry, manhattan_attention
+from .sequence import attend, grid_of, join_map, split_map
 
 
 class ManhattanCore(nn.Module):
@@ -47,12 +46,11 @@ class ManhattanCore(nn.Module):
         """Heads-last ``[batch, tokens, heads, dim]``; ``bias`` ``[1, heads, tokens, tokens]`` adds to the scores."""
         grid = grid_of(query.shape[1], self.grid)
         log_decay = decay_of(self.log_decay, query)
-        decay = with_prefix(map_bias(log_decay, grid.height, grid.width), grid.prefix_tokens)[None]
-        if self.placement == "inside":
-            rate = self.dropout if self.training else 0.0
-            mixed = attend(query, key, value, decay if bias is None else decay + bias, self.scale, rate)
-        else:
-            mixed = _decayed_weights(query, key, value, decay, bias, self.scale)
+        geometry = ManhattanGeometry(
+            grid.height, grid.width, grid.prefix_tokens, placement=self.placement, scale=self.scale,
+            dropout=self.dropout if self.training and self.placement == "inside" else 0.0,
+        )  # fmt: skip
+        mixed = manhattan_attention(query, key, value, log_decay, geometry, bias)
         return enhanced(mixed, value, grid, self.lepe)
 
     def extra_repr(self) -> str:
@@ -88,7 +86,8 @@ class DecomposedManhattanCore(nn.Module):
         grid = grid_of(query.shape[1], self.grid)
         log_decay = decay_of(self.log_decay, query)
         parts = [split_map(part, grid)[1] for part in (query, key, value)]
-        image = manhattan_attention(parts[0], parts[1], parts[2], log_decay, decomposed=True, scale=self.scale)
+        geometry = ManhattanGeometry(grid.height, grid.width, decomposed=True, scale=self.scale)
+        image = manhattan_attention(parts[0], parts[1], parts[2], log_decay, geometry)
         if self.gate is None:
             mixed = join_map(attend(query[:, : grid.prefix_tokens], key, value, None, self.scale), image)
         else:
@@ -122,11 +121,11 @@ class ReducedManhattanCore(nn.Module):
         """Heads-last ``[batch, tokens, heads, dim]`` queries and keys of their own maps."""
         grid, reduced = grid_of(query.shape[1], self.grid), grid_of(key.shape[1], self.reduced)
         log_decay = decay_of(self.log_decay, query)
-        rows = _to_cells(grid.height, reduced.height, query.device)
-        columns = _to_cells(grid.width, reduced.width, query.device)
-        distance = rows[:, None, :, None] + columns[None, :, None, :]
-        bias = log_decay[:, None, None] * distance.reshape(grid.tokens, reduced.tokens)
-        return attend(query, key, value, bias[None], self.scale, self.dropout if self.training else 0.0)
+        geometry = ManhattanGeometry(
+            grid.height, grid.width, keys=(reduced.height, reduced.width), scale=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return manhattan_attention(query, key, value, log_decay, geometry)
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, reduced={self.reduced}, scale={self.scale:.4g}"
@@ -153,21 +152,6 @@ def enhanced(mixed: Tensor, value: Tensor, grid: Grid, lepe: nn.Module | None) -
     prefix, image = split_map(mixed, grid)
     local = lepe(split_map(value, grid)[1].flatten(-2)).unflatten(-1, image.shape[-2:])
     return join_map(prefix, image + local)
-
-
-def _decayed_weights(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, bias: Tensor | None, scale: float
-) -> Tensor:
-    """The decay after the softmax, as in the paper's equation."""
-    scores = torch.einsum("bnhd,bmhd->bhnm", query * scale, key)
-    weights = (scores if bias is None else scores + bias).softmax(-1) * decay.exp().to(scores.dtype)
-    return torch.einsum("bhnm,bmhd->bnhd", weights, value)
-
-
-def _to_cells(side: int, cells: int, device: torch.device) -> Tensor:
-    """``[side, cells]``: distance of every place to the centre of every cell, in places."""
-    centre = (torch.arange(cells, device=device) + 0.5) * (side / cells) - 0.5
-    return (torch.arange(side, device=device)[:, None] - centre).abs()
 
 
 __all__ = ["DecomposedManhattanCore", "ManhattanCore", "ReducedManhattanCore"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConversionError
 from ..functional import neighborhood_attention
 from ..ir.sites import Grid
-from ..operators.index_rule import AxisRule
+from ..operators.index_rule import axis_mask, reached_table, relative_entries
 from .exactness import ExactWhereHeld
 
 Pair = tuple[int, int]
@@ -217,39 +217,6 @@ def grid_of(tokens: int, converted: Grid) -> Grid:
     return Grid(height, count // height, converted.prefix_tokens)
 
 
-def reached_table(bias: Tensor, entries: Tensor, sides: Pair, kernel: Pair, dilation: Pair = (1, 1)) -> Tensor:
-    """``[heads, 2k-1, 2k-1]``: what a kernel reaches of a relative table, its edge repeated where that is more.
-
-    A step of the kernel is ``dilation`` steps of the table, which holds distances on the map.
-
-    Args:
-        bias: ``[heads, n, n]`` of a map or window of ``sides``.
-        entries: positions in one head's flattened bias that hold the table, in key-minus-query order.
-    """
-    table = bias.flatten(1)[:, entries].unflatten(1, (2 * sides[0] - 1, 2 * sides[1] - 1))
-    for axis, (side, reach, step) in enumerate(zip(sides, kernel, dilation, strict=True), start=1):
-        offset = (step * torch.arange(1 - reach, reach, device=table.device)).clamp(1 - side, side - 1)
-        table = table.index_select(axis, offset + side - 1)
-    return table.contiguous()
-
-
-def relative_offset(size: tuple[int, int]) -> Tensor:
-    """``[n, n]`` flat index of key minus query in a ``(2h-1) x (2w-1)`` table."""
-    rows, columns = torch.arange(size[0]), torch.arange(size[1])
-    vertical = rows[None, :] - rows[:, None] + size[0] - 1
-    horizontal = columns[None, :] - columns[:, None] + size[1] - 1
-    index = vertical[:, None, :, None] * (2 * size[1] - 1) + horizontal[None, :, None, :]
-    return index.reshape(size[0] * size[1], -1)
-
-
-def relative_entries(size: tuple[int, int]) -> Tensor:
-    """``[(2h-1)(2w-1)]``: a flat position in ``n*n`` from which each entry of a relative table can be taken."""
-    offset = relative_offset(size).flatten()
-    entry = torch.zeros((2 * size[0] - 1) * (2 * size[1] - 1), dtype=torch.long)
-    entry[offset] = torch.arange(offset.numel())
-    return entry
-
-
 def clamped_kernel(kernel_size: Pair, dilation: Pair, grid: Grid) -> Pair:
     """The largest kernel up to ``kernel_size`` that the map holds at this dilation; at least the query itself."""
     sides = (grid.height, grid.width)
@@ -283,12 +250,3 @@ def reduced_mask(kernel_size: Pair, grid: Grid, reduced: Grid) -> Tensor:
     rows = axis_mask(grid.height, reduced.height, min(kernel_size[0], reduced.height), 1)
     columns = axis_mask(grid.width, reduced.width, min(kernel_size[1], reduced.width), 1)
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(grid.height * grid.width, -1)
-
-
-def axis_mask(queries: int, keys: int, kernel_size: int, dilation: int) -> Tensor:
-    """``[queries, keys]``: the neighbourhood rule along one axis; ``keys`` may be a coarser axis than ``queries``."""
-    rule = AxisRule(keys, kernel_size, dilation=dilation)
-    seen = torch.zeros(queries, keys, dtype=torch.bool)
-    for query in range(queries):
-        seen[query, list(rule.window(query * keys // queries))] = True
-    return seen

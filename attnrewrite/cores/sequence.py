@@ -33,11 +33,6 @@ def attend(
     return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale).transpose(1, 2)
 
 
-def with_prefix(bias: Tensor, prefix: int) -> Tensor:
-    """``[heads, tokens, tokens]`` of a map's bias, zero to and from the prefix tokens."""
-    return F.pad(bias, (prefix, 0, prefix, 0)) if prefix else bias
-
-
 class OfMap(nn.Module):
     """A core of token sequences, on the maps that a windowed site gives."""
 
@@ -89,4 +84,4 @@ class InTokenOrder(nn.Module):
         return self.grid.height, self.grid.width
 
 
-__all__ = ["InTokenOrder", "OfMap", "attend", "grid_of", "join_map", "split_map", "with_prefix"]
+__all__ = ["InTokenOrder", "OfMap", "attend", "grid_of", "join_map", "split_map"]

@@ -46,10 +46,7 @@ class WindowAttention(nn.Module):
         require_same_border(self.window, grid, self.grid, self.window.phantom)
         if (self.training and self.dropout > 0.0) or (self.window.cyclic and not self.window.divides(grid)):
             return self._gathered(query, key, value, bias, pad_key, pad_value)
-        shift = tuple(
-            s if side > size else 0
-            for s, size, side in zip(self.window.shift, self.window.size, (grid.height, grid.width), strict=True)
-        )
+        shift = tuple(self.window.partition(side, axis).shift for axis, side in enumerate((grid.height, grid.width)))
         mixed = grouped_attention(query, key, value, self.window.size, shift, self.scale, bias, pad_key, pad_value)
         assert isinstance(mixed, Tensor)
         return mixed

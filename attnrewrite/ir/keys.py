@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from ..operators import partition_rule
+from ..operators.partition_rule import AxisPartition, attended_slots, map_slots
 from .image_map import ImageMap
 
 
@@ -60,17 +61,18 @@ class Window:
     phantom: bool = False
     cyclic: bool = False
 
-    ABSENT: ClassVar[int] = -1
-    PHANTOM: ClassVar[int] = -2
+    ABSENT: ClassVar[int] = partition_rule.ABSENT
+    PHANTOM: ClassVar[int] = partition_rule.PADDING
 
     def slots(self, grid: Grid) -> Tensor:
         """``[blocks, slots]``: the token in every slot of every block, or ``ABSENT`` or ``PHANTOM``."""
-        rows = self._axis_slots(grid.height, 0)[:, None, :, None]
-        columns = self._axis_slots(grid.width, 1)[None, :, None, :]
-        inside = (rows >= 0) & (columns >= 0)
-        token = torch.where(inside, rows * grid.width + columns, self.PHANTOM)
-        token = torch.where((rows == self.ABSENT) | (columns == self.ABSENT), self.ABSENT, token)
-        return token.flatten(2).flatten(0, 1)
+        return map_slots(self.partition(grid.height, 0), self.partition(grid.width, 1))
+
+    def partition(self, length: int, axis: int) -> AxisPartition:
+        """How the window cuts an axis of so many tokens."""
+        size = self.size[axis]
+        shift = self.shift[axis] if length > size else 0
+        return AxisPartition(length, size, shift, self.phantom, cyclic=self.cyclic)
 
     def blocks(self, grid: Grid) -> tuple[int, int]:
         """How many blocks cover each axis, if nothing is shifted."""
@@ -81,30 +83,7 @@ class Window:
 
     def axis_pairs(self, length: int, axis: int = 0) -> int:
         """Pairs of a token and an attended slot of its block along an axis; on a map those of both axes multiply."""
-        slots = self._axis_slots(length, axis)
-        return int(((slots >= 0).sum(1) * (slots != self.ABSENT).sum(1)).sum())
-
-    def _axis_slots(self, length: int, axis: int) -> Tensor:
-        size = self.size[axis]
-        padded = -(-length // size) * size
-        shift = self.shift[axis] if padded > size else 0
-        beyond = self.PHANTOM if self.phantom else self.ABSENT
-        if self.cyclic and shift:
-            return self._rolled_slots(length, padded, size, shift, beyond)
-        start = shift - size if shift else 0
-        blocks = -(-(padded - start) // size)
-        place = start + torch.arange(blocks * size).view(blocks, size)
-        return torch.where(
-            place < length, place.clamp(min=self.ABSENT), torch.where(place < padded, beyond, self.ABSENT)
-        )
-
-    def _rolled_slots(self, length: int, padded: int, size: int, shift: int, beyond: int) -> Tensor:
-        """The blocks of the rolled map; the last one is two, cut ``shift`` slots before the end of the padded map."""
-        place = torch.arange(padded).view(-1, size)
-        token = torch.where(place < length, (place + shift) % length, beyond)
-        last = place[-1] < padded - shift
-        parts = (torch.where(last, token[-1], self.ABSENT), torch.where(last, self.ABSENT, token[-1]))
-        return torch.cat([token[:-1], torch.stack(parts)])
+        return attended_slots(self.partition(length, axis))
 
     def __str__(self) -> str:
         shift = "" if self.shift == (0, 0) else f", shift {pair_text(self.shift)}"
@@ -132,21 +111,16 @@ class Interleaved:
 
     def slots(self, grid: Grid) -> Tensor:
         """``[groups, slots]``: the token in every slot of every group, or ``Window.ABSENT``."""
-        rows = self._axis_slots(grid.height, 0)[:, None, :, None]
-        columns = self._axis_slots(grid.width, 1)[None, :, None, :]
-        inside = (rows >= 0) & (columns >= 0)
-        return torch.where(inside, rows * grid.width + columns, Window.ABSENT).flatten(2).flatten(0, 1)
+        rows, columns = (
+            AxisPartition(length, group, interval=interval)
+            for length, group, interval in zip((grid.height, grid.width), self.group, self.interval, strict=True)
+        )
+        return map_slots(rows, columns)
 
     def is_one_region(self, grid: Grid) -> bool:
         """Whether a group reaches over the whole map: then it is every token of the same residues."""
         sides = (grid.height, grid.width)
         return all(g * i == side for g, i, side in zip(self.group, self.interval, sides, strict=True))
-
-    def _axis_slots(self, length: int, axis: int) -> Tensor:
-        group, interval = self.group[axis], self.interval[axis]
-        regions = -(-length // (group * interval))
-        place = torch.arange(regions * group * interval).view(regions, group, interval).transpose(1, 2).flatten(0, 1)
-        return torch.where(place < length, place, Window.ABSENT)
 
     def __str__(self) -> str:
         return f"interleaved({pair_text(self.group)}, interval {pair_text(self.interval)})"

@@ -114,32 +114,23 @@ class CrossFormer(VisionModel):
         super().__init__()
         steps: Sequence[int | str] = [intervals] * len(depths) if isinstance(intervals, str) else intervals
         _check(depths, num_heads, mlp_ratios, group_sizes, steps, merge_kernels)
-        rates = drop_path_rates(drop_path_rate, tuple(depths))
         options: dict[str, Any] = {
             "position_bias": position_bias, "padding": padding, "centred": centred, "small_map": small_map,
             "qkv_bias": qkv_bias, "scale": scale,
         }  # fmt: skip
-
-        def stage(level: int) -> Stage:
+        self.patch_embed = CrossScaleStem(in_chans, embed_dim, patch_kernels, norm=patch_norm)
+        self.layers = nn.ModuleList()
+        for level, rates in enumerate(drop_path_rates(drop_path_rate, tuple(depths))):
             dim, depth, sizes = embed_dim << level, depths[level], group_sizes[level]
             sizes = [sizes] * depth if isinstance(sizes, int) else sizes
-            blocks = [
-                CrossFormerBlock(
-                    dim,
-                    LongShortDistanceAttention(
-                        dim, num_heads[level], sizes[place], steps[level] if place % 2 else None, **options
-                    ),
-                    int(dim * mlp_ratios[level]),
-                    cooling and (place + 1) % COOLING_PERIOD == 0 and place + 1 < depth,
-                    rates[level][place],
-                )
-                for place in range(depth)
-            ]
+            blocks = []
+            for place, (size, rate) in enumerate(zip(sizes, rates, strict=True)):
+                long = steps[level] if place % 2 else None
+                attention = LongShortDistanceAttention(dim, num_heads[level], size, long, **options)
+                cools = cooling and (place + 1) % COOLING_PERIOD == 0 and place + 1 < depth
+                blocks.append(CrossFormerBlock(dim, attention, int(dim * mlp_ratios[level]), cools, rate))
             last = level + 1 == len(depths)
-            return Stage(blocks, None if last else CrossScaleMerge(dim, merge_kernels[level]))
-
-        self.patch_embed = CrossScaleStem(in_chans, embed_dim, patch_kernels, norm=patch_norm)
-        self.layers = nn.ModuleList(stage(level) for level in range(len(depths)))
+            self.layers.append(Stage(blocks, None if last else CrossScaleMerge(dim, merge_kernels[level])))
         self.num_features = self.head_hidden_size = embed_dim << (len(depths) - 1)
         self.feature_info = [
             {"num_chs": embed_dim << level, "reduction": patch_kernels[0] << level, "module": f"layers.{level}"}

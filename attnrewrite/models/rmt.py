@@ -111,9 +111,9 @@ class RMT(VisionModel):
         ]  # fmt: skip
         _check(generation, token_label, dense, num_classes, per_stage)
         code = GENERATIONS[generation]
-        rates = drop_path_rates(drop_path_rate, tuple(depths))
-
-        def stage(index: int) -> Stage:
+        self.patch_embed = ConvStem(in_chans, embed_dims[0])
+        self.layers = nn.ModuleList()
+        for index, rates in enumerate(drop_path_rates(drop_path_rate, tuple(depths))):
             dim, heads = embed_dims[index], num_heads[index]
             place = (initial_decays[index], decay_ranges[index], code.rotary if rotary is None else rotary)
             blocks = [
@@ -125,28 +125,29 @@ class RMT(VisionModel):
                     layer_scale_init if layer_scales[index] else None,
                     rate,
                 )
-                for rate in rates[index]
+                for rate in rates
             ]
             following = embed_dims[index + 1 : index + 2]
             down = ConvDownsample(dim, following[0]) if following else None
-            return Stage(StagePosition(dim // heads, heads, *place), blocks, down)
+            self.layers.append(Stage(StagePosition(dim // heads, heads, *place), blocks, down))
+        self._add_head(embed_dims, projection if code.projects and not dense else None, dense)
+        self.token_label = token_label
+        self.reset_classifier(num_classes, global_pool)
+        self.apply(initialize_linear)
+        self.register_load_state_dict_pre_hook(_refuse_other_decays)
 
-        self.patch_embed = ConvStem(in_chans, embed_dims[0])
-        self.layers = nn.ModuleList(stage(index) for index in range(len(depths)))
+    def _add_head(self, embed_dims: Sequence[int], projection: int | None, dense: bool) -> None:
+        """What stands between the stages' maps and whoever reads them, except for the classifiers."""
         self.num_features = embed_dims[-1]
-        self.head_hidden_size = projection if code.projects and not dense else self.num_features
+        self.head_hidden_size = self.num_features if projection is None else projection
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 << level, "module": f"layers.{level}"}
             for level, dim in enumerate(embed_dims)
         ]
         self.extra_norms = nn.ModuleList(nn.LayerNorm(dim) for dim in embed_dims) if dense else None
-        self.proj = nn.Linear(self.num_features, projection) if code.projects and not dense else None
+        self.proj = None if projection is None else nn.Linear(self.num_features, projection)
         self.norm = None if dense else nn.BatchNorm2d(self.head_hidden_size)
-        self.token_label = token_label
         self.aux_head: nn.Module | None = None
-        self.reset_classifier(num_classes, global_pool)
-        self.apply(initialize_linear)
-        self.register_load_state_dict_pre_hook(_refuse_other_decays)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)

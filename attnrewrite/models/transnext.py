@@ -126,36 +126,27 @@ class TransNeXt(VisionModel):
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
-        stages = len(embed_dims)
-        windows = (window_size,) * stages if isinstance(window_size, int) else tuple(window_size)
+        self.num_stages = len(embed_dims)
+        windows = (window_size,) * self.num_stages if isinstance(window_size, int) else tuple(window_size)
         per_stage = {"depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "sr_ratios": sr_ratios}
-        for argument, values in {**per_stage, "window_size": windows}.items():
-            if len(values) != stages:
-                raise ArgumentError(f"{argument}: one value for each of the {stages} embed_dims, got {len(values)}")
-        self.num_stages = stages
+        _check({**per_stage, "window_size": windows}, self.num_stages)
         widths, rates = (in_chans, *embed_dims), drop_path_rates(drop_path_rate, tuple(depths))
         for stage, dim in enumerate(embed_dims):
             kernel, stride = (3, 2) if stage else (2 * patch_size - 1, patch_size)
             embed = OverlapPatchEmbed(kernel, stride, widths[stage], dim)
             trained_sides = (side // (patch_size * 2**stage) for side in as_pair(pretrain_size))
             options: dict[str, Any] = {
-                "qkv_bias": qkv_bias,
-                "pretrain_size": tuple(max(side, 1) for side in trained_sides),
-                "interpolate_bias": interpolate_bias,
-                "attn_drop": attn_drop_rate,
-                "proj_drop": drop_rate,
-            }
+                "qkv_bias": qkv_bias, "pretrain_size": tuple(max(side, 1) for side in trained_sides),
+                "interpolate_bias": interpolate_bias, "attn_drop": attn_drop_rate, "proj_drop": drop_rate,
+            }  # fmt: skip
+            hidden = gated_width(int(dim * mlp_ratios[stage]))
             blocks = (
                 TransNeXtBlock(
                     _attention(dim, num_heads[stage], windows[stage], sr_ratios[stage], fixed_pool_size, options),
-                    dim,
-                    gated_width(int(dim * mlp_ratios[stage])),
-                    dropout=drop_rate,
-                    drop_path=rate,
-                    norm_eps=norm_eps,
+                    dim, hidden, dropout=drop_rate, drop_path=rate, norm_eps=norm_eps,
                 )
                 for rate in rates[stage]
-            )
+            )  # fmt: skip
             self.add_module(f"patch_embed{stage + 1}", embed.apply(initialize))
             self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
             self.add_module(f"norm{stage + 1}", nn.LayerNorm(dim, eps=norm_eps))
@@ -186,6 +177,12 @@ class TransNeXt(VisionModel):
             maps.append(self.get_submodule(f"norm{stage}")(source))
             source = maps[-1].permute(0, 3, 1, 2)
         return maps
+
+
+def _check(per_stage: dict[str, Sequence[Any]], stages: int) -> None:
+    for argument, values in per_stage.items():
+        if len(values) != stages:
+            raise ArgumentError(f"{argument}: one value for each of the {stages} embed_dims, got {len(values)}")
 
 
 def _attention(

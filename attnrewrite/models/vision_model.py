@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 
 
-class VisionModel(nn.Module):
+class VisionModel(nn.Module, ABC):
     """Image ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``.
 
     A family implements ``forward_features``, ``pool`` and ``feature_maps``, and sets the attributes below before the
@@ -32,17 +33,17 @@ class VisionModel(nn.Module):
     global_pool: str
     head: nn.Module
 
+    @abstractmethod
     def forward_features(self, image: Tensor) -> Tensor:
         """The last normalised features, in the family's own layout."""
-        raise NotImplementedError  # every subclass has its own
 
+    @abstractmethod
     def pool(self, features: Tensor) -> Tensor:
         """``[B, head_hidden_size]`` of what ``forward_features`` gives."""
-        raise NotImplementedError  # every subclass has its own
 
+    @abstractmethod
     def feature_maps(self, image: Tensor) -> list[Tensor]:
         """One map ``[B, channels, H / reduction, W / reduction]`` a level."""
-        raise NotImplementedError  # every subclass has its own
 
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official weights with what depends on the image's size brought to this model's; the rest as it is.

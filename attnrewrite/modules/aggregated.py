@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -10,24 +10,18 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..ir.heads import as_pair
+from ..operators.aggregated_attention import (
+    AggregatedProblem,
+    LearnedTokens,
+    LocalKeys,
+    SharedKeys,
+    aggregated_attention,
+)
+from ..operators.local_window import inside_map
 from .adaptive_pool import adaptive_average
 from .cosine_attention import LengthScaledAttention, ScoreOptions
 from .initialization import initialize
-from .local_window import inside_map, window_average, window_scores
 from .log_cpb import Size
-
-
-class SharedKeys(NamedTuple):
-    """Keys that every pixel sees: those of the pooled map, then the prefix.
-
-    Attributes:
-        key, value: ``[B, heads, keys, head_dim]``; unit keys.
-        bias: ``[heads, H * W, keys]``, or None.
-    """
-
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
 
 
 class AggregatedAttention(LengthScaledAttention):
@@ -119,14 +113,15 @@ class AggregatedAttention(LengthScaledAttention):
         shared = self._shared_keys(source, prefix)
         if local_mask is not None:
             seen = seen & self._checked(local_mask, seen, shared is None)
-        weights, shared_weights = self._weights(query, key, seen, pixels, shared)
-        if self.learnable_tokens is not None and self.learnable_bias is not None:
-            learned = query @ self.learnable_tokens + self.learnable_bias
-            weights = weights + (learned if local_mask is None else learned.masked_fill(~seen, 0.0))
-        mixed = window_average(weights.unflatten(2, pixels), value.unflatten(2, pixels), self.window_size).flatten(2, 3)
-        if shared is not None:
-            mixed = mixed + shared_weights.to(shared.value.dtype) @ shared.value
-        result = self.project(mixed.to(value.dtype)).unflatten(1, pixels)
+        scaled = self.scaled_query(query, seen.sum(-1) + (0 if shared is None else shared.key.shape[1]))
+        scaled, query, own_key, own_value = (
+            part.transpose(1, 2).unflatten(1, pixels) for part in (scaled, query, key, value)
+        )
+        window = LocalKeys(own_key, own_value, self.window_size, self.relative_pos_bias_local, seen)
+        learned = self._learned(query, masked=local_mask is not None)
+        rate = self.attn_drop.p if self.attn_drop.training else 0.0
+        mixed = aggregated_attention(AggregatedProblem(scaled, window, shared, learned, rate))
+        result = self.project(mixed.flatten(1, 2).transpose(1, 2).to(value.dtype)).unflatten(1, pixels)
         return result if prefix is None else (result, self._attend_prefix(prefix, key, value))
 
     def key_grid(self, pixels: Size) -> Size:
@@ -142,29 +137,20 @@ class AggregatedAttention(LengthScaledAttention):
         key, value = map(self.heads, self.kv(tokens).chunk(2, dim=-1))
         return self.unit(key), value
 
-    def _weights(
-        self, query: Tensor, key: Tensor, seen: Tensor, pixels: Size, shared: SharedKeys | None
-    ) -> tuple[Tensor, Tensor]:
-        """Softmax over the window and the shared keys: ``[B, heads, H * W, window_size ** 2]``, and likewise."""
-        keys = 0 if shared is None else shared.key.shape[2]
-        scaled = self.scaled_query(query, seen.sum(-1) + keys)
-        scores = window_scores(scaled.unflatten(2, pixels), key.unflatten(2, pixels), self.window_size).flatten(2, 3)
-        scores = (scores + self.relative_pos_bias_local[:, None]).masked_fill(~seen, float("-inf"))
-        if shared is not None:
-            shared_scores = scaled.to(shared.key.dtype) @ shared.key.transpose(-1, -2)
-            scores = torch.cat([scores, shared_scores if shared.bias is None else shared_scores + shared.bias], dim=-1)
-        weights = self.attn_drop(scores.softmax(-1))
-        return weights[..., : seen.shape[1]], weights[..., seen.shape[1] :]
+    def _learned(self, query: Tensor, masked: bool) -> LearnedTokens | None:
+        if self.learnable_tokens is None or self.learnable_bias is None:
+            return None
+        return LearnedTokens(query, self.learnable_tokens, self.learnable_bias, follows_mask=masked)
 
     def _shared_keys(self, source: Tensor, prefix: Tensor | None) -> SharedKeys | None:
         pooled = self._pooled_keys(source) if self.pool else None
         if prefix is None:
             return pooled
-        key, value = self._keys(prefix)
+        key, value = (part.transpose(1, 2) for part in self._keys(prefix))
         if pooled is None:
-            return SharedKeys(key, value, None)
+            return SharedKeys(key, value)
         bias = None if pooled.bias is None else F.pad(pooled.bias, (0, prefix.shape[1]))
-        return SharedKeys(torch.cat([pooled.key, key], dim=2), torch.cat([pooled.value, value], dim=2), bias)
+        return SharedKeys(torch.cat([pooled.key, key], dim=1), torch.cat([pooled.value, value], dim=1), bias)
 
     def _pooled_keys(self, source: Tensor) -> SharedKeys:
         pixels = (source.shape[1], source.shape[2])
@@ -175,8 +161,9 @@ class AggregatedAttention(LengthScaledAttention):
             assert self.norm is not None
             activated = F.gelu(self.sr(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
             pooled = self.norm(adaptive_average(activated, self.key_grid(pixels)))
-        key, value = self._keys(pooled.flatten(1, 2))
-        return SharedKeys(key, value, self.position_bias(pixels, (pooled.shape[1], pooled.shape[2])))
+        key, value = (part.transpose(1, 2) for part in self._keys(pooled.flatten(1, 2)))
+        bias = self.position_bias(pixels, (pooled.shape[1], pooled.shape[2]))
+        return SharedKeys(key, value, None if bias is None else bias.unflatten(1, pixels))
 
     def _attend_prefix(self, prefix: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Prefix tokens attend to all pixels, given by keys and values, and to each other."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, nearest
-from ..numerics.activations import ACTIVATIONS
-from .activation import Activation
+from ..errors import ArgumentError
+from ..operators.conv_glu import ConvGluGeometry, check_activation, conv_glu
 from .initialization import initialize
 
 
@@ -52,14 +51,11 @@ class ConvGLU(nn.Module):
         super().__init__()
         if hidden_dim < 1:
             raise ArgumentError(f"hidden_dim: must be at least 1, got {hidden_dim}")
-        for argument, name in (("activation", activation), ("pre_activation", pre_activation)):
-            if name not in ACTIVATIONS:
-                known = ", ".join(ACTIVATIONS)
-                raise ArgumentError(f"{argument}: unknown {name!r}{nearest(name, ACTIVATIONS)}; known are {known}")
+        check_activation("activation", activation)
+        check_activation("pre_activation", pre_activation)
+        self.geometry = ConvGluGeometry(activation, pre_activation)
         self.fc1 = nn.Linear(dim, 2 * hidden_dim)
-        self.pre_act = Activation(pre_activation)
         self.dwconv = GateConv(hidden_dim)
-        self.act = Activation(activation)
         self.fc2 = nn.Linear(hidden_dim, dim if out_dim is None else out_dim)
         self.drop = nn.Dropout(dropout)
         self.apply(initialize)
@@ -67,8 +63,11 @@ class ConvGLU(nn.Module):
     def forward(self, source: Tensor) -> Tensor:
         """``[B, H, W, dim]`` to ``[B, H, W, out_dim]``."""
         gate, value = self.fc1(source).chunk(2, dim=-1)
-        hidden = self.act(self.dwconv(self.pre_act(gate)), value)
+        hidden = conv_glu(gate, value, self.dwconv, self.geometry)
         return self.drop(self.fc2(self.drop(hidden)))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.geometry.activation!r}, pre_activation={self.geometry.pre_activation!r}"
 
 
 def gated_width(hidden_dim: int) -> int:

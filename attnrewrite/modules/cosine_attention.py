@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TypedDict, Unpack
 
 import torch
@@ -31,7 +32,7 @@ class ScoreOptions(TypedDict, total=False):
     proj_drop: float
 
 
-class LengthScaledAttention(nn.Module):
+class LengthScaledAttention(nn.Module, ABC):
     """What `CosineAttention` and `AggregatedAttention` share: scores
     ``scale * ln(keys seen) * (unit query + query embedding) . unit key``, and a log-spaced continuous position bias.
 
@@ -123,9 +124,9 @@ class LengthScaledAttention(nn.Module):
             factor = factor * seen.to(wide).log()[:, None]
         return (embedded * factor).to(unit.dtype)
 
+    @abstractmethod
     def key_grid(self, pixels: Size) -> Size:
         """Rows and columns of the keys that have a position bias, for a map of ``pixels``."""
-        raise NotImplementedError  # every subclass has its own
 
     def position_bias(self, pixels: Size, cells: Size) -> Tensor | None:
         """``[heads, H * W, rows * columns]``."""

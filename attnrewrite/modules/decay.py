@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, nearest
 
 ROTARY = ("raster", "none")
-CODE_ALIGNMENT = 8
-"""Fused attention wants channels in multiples of this (16 bytes of half precision)."""
 
 
 class PositionTables(NamedTuple):
@@ -91,32 +89,3 @@ def rotate(source: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = source.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = (table[:, :, None].to(source.dtype) for table in (cos, sin))
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-
-
-def axis_bias(log_decay: Tensor, length: int) -> Tensor:
-    """``[heads, length, length]``: ``ln gamma`` times the distance along one axis."""
-    place = torch.arange(length, device=log_decay.device)
-    return log_decay[:, None, None] * (place[:, None] - place).abs()
-
-
-def map_bias(log_decay: Tensor, height: int, width: int) -> Tensor:
-    """``[heads, H * W, H * W]``: ``ln gamma`` times the Manhattan distance."""
-    rows, columns = axis_bias(log_decay, height), axis_bias(log_decay, width)
-    return (rows[:, :, None, :, None] + columns[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
-
-
-def map_code(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[H * W, code]`` of ±1 whose inner products tell Manhattan distances.
-
-    A place ``p`` of an axis is written in unary: entry ``t`` is 1 where ``p > t``, else -1. Two places differ in as
-    many entries as there are steps between them, hence
-    ``<code(p), code(p')> = code - 2 * (|y - y'| + |x - x'|)``.
-    """
-    rows, columns = (_axis_code(length, dtype, device) for length in (height, width))
-    return torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1).flatten(0, 1)
-
-
-def _axis_code(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    entries = (length + CODE_ALIGNMENT - 1) // CODE_ALIGNMENT * CODE_ALIGNMENT  # the surplus is -1 everywhere
-    above = torch.arange(length, device=device)[:, None] > torch.arange(entries, device=device)
-    return above.to(dtype) * 2 - 1

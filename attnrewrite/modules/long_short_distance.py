@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, nearest
 from ..ir.heads import as_pair
+from ..operators.long_short_attention import LongShortGeometry, long_short_attention
+from ..operators.partition_rule import Grouping, cropped_map, padded_map
 from .dynamic_position_bias import DynamicPositionBias, central_table, relative_index
 
 BIASES = ("dpb", "table", "both", "none")
 PADDINGS = ("mask", "phantom")
 SMALL_MAPS = ("shrink", "global")
-
-
-class Grouping(NamedTuple):
-    """How a map falls into groups: their rows and columns, the steps between their tokens, how many regions they come
-    in, and the padding in front and behind, per axis."""
-
-    group: tuple[int, int]
-    interval: tuple[int, int]
-    regions: tuple[int, int]
-    before: tuple[int, int]
-    after: tuple[int, int]
-
-    @property
-    def pads(self) -> bool:
-        """Whether there is padding; sizes that are not yet known, in export, count as padded."""
-        return any(not isinstance(side, int) or side > 0 for side in self.before + self.after)
 
 
 class LongShortDistanceAttention(nn.Module):
@@ -110,25 +92,13 @@ class LongShortDistanceAttention(nn.Module):
         Raises:
             ArgumentError: the groups of this map are larger than the position table.
         """
-        batch, height, width = source.shape[:3]
-        grouping = self.grouping(height, width)
-        rows, columns = grouping.group
-        if grouping.pads:
-            (top, left), (bottom, right) = grouping.before, grouping.after
-            source = F.pad(source, (0, 0, left, right, top, bottom))
-        groups = split_groups(self.qkv(source), grouping)
-        query, key, value = groups.flatten(0, 1).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.bias(rows, columns)
-        bias = None if bias is None else bias.to(query.dtype)
-        if grouping.pads and self.padding == "mask":
-            bias = self._masked(bias, grouping, height, width, query)
-        mixed = F.scaled_dot_product_attention(query, key, value, bias, scale=self.scale)
-        mixed = mixed.transpose(1, 2).flatten(-2).unflatten(0, (batch, -1))
-        mixed = join_groups(mixed, grouping)
-        if grouping.pads:
-            # Not a slice: its strides would bind an exported program to maps that need padding.
-            mixed = F.pad(mixed, (0, 0, -left, -right, -top, -bottom))
-        return self.proj(mixed)
+        grouping = self.grouping(*source.shape[1:3])
+        packed = self.qkv(padded_map(source, grouping)).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = packed.unbind(3)
+        geometry = LongShortGeometry(grouping, hides_padding=self.padding == "mask", scale=self.scale)
+        bias = self.bias(*grouping.group)
+        mixed = long_short_attention(query, key, value, geometry, None if bias is None else bias[0])
+        return self.proj(cropped_map(mixed.flatten(-2), grouping))
 
     def grouping(self, height: int, width: int) -> Grouping:
         """The groups of a map of this size."""
@@ -142,12 +112,7 @@ class LongShortDistanceAttention(nn.Module):
             steps = (-(-side // group[0]), -(-side // group[1]))
         else:
             steps = as_pair(1 if interval is None else int(interval))
-        regions = [-(-side // (size * step)) for side, size, step in zip(sides, group, steps, strict=True)]
-        extents = [count * size * step for count, size, step in zip(regions, group, steps, strict=True)]
-        missing = [extent - side for extent, side in zip(extents, sides, strict=True)]
-        before = [short // 2 if self.centred else 0 for short in missing]
-        after = [short - front for short, front in zip(missing, before, strict=True)]
-        return Grouping(group, steps, (regions[0], regions[1]), (before[0], before[1]), (after[0], after[1]))
+        return Grouping.covering(sides, group, steps, self.centred)
 
     def bias(self, rows: int, columns: int) -> Tensor | None:
         """``[1, num_heads, n, n]`` of the ``n = rows * columns`` queries and keys of a group."""
@@ -159,41 +124,11 @@ class LongShortDistanceAttention(nn.Module):
             return None
         return entries[relative_index(rows, columns, entries.device)].permute(2, 0, 1)[None]
 
-    def _masked(self, bias: Tensor | None, grouping: Grouping, height: int, width: int, query: Tensor) -> Tensor:
-        """``[B * groups, 1 or num_heads, 1 or n, n]``: the bias, and minus infinity at padded keys."""
-        visible = visible_keys(grouping, height, width, query.device)
-        # Groups of nothing but padding are thrown away, but a softmax over no key would make their gradients NaN.
-        visible = visible | ~visible.any(-1, keepdim=True)
-        groups = visible.shape[0]
-        bias = query.new_zeros(1, 1, 1, 1) if bias is None else bias
-        masked = torch.where(visible[:, None, None], bias, -math.inf)
-        return masked.expand(query.shape[0] // groups, -1, -1, -1, -1).flatten(0, 1)
-
     def extra_repr(self) -> str:
         return (
             f"group_size={self.group_size}, interval={self.interval}, num_heads={self.num_heads}, "
             f"position_bias={self.position_bias!r}, padding={self.padding!r}, small_map={self.small_map!r}"
         )
-
-
-def split_groups(source: Tensor, grouping: Grouping) -> Tensor:
-    """``[B, H, W, C]`` of a padded map to ``[B, groups, n, C]``."""
-    (rows, columns), (down, right), (high, wide) = grouping.group, grouping.interval, grouping.regions
-    places = source.unflatten(2, (wide, columns, right)).unflatten(1, (high, rows, down))
-    return places.permute(0, 1, 4, 3, 6, 2, 5, 7).flatten(5, 6).flatten(1, 4)
-
-
-def join_groups(groups: Tensor, grouping: Grouping) -> Tensor:
-    """The inverse of `split_groups`."""
-    places = groups.unflatten(2, grouping.group).unflatten(1, (*grouping.regions, *grouping.interval))
-    return places.permute(0, 1, 5, 3, 2, 6, 4, 7).flatten(4, 6).flatten(1, 3)
-
-
-def visible_keys(grouping: Grouping, height: int, width: int, device: torch.device) -> Tensor:
-    """``[groups, n]``: which keys are tokens of the map, rather than padding."""
-    (top, left), (bottom, right) = grouping.before, grouping.after
-    inside = F.pad(torch.ones(1, height, width, 1, device=device), (0, 0, left, right, top, bottom))
-    return split_groups(inside, grouping)[0, :, :, 0] > 0
 
 
 def check_choice(argument: str, value: str, known: tuple[str, ...]) -> None:

@@ -7,28 +7,30 @@ and value are narrower than the patch), then a feed-forward network of that widt
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..numerics.precision import accumulation_dtype
+from ..numerics.precision import accumulation_dtype, autocast_off
+from ..operators.soft_split import PatchGrid
 from .feed_forward import FeedForward
-from .patch_projection import PatchGrid, autocast_off, project_patches
+from .patch_projection import project_patches
 
 
-class TokenLayer(nn.Module):
+class TokenLayer(nn.Module, ABC):
     """What both kinds share; ``norm1`` may be replaced by ``nn.Identity``."""
 
     norm1: nn.Module
 
+    @abstractmethod
     def projection(self) -> nn.Linear:
         """The map to three parts, query, key and value in the kind's own order."""
-        raise NotImplementedError  # every subclass has its own
 
+    @abstractmethod
     def mix(self, projected: Tensor) -> Tensor:
         """``[B, N, 3 * out_dim]``, what ``projection`` gives, to ``[B, N, out_dim]``."""
-        raise NotImplementedError  # every subclass has its own
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``[B, N, dim]`` to ``[B, N, out_dim]``."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, nearest
 from ..numerics.precision import accumulation_dtype
-from .patch_projection import PatchGrid, project_patches
+from ..operators.soft_split import PatchGrid
+from .patch_projection import project_patches
 from .token_layers import TokenLayer, TokenPerformer, TokenTransformer
 
 KINDS: dict[str, type[TokenTransformer | TokenPerformer]] = {
@@ -80,8 +81,8 @@ class TokensToToken(nn.Module):
         """Rows and columns of the result for an image of these sides in pixels."""
 
         def side(pixels: int) -> int:
-            for kernel_size, stride, padding in (PIXELS, TOKENS, TOKENS):
-                pixels = (pixels + 2 * padding - kernel_size) // stride + 1
+            for patches in (PIXELS, TOKENS, TOKENS):
+                pixels = patches.cells(pixels)
             return pixels
 
         return side(height), side(width)

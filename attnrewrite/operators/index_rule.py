@@ -1,4 +1,4 @@
-"""Which keys a query of neighborhood attention sees, axis by axis.
+"""Which keys a query of neighborhood attention sees, axis by axis, and which entry of a relative table it adds.
 
 The rule is NATTEN's (Hassani et al. 2023, Neighborhood Attention Transformer; Hassani and Shi 2022, dilation; Hassani
 et al. 2025, Generalized Neighborhood Attention, stride). Axes are independent: a query's neighborhood on a map is the
@@ -10,13 +10,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..errors import ArgumentError
 
 Scalar = TypeVar("Scalar", int, bool)
+
+
+class Neighborhood(NamedTuple):
+    """The rule of a map: every field has one entry an axis, of the meaning it has in ``AxisRule``.
+
+    A tuple, so that it spreads into the flat arguments that operators of ``torch.library`` take.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -52,9 +65,9 @@ class AxisTable:
     ``bias_index`` is the entry of the relative position bias: (key - query) / dilation + kernel_size - 1.
     """
 
-    keys: torch.Tensor
-    valid: torch.Tensor
-    bias_index: torch.Tensor
+    keys: Tensor
+    valid: Tensor
+    bias_index: Tensor
 
 
 @lru_cache(maxsize=256)
@@ -90,6 +103,50 @@ def attended_pairs(rule: AxisRule) -> int:
     if not rule.is_causal:
         return rule.length * rule.kernel_size
     return sum(map(len, windows(rule)))
+
+
+def axis_mask(queries: int, keys: int, kernel_size: int, dilation: int) -> Tensor:
+    """``[queries, keys]``, bool: the neighborhood rule along one axis; that of ``keys`` may be coarser."""
+    rule = AxisRule(keys, kernel_size, dilation=dilation)
+    seen = torch.zeros(queries, keys, dtype=torch.bool)
+    for query in range(queries):
+        seen[query, list(rule.window(query * keys // queries))] = True
+    return seen
+
+
+def relative_offset(size: tuple[int, int]) -> Tensor:
+    """``[n, n]``, int64: flat index of key minus query in a ``(2h-1) x (2w-1)`` table, for the n = h * w tokens."""
+    rows, columns = torch.arange(size[0]), torch.arange(size[1])
+    vertical = rows[None, :] - rows[:, None] + size[0] - 1
+    horizontal = columns[None, :] - columns[:, None] + size[1] - 1
+    index = vertical[:, None, :, None] * (2 * size[1] - 1) + horizontal[None, :, None, :]
+    return index.reshape(size[0] * size[1], -1)
+
+
+def relative_entries(size: tuple[int, int]) -> Tensor:
+    """``[(2h-1)(2w-1)]``, int64: a flat position in ``n * n`` that holds each entry of a relative table."""
+    offset = relative_offset(size).flatten()
+    entry = torch.zeros((2 * size[0] - 1) * (2 * size[1] - 1), dtype=torch.long)
+    entry[offset] = torch.arange(offset.numel())
+    return entry
+
+
+def reached_table(
+    bias: Tensor, entries: Tensor, sides: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int] = (1, 1)
+) -> Tensor:
+    """``[heads, 2k-1, 2k-1]``: what a kernel reaches of a relative table, its edge repeated where that is more.
+
+    A step of the kernel is ``dilation`` steps of the table, which holds distances on the map.
+
+    Args:
+        bias: ``[heads, n, n]`` of a map or window of ``sides``.
+        entries: positions in one head's flattened bias that hold the table, in key-minus-query order.
+    """
+    table = bias.flatten(1)[:, entries].unflatten(1, (2 * sides[0] - 1, 2 * sides[1] - 1))
+    for axis, (side, reach, step) in enumerate(zip(sides, kernel, dilation, strict=True), start=1):
+        offset = (step * torch.arange(1 - reach, reach, device=table.device)).clamp(1 - side, side - 1)
+        table = table.index_select(axis, offset + side - 1)
+    return table.contiguous()
 
 
 def check_rules(rules: tuple[AxisRule, ...]) -> None:

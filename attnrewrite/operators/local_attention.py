@@ -1,9 +1,9 @@
 """The operator ``attnrewrite::local_attention``: neighborhood attention on 1-D, 2-D and 3-D maps.
 
 Shapes, with heads last: query and key ``[B, *grid, heads, d]``, value ``[B, *grid, heads, d_v]``; optional bias
-``[heads, 2k-1 per axis]``, indexed by key minus query; optional additional keys and values ``[B, A, heads, d or d_v]``
-that every query sees. Results: output ``[B, *grid, heads, d_v]`` and the log-sum-exp of all logits ``[B, *grid,
-heads]`` (natural logarithm; float32 for half precision). Arguments are not checked here: see
+``[heads, 2k-1 per axis]``, indexed by key minus query; optional additional keys and values `[B, A, heads, d or
+d_v]`` that every query sees. Results: output ``[B, *grid, heads, d_v]`` and the log-sum-exp of all logits ``[B,
+*grid, heads]` (natural logarithm; float32 for half precision). Arguments are not checked here: see
 ``attnrewrite.functional``.
 
 Gradients flow through both results. There is no gradient of the gradient, no forward-mode derivative.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .attention_op import attention_request, contiguous, gradients_of, make_differentiable, register_flops
 from .dispatch import Request, run
-from .index_rule import attended_pairs, axis_rules
+from .index_rule import Neighborhood, attended_pairs, axis_rules
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? additional_keys, Tensor? additional_values"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale, str backend"
@@ -44,8 +44,8 @@ def local_attention(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Attend; an empty ``backend`` means the best one."""
-    geometry = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
-    request = local_request("local_attention", query, value, bias, additional_keys, *geometry)
+    geometry = Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+    request = local_request("local_attention", query, value, bias, additional_keys, geometry)
     operands = (query, key, value, bias, additional_keys, additional_values)
     return contiguous(*run(request, backend, *operands, *geometry, scale))
 
@@ -75,8 +75,8 @@ def local_attention_backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of the six tensor operands in order; an absent operand has an empty gradient."""
-    geometry = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
-    request = local_request("local_attention_backward", query, value, bias, additional_keys, *geometry)
+    geometry = Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+    request = local_request("local_attention_backward", query, value, bias, additional_keys, geometry)
     operands = (query, key, value, bias, additional_keys, additional_values)
     found = run(request, backend, grad_output, grad_lse, *operands, output, lse, *geometry, scale)
     return gradients_of(operands, found)
@@ -91,10 +91,7 @@ def local_request(
     value: Tensor,
     bias: Tensor | None,
     additional_keys: Tensor | None,
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    is_causal: tuple[bool, ...],
+    geometry: Neighborhood,
     needs_gradient: bool = False,
 ) -> Request:
     """Describe a call of this operator, or of its backward operator, to the backends."""
@@ -102,10 +99,10 @@ def local_request(
         operator,
         query,
         value,
-        kernel_size,
-        stride=stride,
-        dilation=dilation,
-        is_causal=is_causal,
+        geometry.kernel_size,
+        stride=geometry.stride,
+        dilation=geometry.dilation,
+        is_causal=geometry.is_causal,
         extra_keys=0 if additional_keys is None else additional_keys.shape[1],
         has_bias=bias is not None,
         needs_gradient=needs_gradient,

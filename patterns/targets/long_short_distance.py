@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...cores import GroupedCore, InterleavedAttention, OfMap, WindowAttention
-from ...cores.grouped import fitted, into_groups
+from ...cores.grouped import fitted
 from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
 from ...ir.heads import as_pair
 from ...ir.sites import AttentionSite, Grid, Interleaved, Reduced, Site, Window
@@ -169,8 +169,7 @@ class LongShortDistance(Target):
 def group_mask(core: GroupedCore, queries: Tensor) -> Tensor:
     """``[queries, tokens]``: which keys each of some queries sees, prefix tokens included."""
     grid = core.grid
-    place = torch.arange(1, grid.height * grid.width + 1).view(1, grid.height, grid.width, 1, 1)
-    members = into_groups(place, core.group, core.interval)[0, :, :, 0, 0] - 1
+    members = Interleaved(core.group, core.interval).slots(grid)
     group_of = torch.empty(grid.height * grid.width, dtype=torch.long)
     number = torch.arange(len(members))[:, None].expand_as(members)
     group_of[members[members >= 0]] = number[members >= 0]

@@ -14,7 +14,8 @@ from ...errors import ArgumentError
 from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
 from ...ir.sites import AttentionSite, Grid, Reduced, Site, Window
 from ...modules.decay import log_decay
-from ...modules.manhattan import PLACEMENTS, ManhattanAttention
+from ...modules.manhattan import ManhattanAttention
+from ...operators.manhattan_attention import PLACEMENTS
 from ..pixel_keys import fitted_to_reduced, on_pixels
 from ..published import (
     attention_map,

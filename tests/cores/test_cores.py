@@ -12,8 +12,9 @@ from torch import Tensor
 
 from attnrewrite import AttnRewriteError
 from attnrewrite.cores import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
-from attnrewrite.cores.neighborhood import clamped_kernel, neighborhood_mask, relative_offset
+from attnrewrite.cores.neighborhood import clamped_kernel, neighborhood_mask
 from attnrewrite.ir.sites import Grid, Window
+from attnrewrite.operators.index_rule import relative_offset
 
 HEADS, DIM = 2, 4
 

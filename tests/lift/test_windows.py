@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnrewrite.cores.neighborhood import relative_offset
 from attnrewrite.ir.sites import Grid, Window
+from attnrewrite.operators.index_rule import relative_offset
 
 SIDES = st.integers(1, 13)
 SIZES = st.integers(1, 5)

@@ -15,12 +15,22 @@ from torch.utils._pytree import tree_leaves
 from attnrewrite.errors import ArgumentError
 from attnrewrite.modules import manhattan
 from attnrewrite.modules.conv_ffn import ConvFFN
-from attnrewrite.modules.decay import ManhattanPosition, axis_bias, log_decay, map_code, rotate
-from attnrewrite.modules.manhattan import ManhattanAttention, manhattan_attention
+from attnrewrite.modules.decay import ManhattanPosition, log_decay, rotate
+from attnrewrite.modules.manhattan import ManhattanAttention
+from attnrewrite.operators.manhattan_attention import ManhattanGeometry, axis_bias, map_code
+from attnrewrite.operators.manhattan_attention import manhattan_attention as operator
 
 FORMS = pytest.mark.parametrize("decomposed", [False, True], ids=["full", "decomposed"])
 PLACEMENTS = pytest.mark.parametrize("placement", ["inside", "outside"])
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+def manhattan_attention(query, key, value, decay, *, decomposed=False, decay_placement="inside"):
+    """The operator in the form that the layer would choose."""
+    sides = query.shape[1:3]
+    codes = manhattan.wants_codes(*sides)
+    geometry = ManhattanGeometry(*sides, decomposed=decomposed, placement=decay_placement, by_codes=codes)
+    return operator(query, key, value, decay, geometry)
 
 
 def defined(query, key, value, decay, decomposed, placement):

@@ -13,9 +13,10 @@ from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnrewrite.errors import ArgumentError
-from attnrewrite.modules.patch_projection import PatchGrid, project_patches
+from attnrewrite.modules.patch_projection import project_patches
 from attnrewrite.modules.token_layers import TokenPerformer, TokenTransformer
 from attnrewrite.modules.tokens_to_token import TokensToToken, resample_positions, sinusoid_table
+from attnrewrite.operators.soft_split import PatchGrid
 
 KINDS = pytest.mark.parametrize("kind", ["transformer", "performer"])
 

@@ -18,11 +18,21 @@ from attnrewrite.operators.index_rule import (
     windows,
 )
 from attnrewrite.operators.partition_rule import (
+    ABSENT,
+    PADDING,
     AxisBlock,
     AxisPartition,
+    Grouping,
     attended_slots,
     axis_blocks,
+    axis_slots,
     check_partitions,
+    cropped_map,
+    from_groups,
+    into_groups,
+    map_slots,
+    padded_map,
+    visible_keys,
 )
 
 RULES = [
@@ -125,3 +135,47 @@ def test_blocks_cover_every_token_once(length, window, shift):
 def test_partitions_without_meaning_are_refused(partition, message):
     with pytest.raises(ArgumentError, match=message):
         check_partitions((partition,))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 8, 9])
+@pytest.mark.parametrize(("window", "shift"), [(1, 0), (3, 0), (3, 1), (3, 2), (4, 0), (4, 3)])
+def test_slots_and_blocks_say_the_same(length, window, shift, padded):
+    partition = AxisPartition(length, window, shift, padded)
+    slots = [group for group in axis_slots(partition).tolist() if max(group) >= 0]
+    for block, group in zip(axis_blocks(partition), slots, strict=True):
+        present = group[block.first_slot : block.first_slot + block.slots]
+        assert present[: block.tokens] == list(range(block.start, block.start + block.tokens))
+        assert set(present[block.tokens :]) <= {PADDING}
+        assert [slot for slot in group if slot != ABSENT] == present
+    table = axis_slots(partition)
+    assert attended_slots(partition) == int(((table >= 0).sum(1) * (table != ABSENT).sum(1)).sum())
+
+
+def test_a_rolled_partition_joins_the_first_tokens_with_the_last():
+    """Five tokens rolled by one, then padded to six, in windows of three; the last window falls apart."""
+    slots = axis_slots(AxisPartition(5, 3, 1, padded=True, cyclic=True))
+    assert slots.tolist() == [[1, 2, 3], [4, 0, ABSENT], [ABSENT, ABSENT, PADDING]]
+    assert attended_slots(AxisPartition(5, 3, 1, padded=True, cyclic=True)) == 3 * 3 + 2 * 2
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (4, 6), (5, 7), (12, 12)])
+@pytest.mark.parametrize("group", [(2, 3), (3, 2), (4, 4)])
+@pytest.mark.parametrize("interval", [(1, 1), (2, 1), (2, 3)])
+def test_views_of_a_map_and_slots_say_the_same(sides, group, interval):
+    grouping = Grouping.covering(sides, group, interval)
+    tokens = torch.arange(1, sides[0] * sides[1] + 1).view(1, *sides, 1)
+    groups = into_groups(padded_map(tokens, grouping), grouping)
+    axes = [
+        AxisPartition(*each[:2], interval=each[2]) for each in zip(sides, group, interval, strict=True)
+    ]
+    members = groups[0, :, :, 0] - 1
+    assert sorted(members.tolist()) == sorted(map_slots(*axes).tolist())
+    assert len(members) == grouping.groups
+    assert torch.equal(visible_keys(grouping, *sides, tokens.device), members >= 0)
+    assert torch.equal(cropped_map(from_groups(groups, grouping), grouping), tokens)
+
+
+def test_a_centered_grouping_pads_in_front_too():
+    grouping = Grouping.covering((5, 4), (4, 4), (1, 1), centered=True)
+    assert (grouping.before, grouping.after) == ((1, 0), (2, 0))

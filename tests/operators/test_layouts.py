@@ -18,7 +18,9 @@ from attnrewrite.operators import grouped_attention as grouped_op
 from attnrewrite.operators import local_attention as local_op
 from attnrewrite.operators.dispatch import Request, available_backends, refusals
 from attnrewrite.operators.grouped_attention import grouped_attention_backward, grouped_request
+from attnrewrite.operators.index_rule import Neighborhood
 from attnrewrite.operators.local_attention import local_attention_backward, local_request
+from attnrewrite.operators.partition_rule import Windows
 
 # Rounding: of sums, and in bfloat16 of what the backward is given of the forward, where 2 ** -9 of a product of values
 # of size 3 over 17 channels is a tenth; a wrong stride is of the size of the values.
@@ -67,13 +69,15 @@ class Operator:
     forward: Callable
     backward: Callable
     describe: Callable[..., Request]
+    geometry: type[Neighborhood | Windows]
 
 
 OPERATORS = {
-    "local_attention": Operator(local_calls(), local_op, local_attention_backward, local_request),
-    "grouped_attention": Operator(grouped_calls(), grouped_op, grouped_attention_backward, grouped_request),
+    "local_attention": Operator(local_calls(), local_op, local_attention_backward, local_request, Neighborhood),
+    "grouped_attention": Operator(grouped_calls(), grouped_op, grouped_attention_backward, grouped_request, Windows),
 }
-PLAIN = local_request("local_attention", *[torch.empty(1, 9, 2, 4)] * 2, None, None, (3,), (1,), (1,), (False,))
+THREE = Neighborhood((3,), (1,), (1,), (False,))
+PLAIN = local_request("local_attention", *[torch.empty(1, 9, 2, 4)] * 2, None, None, THREE)
 BACKENDS = [name for name in available_backends() if refusals(PLAIN)[name] is None]
 
 
@@ -122,7 +126,7 @@ def compare_layouts(operator, name, backend, data):
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     operands, geometry = data.draw(operator.calls)
     query, _, value, bias, extra, _ = operands
-    request = operator.describe(name, query, value, bias, extra, *geometry, needs_gradient=True)
+    request = operator.describe(name, query, value, bias, extra, operator.geometry(*geometry), needs_gradient=True)
     assume(refusals(request)[backend] is None)
     dtype = data.draw(st.sampled_from(list(TOLERANCES)))
 

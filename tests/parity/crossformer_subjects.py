@@ -7,7 +7,8 @@ from golden import Golden, Subject, counterpart, require_understood
 from attnrewrite.models.crossformer import OLD_BUFFERS, CrossFormer, CrossFormerBlock, group_schedule
 from attnrewrite.modules.cross_scale import CrossScaleMerge, CrossScaleStem
 from attnrewrite.modules.dynamic_position_bias import DynamicPositionBias
-from attnrewrite.modules.long_short_distance import LongShortDistanceAttention, visible_keys
+from attnrewrite.modules.long_short_distance import LongShortDistanceAttention
+from attnrewrite.operators.partition_rule import visible_keys
 
 INERT = {
     "attn_drop", "attn_drop_rate", "drop", "drop_path", "drop_path_rate", "drop_rate", "impl_type", "norm_layer",

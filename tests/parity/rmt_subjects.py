@@ -6,9 +6,9 @@ from golden import Golden, Subject
 
 from attnrewrite.models.rmt import GENERATIONS, RMT, prepare
 from attnrewrite.modules.conv_ffn import ConvFFN
-from attnrewrite.modules.decay import axis_bias, map_bias
 from attnrewrite.modules.manhattan import ManhattanAttention
 from attnrewrite.modules.rmt_block import ConvDownsample, ConvStem, ManhattanBlock, StagePosition
+from attnrewrite.operators.manhattan_attention import axis_bias, map_bias
 
 INERT = {
     "activation_dropout",

@@ -16,9 +16,9 @@ from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 
 import attnrewrite
-from attnrewrite.cores import Activation
 from attnrewrite.errors import ArgumentError, ConversionError
 from attnrewrite.modules.conv_glu import ConvGLU
+from attnrewrite.operators.conv_glu import ConvGluGeometry
 
 KEEP = ("vit", "conv_glu", {})
 MATCH = {"hidden": "match"}
@@ -201,7 +201,7 @@ FAULTS = {
     "the kernel's centre moved": lambda core: core.conv.conv.weight.data.copy_(core.conv.conv.weight.roll(1, -1)),
     "a bias on the convolution": lambda core: core.conv.conv.bias.data.add_(0.1),
     "no bias on the value": lambda core: core.value.bias.data.zero_(),
-    "another activation": lambda core: setattr(core, "act", Activation("silu")),
+    "another activation": lambda core: setattr(core, "geometry", ConvGluGeometry("silu")),
 }
 
 

@@ -18,9 +18,11 @@ from torch import Tensor
 
 import attnrewrite
 from attnrewrite import cores
-from attnrewrite.cores import aggregated, grouped, manhattan, neighborhood
+from attnrewrite.cores import aggregated, neighborhood
 from attnrewrite.errors import ConversionError
 from attnrewrite.ir.sites import Window
+from attnrewrite.operators import long_short_attention as long_short
+from attnrewrite.operators import manhattan_attention as manhattan
 
 Wrapped = Callable[..., Any]
 MASKED = ("swin", "aggregated", {"windows": "mask"})
@@ -130,7 +132,7 @@ DEFINED_FAULTS: list[tuple[str, Case, Callable[..., Tensor | None], object, str,
     ("class token not seen", FIRST_BLOCKS, lambda op: define.neighborhood(op, (3, 3)),
      neighborhood, "neighborhood_attention", first_key_lost),
     ("wrong pad", ("vit", "long_short_distance", {"group_size": 3, "interval": 1}),
-     lambda op: define.long_short_distance(op, (3, 3), (1, 1)), grouped, "into_groups", padded_at_the_start),
+     lambda op: define.long_short_distance(op, (3, 3), (1, 1)), long_short, "into_groups", padded_at_the_start),
     ("flipped table", ("swin", "neighborhood", {"kernel_size": 3}), lambda op: define.neighborhood(op, (3, 3)),
      neighborhood, "reached_table", lambda table: lambda *arguments: table(*arguments).flip(1, 2)),
 ]  # fmt: skip
