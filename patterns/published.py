@@ -12,7 +12,7 @@ from torch.fx import Node
 from ..cores.published import map_to_tokens, on_tokens
 from ..errors import ArgumentError
 from ..graph.values import shape_of
-from ..ir.contract import Conversion, Exactness, NotConvertible, Weights
+from ..ir.contract import Adapter, Exactness, MapAdapter, NotConvertible, Weights, WholeSite
 from ..ir.sites import AttentionSite, Grid, Projection, Reduced, Site, Window
 from .site_geometry import grid_of_site
 
@@ -41,16 +41,29 @@ class Published:
         self.settled.add(name)
 
     def conversion(
-        self, exactness: Exactness, why: str, settings: dict[str, Any], benefit: str, **form: Any
-    ) -> Conversion:
-        """The whole conversion: of ``exactness`` if every parameter is settled; ``form`` is its other fields."""
+        self,
+        exactness: Exactness,
+        why: str,
+        *,
+        settings: dict[str, Any],
+        benefit: str,
+        adapter: Adapter | None,
+        until: Node | None = None,
+    ) -> WholeSite:
+        """Of ``exactness`` if every parameter is settled; the other arguments are as of ``WholeSite``."""
         fresh = list(dict.fromkeys(n.partition(".")[0] for n in self.parameters if n not in self.settled))
         if fresh:
             exactness, why = Exactness.FRESH, f"{why}; untrained: {', '.join(fresh)}"
-        return Conversion(
-            exactness, f"as published, {why}", self.module, {"official": True, **settings}, benefit, whole=True,
-            carried=self.carried, **form,
-        )  # fmt: skip
+        return WholeSite(
+            exactness,
+            f"as published, {why}",
+            self.module,
+            settings={"official": True, **settings},
+            benefit=benefit,
+            adapter=adapter,
+            until=until,
+            carried=self.carried,
+        )
 
 
 def published_attention(
@@ -141,22 +154,20 @@ def width_of(site: AttentionSite) -> int:
     return shape_of(site.source)[-1]
 
 
-def layout(source: Node | None, result: Node | None, grid: Grid | None) -> dict[str, Any]:
-    """How a module of channels-last maps runs from ``source`` to ``result``: fields of a ``Conversion``.
+def adapter_between(source: Node, result: Node, grid: Grid | None) -> Adapter | None:
+    """What a module of channels-last maps needs to run from ``source`` to ``result``.
 
     Raises:
         NotConvertible: tokens would have to become a map of no known sides.
     """
-    assert source is not None
-    assert result is not None
     before, after = len(shape_of(source)), len(shape_of(result))
     if (before, after) == (4, 4):
-        return {}
+        return None
     if (before, after) == (4, 3):
-        return {"run": map_to_tokens}
+        return Adapter(map_to_tokens)
     if after != 3 or grid is None:
         raise NotConvertible("its tokens become a map on the way; leave official out")
-    return {"run": on_tokens, "sizes": (grid.height, grid.width, grid.prefix_tokens), "on_tokens": True}
+    return MapAdapter.on(on_tokens, grid)
 
 
 def note_of_keys(site: Site) -> str:
@@ -186,6 +197,6 @@ def require_one_number(name: str, value: Any) -> None:
 
 
 __all__ = [
-    "Published", "attention_map", "layout", "note_of_keys", "published_attention", "require_no_dropout",
+    "Published", "adapter_between", "attention_map", "note_of_keys", "published_attention", "require_no_dropout",
     "require_one_number", "require_unset", "width_of",
 ]  # fmt: skip

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..cores.neighborhood import axis_mask, reached_table
+from ..cores.neighborhood import reached_table
 from ..errors import ArgumentError
 from ..ir.contract import NotConvertible
 from ..ir.heads import as_pair
@@ -82,34 +81,6 @@ def is_whole_map(site: AttentionSite) -> bool:
     """Whether a windowed site's one window is the map: then it is global attention with a table."""
     window = site.keys
     return isinstance(window, Window) and window.size == (site.map_grid.height, site.map_grid.width)
-
-
-def dropped_mass(
-    site: AttentionSite, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor, seen: Tensor
-) -> dict[str, Any]:
-    """Of every head: the mean, over ``queries``, of the attention paid to keys not ``seen`` ``[queries, keys]``."""
-    query, key, _ = operands
-    scores = torch.einsum("bnhd,bmhd->bhnm", query, key).float() * site.scale_of_operands
-    if site.bias is not None:
-        scores = scores + site.bias.values[:, queries].to(scores)
-    dropped = (scores.softmax(-1) * ~seen.to(scores.device)).sum(-1)
-    return {"dropped_mass": [round(float(mass), 6) for mass in dropped.mean(dim=(0, 2))]}
-
-
-def seen_neighbours(queries: Tensor, grid: Grid, keys: Grid, kernel: Pair, dilation: Pair) -> Tensor:
-    """``[queries, tokens of keys]``: which keys each of some queries sees, prefix tokens included, where the two maps
-    are the same or ``keys`` is a coarser one."""
-    cell = (queries - grid.prefix_tokens).clamp(min=0)
-    sides = ((grid.height, keys.height), (grid.width, keys.width))
-    rows, columns = (
-        axis_mask(side, length, min(k, length), d)[place]
-        for (side, length), k, d, place in zip(
-            sides, kernel, dilation, (cell // grid.width, cell % grid.width), strict=True
-        )
-    )
-    seen = (rows[:, :, None] & columns[:, None, :]).flatten(1)
-    seen = torch.nn.functional.pad(seen, (keys.prefix_tokens, 0), value=True)
-    return seen | (queries < grid.prefix_tokens)[:, None]
 
 
 def require_positive(name: str, value: Any) -> None:

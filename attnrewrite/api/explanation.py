@@ -205,7 +205,7 @@ def _option(site: Site, target: Target, flow: Dataflow, counted: dict[Any, Any])
     except NotConvertible as reason:
         return Option(target.name, None, str(reason), isinstance(reason, NothingToDo))
     macs = None
-    if isinstance(site, AttentionSite) and not conversion.whole:
+    if isinstance(site, AttentionSite):
         key = (site.describe(), target.name)
         macs = _once(counted, key, lambda: (macs_before(site), macs_after(site, conversion)))
     complete = macs if macs is not None and macs[1] is not None else None

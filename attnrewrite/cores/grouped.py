@@ -29,6 +29,7 @@ class GroupedCore(ExactWhereHeld):
     """
 
     only_weighs_values = True
+    grid: Grid
 
     def __init__(
         self,
@@ -83,6 +84,17 @@ class GroupedCore(ExactWhereHeld):
             total = total + absent[:, None, None, :]
             total = total.repeat(queries.shape[0], 1, 1, 1)
         return F.pad(total, (grid.prefix_tokens, 0))
+
+    def seen(self, queries: Tensor) -> Tensor:
+        grid = self.grid
+        place = torch.arange(1, grid.height * grid.width + 1).view(1, grid.height, grid.width, 1, 1)
+        members = into_groups(place, self.group, self.interval)[0, :, :, 0, 0] - 1
+        group_of = torch.empty(grid.height * grid.width, dtype=torch.long)
+        number = torch.arange(len(members))[:, None].expand_as(members)
+        group_of[members[members >= 0]] = number[members >= 0]
+        own = group_of[(queries - grid.prefix_tokens).clamp(min=0)]
+        seen = F.pad(own[:, None] == group_of, (grid.prefix_tokens, 0), value=True)
+        return seen | (queries < grid.prefix_tokens)[:, None]
 
     def extra_repr(self) -> str:
         return f"group={self.group}, interval={self.interval}, grid={self.grid}, scale={self.scale:.4g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ir.core import AttentionCore
 from ..ir.sites import Grid
 from ..modules.decay import map_bias
 from ..modules.depthwise import DepthwiseConv
@@ -12,7 +13,7 @@ from ..modules.manhattan import manhattan_attention
 from .sequence import attend, grid_of, join_map, split_map, with_prefix
 
 
-class ManhattanCore(nn.Module):
+class ManhattanCore(AttentionCore):
     """Attention decayed by Manhattan distance, with local context enhancement (Fan et al. 2024), of ``[prefix, map]``.
 
     The decay acts between tokens of the map; prefix tokens see and are seen without decay. The enhancement starts at
@@ -27,6 +28,8 @@ class ManhattanCore(nn.Module):
         placement: of the decay, ``"inside"`` or ``"outside"`` the softmax.
         lce: whether there is a local context enhancement.
     """
+
+    grid: Grid
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class ManhattanCore(nn.Module):
         return f"grid={self.grid}, placement={self.placement!r}, scale={self.scale:.4g}"
 
 
-class DecomposedManhattanCore(nn.Module):
+class DecomposedManhattanCore(AttentionCore):
     """The decomposed form: along rows, then along columns, with the same queries and keys. Tokens of the map see the
     map alone; prefix tokens see everything.
 
@@ -68,6 +71,8 @@ class DecomposedManhattanCore(nn.Module):
 
     Args: as for ``ManhattanCore``.
     """
+
+    grid: Grid
 
     def __init__(
         self,
@@ -101,7 +106,7 @@ class DecomposedManhattanCore(nn.Module):
         return f"grid={self.grid}, scale={self.scale:.4g}"
 
 
-class ReducedManhattanCore(nn.Module):
+class ReducedManhattanCore(AttentionCore):
     """Manhattan decay towards the centres of a reduced key map's cells: PVT's spatial reduction and its cost are kept.
 
     Args:
@@ -110,6 +115,7 @@ class ReducedManhattanCore(nn.Module):
     """
 
     only_weighs_values = True
+    grid: Grid
 
     def __init__(
         self, log_decay: tuple[float, ...], grid: Grid, reduced: Grid, scale: float, dropout: float = 0.0

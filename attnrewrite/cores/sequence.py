@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConversionError
+from ..ir.core import AttentionCore
 from ..ir.sites import Grid
 from .neighborhood import grid_of
 
@@ -38,10 +39,10 @@ def with_prefix(bias: Tensor, prefix: int) -> Tensor:
     return F.pad(bias, (prefix, 0, prefix, 0)) if prefix else bias
 
 
-class OfMap(nn.Module):
+class OfMap(AttentionCore):
     """A core of token sequences, on the maps that a windowed site gives."""
 
-    def __init__(self, core: nn.Module) -> None:
+    def __init__(self, core: AttentionCore) -> None:
         super().__init__()
         self.core = core
 
@@ -52,7 +53,7 @@ class OfMap(nn.Module):
         return mixed.unflatten(1, query.shape[1:3])
 
 
-class InTokenOrder(nn.Module):
+class InTokenOrder(AttentionCore):
     """A core of maps, on tokens that are given in another order, such as group by group.
 
     Args:
@@ -63,8 +64,9 @@ class InTokenOrder(nn.Module):
 
     place: Tensor
     cells: Tensor
+    grid: Grid
 
-    def __init__(self, core: nn.Module, place: Tensor, grid: Grid) -> None:
+    def __init__(self, core: AttentionCore, place: Tensor, grid: Grid) -> None:
         super().__init__()
         self.core, self.grid = core, grid
         self.register_buffer("place", place, persistent=False)

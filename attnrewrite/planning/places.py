@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from ..capture import ModuleCall, NodeRef
 from ..graph.dataflow import Dataflow
 from ..graph.values import argument, input_of, operator_name, shape_of
-from ..ir.contract import Conversion
+from ..ir.contract import BetweenProjections, Conversion, WholeSite
+from ..ir.core import Operands
 from ..ir.sites import AttentionSite, MlpSite, Site
 from ..rewrite.owners import OwnerProgram
 from .planned_site import PlannedSite
@@ -107,7 +108,7 @@ def find_places(flow: Dataflow, sites: Iterable[PlannedSite], programs: Iterable
         conversion = planned.conversion if planned.status == "convert" else None
         position = (site.nodes.output.node if isinstance(site, AttentionSite) else site.second).meta["custom"]
         place = graph.place(site, owner, conversion)
-        if conversion is not None and "pixels" in conversion.extras:
+        if isinstance(conversion, BetweenProjections) and conversion.core.operands is Operands.TOKENS:
             place = replace(place, value=None)  # its value projection is the core's own
         places.append((position["attnrewrite_position"], place))
     ordered = [place for _, place in sorted(places, key=lambda entry: entry[0])]
@@ -131,7 +132,7 @@ class _Residuals:
     def place(self, site: Site, owner: OwnerProgram | None, conversion: Conversion | None) -> Place:
         place = Place(site.name, site.kind, None if owner is None else owner.path)
         try:
-            if conversion is not None and conversion.whole:
+            if isinstance(conversion, WholeSite):
                 raise _NotAPlace("its output projection was replaced")
             assert isinstance(site, AttentionSite | MlpSite)
             merged = site.nodes.merged if isinstance(site, AttentionSite) else site.second
@@ -168,7 +169,7 @@ class _Residuals:
             return _called(self._linear_call(merged))
         names = self._parameters(merged)
         output = site.output if isinstance(site, AttentionSite) else None
-        if names is None or output is None or owner is None or conversion is None:
+        if names is None or output is None or owner is None or not isinstance(conversion, BetweenProjections):
             raise _NotAPlace("its output projection is not a linear module that is called")
         core = next((name for name, module in owner.modules.items() if module is conversion.core), None)
         if core is None or sum(other.module is owner.call.module for other in self.calls) > 1:

@@ -22,7 +22,7 @@ from ..certify.certificate import relative_error
 from ..errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, ConversionWarning, first_line
 from ..graph.dataflow import Dataflow
 from ..graph.values import Values
-from ..ir.contract import Exactness
+from ..ir.contract import Exactness, WholeSite
 from ..ir.sites import AttentionSite, Refused, StemSite, line
 from ..lift.looks import Looks
 from ..numerics.draws import same_draws
@@ -316,13 +316,12 @@ def _row(planned: PlannedSite, flow: Dataflow, lost: dict[int, int], read: str) 
 def _parameters(planned: PlannedSite, flow: Dataflow, lost: dict[int, int]) -> dict[str, int]:
     """How many serve as before or in another place, are new, and are not used any more; ``lost`` were taken out."""
     assert planned.conversion is not None
-    core = planned.conversion.core
-    cores = [part for part in core if part is not None] if isinstance(core, list) else [core]
-    new = {id(parameter): parameter.numel() for part in cores for parameter in part.parameters()}
+    conversion = planned.conversion
+    new = {id(parameter): parameter.numel() for part in conversion.modules for parameter in part.parameters()}
     tensors = [flow.weights(flow.provenance_of_constant(node)) for node in planned.site.weights()]
     own = {id(tensor): tensor.numel() for tensor in tensors}
     kept = sum(count for key, count in own.items() if key not in lost)
-    carried = planned.conversion.carried
+    carried = conversion.carried if isinstance(conversion, WholeSite) else 0
     return {
         "moved": kept + carried, "new": sum(new.values()) - carried, "dropped": max(0, sum(lost.values()) - carried)
     }  # fmt: skip

@@ -13,11 +13,10 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
-from ..cores import DenseAttention, InterleavedAttention, WindowAttention
 from ..errors import UNFORESEEN, unforeseen
 from ..graph.dataflow import Dataflow
 from ..graph.values import needed_nodes
-from ..ir.contract import Conversion
+from ..ir.contract import BetweenProjections, Conversion, WholeSite
 from ..ir.image_map import ImageSize
 from ..ir.sites import AttentionSite, Grid, Site
 from ..lift.looks import Look, Looks
@@ -31,9 +30,6 @@ from .program import Program, program_of
 from .rewritten import rewrite_module, tell_of_hooks
 
 ConversionOf = Callable[[Site], Conversion]
-
-_KEEPING_WEIGHTS = (DenseAttention, WindowAttention, InterleavedAttention)
-"""Cores with which the donor's attention weights stay true."""
 
 
 @dataclass
@@ -152,9 +148,13 @@ def _outlined(
     remove_dead_code(outlined.graph)
     for site, reader in readers:
         with _naming(site):
-            exchange_weights(outlined, site, reader, isinstance(conversion_of(site).core, _KEEPING_WEIGHTS))
+            exchange_weights(outlined, site, reader, _keeps_weights(conversion_of(site)))
     remove_dead_code(outlined.graph)
     return outlined, before
+
+
+def _keeps_weights(conversion: Conversion) -> bool:
+    return isinstance(conversion, BetweenProjections) and conversion.core.keeps_weights
 
 
 def _dissolved(outlined: Outlined) -> list[str]:
@@ -231,11 +231,11 @@ def _outlined_again(
 
 def _at(look: Look, site: Site, conversion: Conversion, looks: Looks) -> Conversion:
     """The same conversion, of the site as another look shows it."""
-    if conversion.until is not None:
-        conversion = replace(conversion, until=look.counterpart(conversion.until, looks.first))
-    if conversion.on_tokens and site.grid is not None:
-        conversion = replace(conversion, sizes=(site.grid.height, site.grid.width, site.grid.prefix_tokens))
-    return conversion
+    if not isinstance(conversion, WholeSite):
+        return conversion
+    until = conversion.until and look.counterpart(conversion.until, looks.first)
+    adapter = conversion.adapter and conversion.adapter.at(site.grid)
+    return replace(conversion, until=until, adapter=adapter)
 
 
 def _reads_image(module: nn.Module) -> bool:
@@ -310,7 +310,7 @@ def _opener(sites: list[Site], conversion_of: ConversionOf) -> Callable[[ModuleC
 
 def _owner(site: Site, conversion: Conversion, flow: Dataflow) -> ModuleCall:
     """The smallest module call in which the site can be replaced; with its projections, where those go too."""
-    if not conversion.whole or (conversion.until is None and not isinstance(site, AttentionSite)):
+    if not isinstance(conversion, WholeSite) or (conversion.until is None and not isinstance(site, AttentionSite)):
         return site.owner
     source, result = whole_ends(site, conversion)
     return flow.capture.enclosing_call([n for n in needed_nodes([result], {source: 0}) if n not in flow.constants])

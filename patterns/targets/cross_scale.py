@@ -16,11 +16,11 @@ from ...cores.published import merge_of_image, patches_to_image, patches_to_map,
 from ...cores.stem import GatherPatches
 from ...errors import ArgumentError
 from ...graph.values import operator_name, shape_of
-from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from ...ir.contract import Adapter, Conversion, Exactness, NotConvertible, Target, Weights, WholeSite
 from ...ir.sites import Site, StemSite
 from ...modules.cross_scale import CrossScaleMerge, CrossScaleStem, scale_widths
 from ..patch_geometry import map_width, patch_geometry
-from ..published import Published, layout
+from ..published import Published, adapter_between
 from ..site_geometry import require_one_of
 
 Pair = tuple[int, int]
@@ -205,14 +205,14 @@ def _published_stem(site: StemSite, kernels: tuple[int, ...], weights: Weights) 
     kept = _carry_filters(made, "projs", weight, kernels, shape, _bias_of(site, weight, weights))
     norm = _norm_after(site)
     if norm is None:
-        return _published_conversion(made, kept, kernels, {"run": patches_to_image, "sizes": shape})
+        return _published_conversion(made, kept, kernels, Adapter(patches_to_image, shape))
     own = _norm(norm, weights, weight)
     assert own is not None
     made.carry("norm.weight", own.weight)
     made.carry("norm.bias", own.bias)
     made.module.norm.eps = own.eps  # type: ignore[union-attr]  # a module, as its weight shows
     run = patches_to_map if len(shape_of(norm)) == 4 else patches_to_tokens
-    return _published_conversion(made, kept, kernels, {"run": run, "sizes": shape, "until": norm})
+    return _published_conversion(made, kept, kernels, Adapter(run, shape), until=norm)
 
 
 def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Conversion:
@@ -222,7 +222,7 @@ def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights)
     bias, stride = _bias_of(site, weight, weights), site.stride[0]
     made = Published(CrossScaleMerge(site.in_channels, kernels), weight)
     shape = (site.kernel[0], stride, site.padding[0])
-    form: dict[str, Any] = {"run": merge_of_image, "sizes": shape}
+    adapter: Adapter | None = Adapter(merge_of_image, shape)
     if site.patches is not None:
         _, order = _geometry(site)
         norm = _norm(site.norm_node, weights, weight)
@@ -232,9 +232,9 @@ def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights)
             made.settle("norm.bias", 0.0)
             made.module.norm.eps = norm.eps  # type: ignore[union-attr]  # a module, as its weight shows
         weight, shape = _filters_of_places(weight, order), (site.kernel[0], stride, 0)
-        form = layout(site.source, site.result, site.grid)
+        adapter = adapter_between(site.source, site.result, site.grid)
     kept = _carry_filters(made, "reductions", weight, kernels, shape, bias)
-    return _published_conversion(made, kept, kernels, form, "; every token is normalised by itself")
+    return _published_conversion(made, kept, kernels, adapter, "; every token is normalised by itself")
 
 
 def _carry_filters(
@@ -253,15 +253,24 @@ def _carry_filters(
 
 
 def _published_conversion(
-    made: Published, kept: float, kernels: tuple[int, ...], form: dict[str, Any], note: str = ""
+    made: Published,
+    kept: float,
+    kernels: tuple[int, ...],
+    adapter: Adapter | None,
+    note: str = "",
+    until: Node | None = None,
 ) -> Conversion:
     same = kept == 1.0 and not note
     cut = "every filter lies inside its kernel" if kept == 1.0 else f"{kept:.1%} of the squared filters lie inside them"
     cut = f"kernels of {', '.join(map(str, kernels))}: {cut}"
     return made.conversion(
-        Exactness.EXACT if same else Exactness.PROJECTED, cut + note,
-        {"kernel_sizes": kernels, "kept_weight": round(kept, 6)}, "none at once", **form,
-    )  # fmt: skip
+        Exactness.EXACT if same else Exactness.PROJECTED,
+        cut + note,
+        settings={"kernel_sizes": kernels, "kept_weight": round(kept, 6)},
+        benefit="none at once",
+        adapter=adapter,
+        until=until,
+    )
 
 
 def _norm_after(site: StemSite) -> Node | None:
@@ -283,10 +292,13 @@ def _conversion(core: nn.Module, shares: list[_Share], weight: Tensor, kernels: 
     cut = [(len(share.channels), size) for share, size in zip(shares, kernels, strict=True) if share.lost]
     if not cut:
         why = f"every filter lies inside its kernel, of {', '.join(map(str, kernels))}"
-        return Conversion(Exactness.EXACT, why, core, {"kernel_sizes": kernels}, benefit, whole=True)
+        return WholeSite(Exactness.EXACT, why, core, settings={"kernel_sizes": kernels}, benefit=benefit)
     count, sizes = sum(channels for channels, _ in cut), " and ".join(str(size) for _, size in cut)
     kept = 1 - sum(share.lost for share in shares) / float(weight.square().sum())
-    return Conversion(
-        Exactness.PROJECTED, f"{count} of {len(weight)} filters are cut to kernels of {sizes}", core,
-        {"kernel_sizes": kernels, "kept_weight": round(kept, 6)}, benefit, whole=True,
-    )  # fmt: skip
+    return WholeSite(
+        Exactness.PROJECTED,
+        f"{count} of {len(weight)} filters are cut to kernels of {sizes}",
+        core,
+        settings={"kernel_sizes": kernels, "kept_weight": round(kept, 6)},
+        benefit=benefit,
+    )

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...cores import DecomposedManhattanCore, ManhattanCore, OfMap, ReducedManhattanCore
 from ...errors import ArgumentError
-from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from ...ir.contract import BetweenProjections, Conversion, Exactness, NotConvertible, Target, Weights
+from ...ir.core import AttentionCore
 from ...ir.sites import AttentionSite, Grid, Reduced, Site, Window
 from ...modules.decay import log_decay
 from ...modules.manhattan import PLACEMENTS, ManhattanAttention
 from ..pixel_keys import fitted_to_reduced, on_pixels
 from ..published import (
+    adapter_between,
     attention_map,
-    layout,
     note_of_keys,
     published_attention,
     require_no_dropout,
@@ -72,12 +72,15 @@ class Manhattan(Target):
         grid = map_of(site, "decay would spread it over the whole map")
         decay = head_decay(self.decay, site.heads)
         scale = site.scale if isinstance(site.keys, Window) else site.scale_of_operands
-        core: nn.Module = ManhattanCore(
+        core: AttentionCore = ManhattanCore(
             decay, grid, _channels(site, self.lce), scale, site.dropout, self.placement, self.lce
         )
         core = OfMap(core) if isinstance(site.keys, Window) else core
-        return Conversion(
-            *self._class(grid, self.lce), core, self._settings(), "none yet: every query still sees every key"
+        return BetweenProjections(
+            *self._class(grid, self.lce),
+            core,
+            settings=self._settings(),
+            benefit="none yet: every query still sees every key",
         )
 
     def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
@@ -99,7 +102,9 @@ class Manhattan(Target):
         decay = head_decay(self.decay, site.heads)
         core = ReducedManhattanCore(decay, grid, reduced, site.scale_of_operands, site.dropout)
         settings = self._settings() | {"lce": False}  # values of the reduced map are no context of a token
-        return Conversion(*self._class(grid, False), core, settings, "the reduced keys' cost is kept")
+        return BetweenProjections(
+            *self._class(grid, False), core, settings=settings, benefit="the reduced keys' cost is kept"
+        )
 
     def _class(self, grid: Grid, lce: bool) -> tuple[Exactness, str]:
         if self.decay is None:
@@ -148,21 +153,24 @@ class DecomposedManhattan(Target):
         channels = _channels(site, self.lce)
         scale = site.scale if isinstance(site.keys, Window) else site.scale_of_operands
         opening = 0.0 if self.gate else None
-        core: nn.Module = DecomposedManhattanCore(decay, grid, channels, scale, opening, self.lce)
+        core: AttentionCore = DecomposedManhattanCore(decay, grid, channels, scale, opening, self.lce)
         core = OfMap(core) if isinstance(site.keys, Window) else core
         settings = {"decay": self.decay, "gate": self.gate, "lce": self.lce}
         if self.gate:
-            return Conversion(
+            return BetweenProjections(
                 Exactness.CONTINUOUS,
                 "a gate of 0 keeps the dense attention",
                 core,
-                settings,
-                "none until the gate is 1",
+                settings=settings,
+                benefit="none until the gate is 1",
             )
-        return Conversion(
-            Exactness.PROJECTED, f"attention along rows, then columns, of the {grid} map", core, settings,
-            f"{grid.height + grid.width} of {grid.height * grid.width} products a query",
-        )  # fmt: skip
+        return BetweenProjections(
+            Exactness.PROJECTED,
+            f"attention along rows, then columns, of the {grid} map",
+            core,
+            settings=settings,
+            benefit=f"{grid.height + grid.width} of {grid.height * grid.width} products a query",
+        )
 
 
 def map_of(site: AttentionSite, trouble: str) -> Grid:
@@ -217,10 +225,12 @@ def _published(site: AttentionSite, weights: Weights, decomposed: bool, placemen
     lost = "" if site.bias is None else "; its bias has no place"
     keys = grid.height + grid.width if decomposed else grid.tokens
     return made.conversion(
-        Exactness.PROJECTED, f"{form}, and rotary position{lost}{note_of_keys(site)}",
-        {"decay": "official", "rotary": "raster", "placement": placement}, f"{keys} products a query",
-        **layout(site.nodes.source, site.nodes.result, grid),
-    )  # fmt: skip
+        Exactness.PROJECTED,
+        f"{form}, and rotary position{lost}{note_of_keys(site)}",
+        settings={"decay": "official", "rotary": "raster", "placement": placement},
+        benefit=f"{keys} products a query",
+        adapter=adapter_between(site.source, site.result, grid),
+    )
 
 
 def _require_official(official: bool, decay: float | str | None, lce: bool, **others: Any) -> None:

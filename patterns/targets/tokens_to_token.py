@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...cores.tokens_to_token import TokensToTokenBranch, TokensToTokenStem
 from ...errors import ArgumentError
-from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from ...ir.contract import BesideStem, Conversion, Exactness, NotConvertible, Target, Weights, WholeSite
 from ...ir.sites import Site, StemSite
 from ...modules.token_layers import TokenLayer
 from ...modules.tokens_to_token import KINDS
@@ -90,7 +90,7 @@ class TokensToToken(Target):
         if self.mode == "fresh":
             core = TokensToTokenStem(site.in_channels, site.out_channels, self.kind, self._token_dims())
             official = {"official": True} if self.official else {}
-            return Conversion(Exactness.FRESH, "the published stem, untrained", core, settings | official, whole=True)
+            return WholeSite(Exactness.FRESH, "the published stem, untrained", core, settings=settings | official)
         return self._exact(site, weights, settings) if self.mode == "exact" else self._fit(site, weights, settings)
 
     def _token_dims(self) -> tuple[int, int]:
@@ -99,10 +99,13 @@ class TokensToToken(Target):
     def _branch(self, site: StemSite, settings: dict[str, Any]) -> Conversion:
         core = TokensToTokenBranch(site.in_channels, site.out_channels, self.kind, self._token_dims())
         _silence(core.project)
-        return Conversion(
-            Exactness.CONTINUOUS, "beside the convolution, with a last map that starts at zero", core, settings,
-            "none: it costs beside the convolution", ("source",),
-        )  # fmt: skip
+        return BesideStem(
+            Exactness.CONTINUOUS,
+            "beside the convolution, with a last map that starts at zero",
+            core,
+            settings=settings,
+            benefit="none: it costs beside the convolution",
+        )
 
     def _exact(self, site: StemSite, weights: Weights, settings: dict[str, Any]) -> Conversion:
         weight = weights(site.weight).detach()
@@ -110,10 +113,13 @@ class TokensToToken(Target):
         core = self._stem(site, (pixels // 4, pixels), weight)
         hand_on = torch.eye(pixels, dtype=weight.dtype, device=weight.device)
         _fill(core, hand_on, _quadrants(weight), site, weights)
-        return Conversion(
-            Exactness.EXACT, f"every pixel handed on through {pixels // 4} and {pixels} channels, no norm of patches",
-            core, settings, "none at once", whole=True,
-        )  # fmt: skip
+        return WholeSite(
+            Exactness.EXACT,
+            f"every pixel handed on through {pixels // 4} and {pixels} channels, no norm of patches",
+            core,
+            settings=settings,
+            benefit="none at once",
+        )
 
     def _fit(self, site: StemSite, weights: Weights, settings: dict[str, Any]) -> Conversion:
         dims = self._token_dims()
@@ -126,11 +132,14 @@ class TokensToToken(Target):
         narrow, last, residual = nearest_stem(weight.double(), dims[1], self._covariance(site))
         core = self._stem(site, dims, weight)
         _fill(core, narrow, last, site, weights)
-        return Conversion(
-            Exactness.PROJECTED, f"the nearest stem of {dims[1]} channels, error {residual:.2g} on patches of "
+        return WholeSite(
+            Exactness.PROJECTED,
+            f"the nearest stem of {dims[1]} channels, error {residual:.2g} on patches of "
             f"{'white noise' if self.covariance is None else 'the given covariance'}, no norm of patches",
-            core, {**settings, "residual": residual}, "none at once", whole=True,
-        )  # fmt: skip
+            core,
+            settings={**settings, "residual": residual},
+            benefit="none at once",
+        )
 
     def _stem(self, site: StemSite, dims: tuple[int, int], like: Tensor) -> TokensToTokenStem:
         return TokensToTokenStem(site.in_channels, site.out_channels, self.kind, dims, normalize=False).to(like)

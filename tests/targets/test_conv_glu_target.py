@@ -210,7 +210,7 @@ class Faulty(ConvGlu):
 
     def convert(self, site, index, weights):
         conversion = super().convert(site, index, weights)
-        FAULTS[self.fault](conversion.core[0])
+        FAULTS[self.fault](conversion.cores[0])
         return conversion
 
 
