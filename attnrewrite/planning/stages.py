@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -37,6 +37,7 @@ from ..lift.looks import Looks, Seen
 from ..numerics.draws import Stream
 from ..rewrite.check import misbehaviour, misbehaviour_in_model
 from ..rewrite.owners import OwnerProgram, build_program
+from ..rewrite.structure import structure_of
 from ..rewrite.training import same_place, steps_of_training
 from .measurement import measure, value_of
 from .plan import Plan, matching
@@ -307,15 +308,15 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     sides = image_sides(made.capture)
     if made.looks is not None and sides is not None:
         made.looks.size.note(sides)  # modules run alone, as on the captured image
-    structures = {owner.path: _structure(owner) for owner in made.programs}
+    structures = {owner.path: structure_of(owner) for owner in made.programs}
     firsts = {structures[owner.path]: owner for owner in reversed(made.programs)}
     unseen = {node for owner in firsts.values() for node in _arguments(owner.call)} - made.values.keys()
     if unseen:  # of modules around those that were certified
         made.values |= collect_values(flow, unseen)
     inputs = {node: made.capture.tensors[node] for node in made.capture.inputs}
     given = (made.capture.root, made.values | inputs, flow.constants, made.capture.batch)
-    verdicts: dict[str, str | None] = {}
-    keeps: dict[str, list[str]] = {}
+    verdicts: dict[Hashable, str | None] = {}
+    keeps: dict[Hashable, list[str]] = {}
     unrun: list[tuple[OwnerProgram, OwnerProgram]] = []
     for owner in made.programs:
         structure, owned = structures[owner.path], [planned[id(site)] for site in owner.sites]
@@ -341,11 +342,6 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         made.looks.size.forget()
     if reason or any(verdicts.values()):
         made.build()
-
-
-def _structure(owner: OwnerProgram) -> str:
-    """The same for modules that are rewritten alike."""
-    return f"{type(owner.call.module)} {owner.program.source} {list(owner.modules.values())}"
 
 
 def _with_own_function(owner: OwnerProgram, made: Plan) -> OwnerProgram | None:
