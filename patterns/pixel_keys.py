@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..certify.forms import operand_heads_last
 from ..cores import PixelKeys
+from ..errors import Refusal
 from ..graph.values import shape_of
-from ..ir.contract import RIDGE, BetweenProjections, Conversion, Exactness, NotConvertible, Weights
+from ..ir.contract import RIDGE, BetweenProjections, Conversion, Exactness, Weights
 from ..ir.sites import AttentionSite, Global, Operand, Projection, Reduced
 from ..numerics.ridge import ridge_of_rows
 from .site_geometry import grid_of_site
@@ -27,9 +28,9 @@ def on_pixels(
     """
     grid, source = grid_of_site(site), site.nodes.source
     if site.key is None or site.value is None or source is None or site.bias is not None:
-        raise NotConvertible("its reduced keys have a bias, or are no plain projection; leave it with `keep`")
+        raise Refusal("its reduced keys have a bias, or are no plain projection")
     if grid.prefix_tokens or site.nodes.batch_axis or shape_of(source)[1:-1] != (grid.tokens,):
-        raise NotConvertible("its queries are no sequence of the map's tokens alone; leave it with `keep`")
+        raise Refusal("its queries are no sequence of the map's tokens alone")
     inner = convert(replace(site, keys=Global()))
     assert isinstance(inner, BetweenProjections)
     core = PixelKeys(inner.core, shape_of(source)[-1], site.heads, site.key.head_dim, site.value.head_dim)

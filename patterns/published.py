@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..cores.published import map_to_tokens, on_tokens
-from ..errors import ArgumentError
+from ..errors import ArgumentError, Refusal
 from ..graph.values import shape_of
-from ..ir.contract import Adapter, Exactness, MapAdapter, NotConvertible, Weights, WholeSite
+from ..ir.contract import Adapter, Exactness, MapAdapter, Weights, WholeSite
 from ..ir.sites import AttentionSite, Grid, Projection, Reduced, Site, Window
 from .site_geometry import grid_of_site
 
@@ -99,31 +99,32 @@ def attention_map(site: AttentionSite, takes_prefix: bool = False) -> Grid:
     """The map of an attention site that a paper's module can replace.
 
     Raises:
-        NotConvertible: it has something that the papers' modules have no place for.
+        Refusal: it has something that the papers' modules have no place for.
     """
     grid = site.map_grid if isinstance(site.keys, Window) else grid_of_site(site)
     if site.place is not None:
-        raise NotConvertible("its tokens come group by group and not as a map; leave official out")
+        raise Refusal("its tokens come group by group and not as a map", "leave official out")
     nodes, parts = site.nodes, (site.query, site.key, site.value, site.output)
     acting = _acting(site)
     if acting or nodes.source is None or nodes.result is None or any(part is None for part in parts):
         acting = acting or "more than a linear map"
-        raise NotConvertible(
-            f"{acting} stands between its projections and its scores, which the published layer has no place for; "
-            "leave official out, which keeps it"
+        raise Refusal(
+            f"{acting} stands between its projections and its scores, which the published layer has no place for",
+            "leave official out, which keeps it",
         )
     if nodes.batch_axis:
-        raise NotConvertible("its tokens come before its samples; leave official out")
+        raise Refusal("its tokens come before its samples", "leave official out")
     width = shape_of(nodes.source)[-1]
     if any(part is None or part.rows.numel() != width for part in parts) or shape_of(nodes.result)[-1] != width:
-        raise NotConvertible(
+        raise Refusal(
             f"its heads are {site.heads}x{site.head_dim} wide and its tokens {width}, and the published layer has one "
-            "width for both; leave official out"
+            "width for both",
+            "leave official out",
         )
     if grid.prefix_tokens and not takes_prefix:
-        raise NotConvertible(
-            f"the published layer has no place for {grid.prefix_tokens} class or register tokens; leave official out, "
-            "which carries them, or take a model that pools its map instead"
+        raise Refusal(
+            f"the published layer has no place for {grid.prefix_tokens} class or register tokens",
+            "leave official out, which carries them, or take a model that pools its map instead",
         )
     return grid
 
@@ -140,12 +141,12 @@ def _acting(site: AttentionSite) -> str:
 
 def require_no_dropout(rate: float) -> None:
     """Raises:
-    NotConvertible: the site drops something in training that the paper's module does not.
+    Refusal: the site drops something in training that the paper's module does not.
     """
     if rate:
-        raise NotConvertible(
-            "it drops values in training where the published layer here does not; set its rate to 0, or leave official "
-            "out"
+        raise Refusal(
+            "it drops values in training where the published layer here does not",
+            "set its rate to 0, or leave official out",
         )
 
 
@@ -158,7 +159,7 @@ def adapter_between(source: Node, result: Node, grid: Grid | None) -> Adapter | 
     """What a module of channels-last maps needs to run from ``source`` to ``result``.
 
     Raises:
-        NotConvertible: tokens would have to become a map of no known sides.
+        Refusal: tokens would have to become a map of no known sides.
     """
     before, after = len(shape_of(source)), len(shape_of(result))
     if (before, after) == (4, 4):
@@ -166,7 +167,7 @@ def adapter_between(source: Node, result: Node, grid: Grid | None) -> Adapter | 
     if (before, after) == (4, 3):
         return Adapter(map_to_tokens)
     if after != 3 or grid is None:
-        raise NotConvertible("its tokens become a map on the way; leave official out")
+        raise Refusal("its tokens become a map on the way", "leave official out")
     return MapAdapter.on(on_tokens, grid)
 
 

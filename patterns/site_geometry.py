@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..cores.neighborhood import reached_table
-from ..errors import ArgumentError
-from ..ir.contract import NotConvertible
+from ..errors import ArgumentError, Refusal
 from ..ir.heads import as_pair
 from ..ir.sites import AttentionSite, Global, Grid, Interleaved, MapGroups, Reduced, Window
 from .relative_table import relative_table
@@ -20,26 +19,26 @@ def grid_of_site(site: AttentionSite) -> Grid:
     """The map that a global or reduced site's queries lie on.
 
     Raises:
-        NotConvertible: it is not known, or something ties the scores to more than the map.
+        Refusal: it is not known, or something ties the scores to more than the map.
     """
     if site.queries is not None and len(site.queries) < site.source_tokens:
-        raise NotConvertible(
-            f"only {len(site.queries)} of its {site.source_tokens} tokens query: it reads them out, which is no mixing "
-            "of tokens; leave it with `keep`"
+        raise Refusal(
+            f"only {len(site.queries)} of its {site.source_tokens} tokens query: it is a readout (class attention); "
+            "there is no token mixing to replace"
         )
     if site.queries is not None:
-        raise NotConvertible("its tokens query in another order than that of their map; leave it with `keep`")
+        raise Refusal("its tokens query in another order than that of their map")
     if isinstance(site.keys, Interleaved):
-        raise NotConvertible(
-            f"it attends inside {site.keys} groups, which spread over the map; to='neighborhood' and "
-            "to='long_short_distance' keep them"
+        raise Refusal(
+            f"it attends inside {site.keys} groups, which spread over the map",
+            "to='neighborhood' and to='long_short_distance' keep them",
         )
     if not isinstance(site.keys, Global | Reduced):
-        raise NotConvertible(f"its queries see {site.keys}, which lie on no map of their own; leave it with `keep`")
+        raise Refusal(f"its queries see {site.keys}, which lie on no map of their own")
     if site.grid is None:
-        raise NotConvertible("where its tokens lie on the map is not known; leave it with `keep`")
+        raise Refusal("where its tokens lie on the map is not known")
     if site.mask is not None:
-        raise NotConvertible("a constant mask acts on its scores; leave it with `keep`")
+        raise Refusal("a constant mask acts on its scores")
     return site.grid
 
 
@@ -49,7 +48,7 @@ def bias_entries(site: AttentionSite, grid: Grid) -> Tensor | None:
         return None
     table = None if grid.prefix_tokens else relative_table(site.bias.values, (grid.height, grid.width))
     if table is None:
-        raise NotConvertible("its bias is no table of relative positions on the map alone; leave it with `keep`")
+        raise Refusal("its bias is no table of relative positions on the map alone")
     return table[1]
 
 
@@ -60,7 +59,7 @@ def window_bias_entries(site: AttentionSite, groups: MapGroups) -> Tensor | None
     table = relative_table(site.bias.values, groups.size)
     if table is None:
         where = "window" if isinstance(groups, Window) else "group"
-        raise NotConvertible(f"its bias is no table of relative positions in the {where}; leave it with `keep`")
+        raise Refusal(f"its bias is no table of relative positions in the {where}")
     return table[1]
 
 

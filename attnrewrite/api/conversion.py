@@ -115,7 +115,7 @@ def convert(
     asked = [each for each in made.sites if each.target is not None]
     left = [each for each in asked if each.status in ("refused", "kept")]
     if strict and left:
-        reasons = "".join(f"\n  {each.site.name or '(root)'}: {each.why}" for each in left)
+        reasons = "".join(f"\n  {each.site.name or '(root)'}: {each.told}" for each in left)
         raise ConversionError(f"strict: {len(left)} sites of {type(model).__name__} would not be converted:{reasons}")
     converted = made.apply(inplace)
     if measure is not None:

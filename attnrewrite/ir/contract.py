@@ -144,14 +144,6 @@ RIDGE = 1e-3
 """Strength of a refit's ridge towards the carried weights, relative to the mean diagonal of the Gram matrix."""
 
 
-class NotConvertible(Exception):
-    """A site has no meaning in a target: the reason, and what would work instead."""
-
-
-class NothingToDo(NotConvertible):
-    """A site is already what the target would make of it."""
-
-
 class Target(ABC):
     """A family of conversions. Subclasses are dataclasses of options; those with a name are discovered."""
 
@@ -163,7 +155,7 @@ class Target(ABC):
         """The conversion of ``site``, the ``index``-th of its kind that is converted.
 
         Raises:
-            NotConvertible: with reason and remedy.
+            Refusal: with reason and remedy.
         """
 
     def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:

@@ -27,11 +27,11 @@ from ..capture import (
 from ..capture.ambient import plain_modes
 from ..certify import Certificate, certify_running, collect_values
 from ..cores.exactness import hold_exact
-from ..errors import UNFORESEEN, ArgumentError, ConversionError
+from ..errors import UNFORESEEN, ArgumentError, ConversionError, NothingToDo, Refusal
 from ..graph.dataflow import Dataflow
 from ..graph.restating import restate
 from ..graph.values import Values
-from ..ir.contract import Conversion, Exactness, NotConvertible, NothingToDo, Target
+from ..ir.contract import Conversion, Exactness, Target
 from ..ir.sites import AttentionSite, Refused, Site
 from ..lift.looks import Looks, Seen
 from ..numerics.draws import Stream
@@ -234,7 +234,7 @@ def prove(
             if certificate.passed:
                 settle(planned, values)
             else:
-                planned.refuse(f"{certificate}: its lifted form does not reproduce the model")
+                planned.refuse(Refusal(f"{certificate}: its lifted form does not reproduce the model"))
             bar.update()
 
         made.values = certify_running([planned.site for planned in chosen], flow, kept, certified)
@@ -248,8 +248,8 @@ def _classify(planned: PlannedSite, least: Exactness, flow: Dataflow, indices: C
     except NothingToDo as reason:
         planned.why = str(reason)
         return
-    except NotConvertible as reason:
-        planned.refuse(str(reason))
+    except Refusal as reason:
+        planned.refuse(reason)
         return
     if conversion.exactness < least:
         planned.keep(f"{conversion.exactness.name} is below fidelity={least.name.lower()!r}: {conversion.why}")
@@ -296,7 +296,7 @@ def _check_training(made: Plan) -> None:
                 reasons |= {id(site): reason for site in owner.sites if reason}
     for planned in made.converting:
         if id(planned.site) in reasons:
-            planned.refuse(reasons[id(planned.site)])
+            planned.refuse(Refusal(reasons[id(planned.site)]))
     if reasons:
         made.build()
 
@@ -330,14 +330,14 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         if verdicts[structure] is None and twin is not None:
             unrun.append((owner, twin))
         for each in owned if verdicts[structure] else ():
-            each.refuse(str(verdicts[structure]))
+            each.refuse(Refusal(str(verdicts[structure])))
     reason = ""
     if unrun:
         twins = [twin for _, twin in unrun]
         reason = misbehaviour_in_model(twins, made.model, made.capture.example, made.capture.batch)
     for owner, _ in unrun if reason else ():
         for site in owner.sites:
-            planned[id(site)].refuse(f"rewritten, the model differs from the original ({reason})")
+            planned[id(site)].refuse(Refusal(f"rewritten, the model differs from the original ({reason})"))
     if made.looks is not None:
         made.looks.size.forget()
     if reason or any(verdicts.values()):

@@ -11,11 +11,11 @@ from torch import Tensor, fx
 
 from ..capture import Capture, ModuleCall, image_sides
 from ..capture.sizes import Decision
-from ..errors import UNFORESEEN, unforeseen
+from ..errors import UNFORESEEN, Refusal, unforeseen
 from ..ir.image_map import ImageSize, laws_of
 from ..lift.looks import Look, Looks
 from .image_sides import ImageSide, SameImage
-from .outline import NotOutlinable, Outlined
+from .outline import Outlined
 from .sizes import CHECK, Course, Vector, difference, restate, same_way
 
 Key = tuple[tuple[str, int, int], int]
@@ -26,7 +26,7 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
     """Restate the numbers of ``outlined`` and guard its course.
 
     Args:
-        again: outlines the same module with the same sites on a look; ``LookupError``, ``NotOutlinable`` or what is
+        again: outlines the same module with the same sites on a look; ``LookupError``, ``Refusal`` or what is
             unforeseen where that cannot be.
 
     Returns:
@@ -118,7 +118,7 @@ def _again(outlined: Outlined, look: Look, again: Callable[[Look], Outlined]) ->
     """The same graph on another look, or the reason why it is not the same."""
     try:
         twin = again(look)
-    except (NotOutlinable, LookupError) as cause:
+    except (Refusal, LookupError) as cause:
         return None, str(cause)
     except UNFORESEEN as cause:
         return None, unforeseen(cause)

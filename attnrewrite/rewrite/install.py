@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..cores import InTokenOrder
+from ..errors import Refusal
 from ..graph.values import shape_of
 from ..ir.contract import BesideStem, BetweenLinears, BetweenProjections, Conversion, WholeSite
 from ..ir.core import AttentionCore, Operands, StageCore
@@ -19,7 +20,7 @@ from ..ir.heads import from_heads_last, heads_last, merge_heads, take_heads, zer
 from ..ir.sites import AttentionSite, MapGroups, MlpSite, Operand, Projection, Site, StemSite
 from .attention_weights import Reader, unit_mixture
 from .head_norms import again, normalised, scaled
-from .outline import NotOutlinable, Outlined
+from .outline import Outlined
 
 
 def install(outlined: Outlined, site: Site, conversion: Conversion) -> Reader | None:
@@ -29,7 +30,7 @@ def install(outlined: Outlined, site: Site, conversion: Conversion) -> Reader | 
         What computes the attention weights of the new core, if it has any.
 
     Raises:
-        NotOutlinable: the site's values are not where the graph can replace them.
+        Refusal: the site's values are not where the graph can replace them.
     """
     match conversion:
         case WholeSite():
@@ -164,7 +165,7 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: AttentionCore) -> N
         mixed = graph.call_module(outlined.add_module("attention", placed), tuple(arguments))
         head_step, start, dim_step = _steps(site.output.rows)
         if start or (head_step, dim_step) not in ((site.output.head_dim, 1), (1, site.heads)):
-            raise NotOutlinable("the heads are merged in an irregular order")
+            raise Refusal("the heads are merged in an irregular order")
         mixed = graph.call_function(merge_heads, (mixed, head_step, dim_step))
         if len(shape_of(site.result)) == 3 and site.place is None:
             mixed = graph.call_method("flatten", (mixed, 1, 2))
@@ -228,7 +229,7 @@ def _block_bias(outlined: Outlined, site: AttentionSite) -> list[Node]:
 def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
     given, wanted = captured.meta["val"].numel(), torch.Size(size for size in shape if size != -1).numel()
     if given != wanted and (-1 not in shape or given != wanted * outlined.capture.batch):
-        raise NotOutlinable("the learned bias is not given once for every head, query and key")
+        raise Refusal("the learned bias is not given once for every head, query and key")
     value = outlined.value(captured)
     outlined.guard_tables(value)
     return value
@@ -249,7 +250,7 @@ def _after_merge(outlined: Outlined, site: AttentionSite, new: Node) -> Node:
         if step.op == "call_module":
             follow.append(step)
         if not step.all_input_nodes:
-            raise NotOutlinable("the result does not come from the output projection")
+            raise Refusal("the result does not come from the output projection")
         step = step.all_input_nodes[0]
     for step in reversed(follow):
         new = again(outlined, site, step, new)
@@ -316,5 +317,5 @@ def _steps(rows: Tensor) -> tuple[int, int, int]:
     dim_step = int(rows[0, 1]) - start if dims > 1 else 1
     expected = start + torch.arange(heads)[:, None] * head_step + torch.arange(dims) * dim_step
     if not torch.equal(rows, expected):
-        raise NotOutlinable("the heads are packed in an irregular order")
+        raise Refusal("the heads are packed in an irregular order")
     return head_step, start, dim_step

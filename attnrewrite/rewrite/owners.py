@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
-from ..errors import UNFORESEEN, unforeseen
+from ..errors import UNFORESEEN, Refusal, unforeseen
 from ..graph.dataflow import Dataflow
 from ..graph.values import needed_nodes
 from ..ir.contract import BetweenProjections, Conversion, WholeSite
@@ -25,7 +25,7 @@ from .dead_code import remove_dead_code
 from .follow_sizes import follow_sizes
 from .hooks import has_hooks
 from .install import install, must_open, whole_ends
-from .outline import NotOutlinable, Outlined, lies_in, outline
+from .outline import Outlined, lies_in, outline
 from .program import Program, program_of
 from .rewritten import rewrite_module, tell_of_hooks
 
@@ -78,10 +78,10 @@ class OwnerProgram:
 
 def build_programs(
     sites: list[Site], looks: Looks, conversion_of: ConversionOf
-) -> tuple[list[OwnerProgram], list[tuple[Site, str]]]:
+) -> tuple[list[OwnerProgram], list[tuple[Site, Refusal]]]:
     """One program for every owning module, and the sites that could not be rewritten, with the reason."""
     programs: list[OwnerProgram] = []
-    failed: list[tuple[Site, str]] = []
+    failed: list[tuple[Site, Refusal]] = []
     flow = looks.first
     for calls in _by_module(_owners(sites, flow, conversion_of)):
         built = []
@@ -92,7 +92,7 @@ def build_programs(
         count = sum(1 for other in flow.capture.root.walk() if other.module is calls[0][0].module)
         reason = _disagreement(built, count)
         if reason:
-            failed += [(site, reason) for program in built for site in program.sites]
+            failed += [(site, Refusal(reason)) for program in built for site in program.sites]
         elif built:
             programs.append(built[0])
     return programs, failed
@@ -100,9 +100,9 @@ def build_programs(
 
 def build_program(
     call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
-) -> tuple[OwnerProgram | None, list[tuple[Site, str]]]:
+) -> tuple[OwnerProgram | None, list[tuple[Site, Refusal]]]:
     """The program of one module call; sites that cannot be installed are left out, one by one, with the reason."""
-    failed: list[tuple[Site, str]] = []
+    failed: list[tuple[Site, Refusal]] = []
     while sites:
         try:
             outlined, before = _outlined(call, sites, looks.first, conversion_of)
@@ -113,11 +113,11 @@ def build_program(
             _require_no_decisions(outlined)
             program = program_of(outlined)
         except _NotInstalled as without:
-            failed.append((without.site, _reason(call, without.__cause__)))
+            failed.append((without.site, _refusal(call, without.__cause__)))
             sites = [other for other in sites if other is not without.site]
             continue
-        except (NotOutlinable, *UNFORESEEN) as cause:
-            return None, [*failed, *((site, _reason(call, cause)) for site in sites)]
+        except (Refusal, *UNFORESEEN) as cause:
+            return None, [*failed, *((site, _refusal(call, cause)) for site in sites)]
         used = set(_parts_used(outlined.graph))
         modules = {name: module for name, module in outlined.modules.items() if name in used}
         buffers = {name: value for name, value in outlined.constants.items() if name in used}
@@ -161,13 +161,13 @@ def _dissolved(outlined: Outlined) -> list[str]:
     """The paths below the module of children that it does not call any more.
 
     Raises:
-        NotOutlinable: one of them has hooks.
+        Refusal: one of them has hooks.
     """
     paths: dict[str, None] = {}
     for call in outlined.dissolved():
         path = outlined.relative(call.path)
         if has_hooks(call.module):
-            raise NotOutlinable(f"hooks on its child {path} would not fire any more")
+            raise Refusal(f"hooks on its child {path} would not fire any more")
         paths[path] = None
     return list(paths)
 
@@ -179,13 +179,13 @@ def _moved(outlined: Outlined) -> list[ModuleCall]:
 
 def _require_no_decisions(outlined: Outlined) -> None:
     """Raises:
-    NotOutlinable: a child that is given another value, of another size, decides anything by sizes.
+    Refusal: a child that is given another value, of another size, decides anything by sizes.
     """
     for child in _moved(outlined):
         inside = set(map(id, child.walk()))
         decision = next((each for each in outlined.capture.sizes.decisions if id(each.call) in inside), None)
         if decision is not None:
-            raise NotOutlinable(
+            raise Refusal(
                 f"its child {outlined.relative(child.path)} would be given a whole map, and hangs on {decision}"
             )
 
@@ -195,7 +195,7 @@ def _naming(site: Site) -> Iterator[None]:
     """Say which of several sites cannot be installed."""
     try:
         yield
-    except (NotOutlinable, *UNFORESEEN) as cause:
+    except (Refusal, *UNFORESEEN) as cause:
         raise _NotInstalled(site) from cause
 
 
@@ -213,7 +213,7 @@ def _outlined_again(
     """The same on another look.
 
     Raises:
-        LookupError, NotOutlinable: it is not the same there.
+        LookupError, Refusal: it is not the same there.
     """
     conversions: dict[int, Conversion] = {}
     others: list[Site] = []
@@ -244,11 +244,11 @@ def _reads_image(module: nn.Module) -> bool:
     return any(isinstance(value, ImageSize) or (isinstance(value, Grid) and value.image) for value in held)
 
 
-def _reason(call: ModuleCall, cause: BaseException | None) -> str:
+def _refusal(call: ModuleCall, cause: BaseException | None) -> Refusal:
     kind = type(call.module).__name__
-    if isinstance(cause, NotOutlinable):
-        return f"{kind} cannot be rewritten: {cause}"
-    return f"{kind}: {unforeseen(cause)}"  # type: ignore[arg-type]  # it was raised
+    if isinstance(cause, Refusal):
+        return Refusal(f"{kind} cannot be rewritten: {cause.reason}", cause.remedy)
+    return Refusal(f"{kind}: {unforeseen(cause)}")  # type: ignore[arg-type]  # it was raised
 
 
 def _parts_used(graph: fx.Graph) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...capture import ModuleCall, training_dropout
-from ...errors import UNFORESEEN, unforeseen
+from ...errors import UNFORESEEN, Refusal, unforeseen
 from ...graph.contraction import canonical
 from ...graph.dataflow import Dataflow
 from ...graph.movement import Provenance
@@ -32,16 +32,7 @@ from ...ir.sites import (
 )
 from ...lift.grid import token_grids
 from ...lift.mixture import Core, find_cores
-from ...lift.projections import (
-    Grouping,
-    NotSeparable,
-    Projected,
-    group_sizes,
-    grouping,
-    projected,
-    projection,
-    source_tokens,
-)
+from ...lift.projections import Grouping, Projected, group_sizes, grouping, projected, projection, source_tokens
 from ...lift.query_key_norm import kind_of, normalised_parts, require_scales_of_heads
 from ...lift.scores import excluded
 from ...lift.source_map import map_on_the_way
@@ -62,7 +53,7 @@ def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refuse
     for core in cores:
         try:
             sites.append(_lift(core, flow))
-        except NotSeparable as reason:
+        except Refusal as reason:
             refused.append(Refused(_path(flow, list(core.nodes)), "attention", str(reason)))
         except UNFORESEEN as cause:
             refused.append(Refused(_path(flow, list(core.nodes)), "attention", unforeseen(cause)))
@@ -80,7 +71,7 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     if grouped.queries.shape[0] > 1 or padded or _is_one_block(query, key, grouped, bias, flow):
         try:
             return _windowed(core, flow, (query, key, value), grouped, bias, mask)
-        except NotSeparable:
+        except Refusal:
             if sequences is None:
                 raise
         (query, key, value), grouped = sequences
@@ -126,7 +117,7 @@ def _sequences(parts: tuple[Projected, ...]) -> tuple[tuple[Projected, ...], Gro
         return None
     try:
         grouped = grouping(*own)
-    except NotSeparable:
+    except Refusal:
         return None
     whole = torch.arange(shape_of(source)[1])
     same = all(torch.equal(tokens, whole[None]) for tokens in (grouped.queries, grouped.keys))
@@ -146,12 +137,15 @@ def _windowed(
     source, grid = _map_of(query, flow)
     merged = _merge(core, query, shape_of(source)[:-1], None, grouped, flow)
     if merged is None or key.source is not query.source:
-        raise NotSeparable("grouped attention whose result does not come back to its map through a linear map")
+        raise Refusal(
+            "grouped attention whose result does not come back to its map through a linear map",
+            "give it an output projection",
+        )
     require_scales_of_heads(core, grouped)
     outside = None if mask is None else excluded(mask)
     grid, place, window = groups_of_map(source, grid, grouped, outside, _likely_border(query, flow), flow)
     if mask is not None and bool(mask[~excluded(mask)].any()):
-        raise NotSeparable("a constant bias that is not a mask acts inside the windows")
+        raise Refusal("a constant bias that is not a mask acts inside the windows", "make the bias a parameter")
     if bias is not None and (table := relative_table(bias.values, window.size)) is not None:
         bias = replace(bias, kind=bias.kind if bias.kind != "dense" else "table", shape=tuple(table[0].shape[1:]))
     region = [n for n in needed_nodes([merged.result], {source: 0}) if n not in flow.constants]
@@ -186,7 +180,7 @@ def _lift_normalised(core: Core, flow: Dataflow) -> AttentionSite | None:
     parts, norms = found
     try:
         grouped = grouping(*parts)
-    except NotSeparable:
+    except Refusal:
         return None
     bias, mask = _bias(core, grouped, flow), _mask(core, grouped)
     whole = len(grouped.queries) == 1 and not bool((grouped.queries < 0).any())
@@ -194,7 +188,7 @@ def _lift_normalised(core: Core, flow: Dataflow) -> AttentionSite | None:
         return None
     try:
         site = _windowed(core, flow, parts, grouped, bias, mask)
-    except NotSeparable:
+    except Refusal:
         if whole:  # one that need not be cut stays as it is
             return None
         raise
@@ -210,11 +204,11 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     linears = _nearest([node for node in above if flow.is_linear(node)], core, flow)
     sizes, batch = group_sizes(core), shape_of(flow.capture.inputs[0])[0]
     if not linears or math.prod(sizes) % batch:
-        raise NotSeparable("query, key and value do not come from linear maps")
+        raise Refusal("query, key and value do not come from linear maps", "project tokens to them by linear maps")
     source, _ = flow.remembered(source_tokens, input_of(linears[0]))
     queries = shape_of(core.query.node)[core.query.axes.index("x")]
     if queries * batch != math.prod(shape_of(source)[:-1]):
-        raise NotSeparable(why_unread(core, linears[0], above, flow))
+        raise Refusal(why_unread(core, linears[0], above, flow))
     between = [node for node in above if not flow.is_movement(node) and not flow.is_linear(node)]
     acting = {operator_name(node).removeprefix("aten::") for node in between}
     heads = math.prod(sizes) // batch
@@ -314,7 +308,7 @@ def _heads_of_groups(query: Projected, group_of_head: Tensor) -> Tensor:
     """The head of every flat group, of all samples: heads are told apart by their weight rows."""
     rows = query.channel[group_of_head[:, 0]]
     if len(torch.unique(rows, dim=0)) != len(rows):
-        raise NotSeparable("heads share their queries")
+        raise Refusal("heads share their queries", "give every head queries of its own")
     return (query.channel[:, None] == rows[None]).all(-1).long().argmax(1)
 
 
@@ -373,7 +367,10 @@ def _whole_map_keys(query: Projected, key: Projected, grouped: Grouping, flow: D
     if torch.equal(grouped.keys[0], tokens):
         return Global()
     if len(tokens) > 1 and grouped.keys.shape[1] == 1:
-        raise NotSeparable("every query sees a single key: attention runs over an axis of length one")
+        raise Refusal(
+            "every query sees a single key: attention runs over an axis of length one",
+            "look which axis holds the tokens (batch_first)",
+        )
     return Tokens(grouped.keys.shape[1])
 
 
@@ -404,7 +401,9 @@ def _map_of(query: Projected, flow: Dataflow) -> tuple[Node, Grid]:
         return found
     grid = token_grids(flow, [query.source]).get(query.source)
     if grid is None or grid.prefix_tokens:
-        raise NotSeparable("the map that the windows are cut from is not known")
+        raise Refusal(
+            "the map that the windows are cut from is not known", "let the tokens come from a convolution of the image"
+        )
     return query.source, grid
 
 
@@ -459,7 +458,7 @@ def _bias(core: Core, grouped: Grouping, flow: Dataflow) -> Bias | None:
         return None
     parts, part = _at_groups(core.bias, core, grouped.group_of_head)
     if any(_differ(parts, part[:, 0], other) for other in part.T[1:]):
-        raise NotSeparable("the learned bias differs from window to window")
+        raise Refusal("the learned bias differs from window to window", "share it between the windows")
     values = parts if len(parts) == 1 else parts[part[:, 0]]
     sources = [flow.provenance_of_constant(node) for node in core.addends]
     kind = "dense" if all(source.op == "placeholder" for source in sources) else "mlp"
@@ -472,7 +471,7 @@ def _mask(core: Core, grouped: Grouping) -> Tensor | None:
         return None
     parts, part = _at_groups(core.mask, core, grouped.group_of_head)
     if any(_differ(parts, part[0], other) for other in part[1:]):
-        raise NotSeparable("the mask differs from head to head")
+        raise Refusal("the mask differs from head to head", "give all heads the same mask")
     return parts.expand(part.shape[1], -1, -1) if len(parts) == 1 else parts[part[0]]
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ...cores import AggregatedCore, LocalBranch, MaskedAggregatedCore, OfMap, ReducedAggregatedCore
 from ...cores.published import beside_prefix
-from ...errors import ArgumentError
-from ...ir.contract import BetweenProjections, Conversion, Exactness, MapAdapter, NotConvertible, Target, Weights
+from ...errors import ArgumentError, Refusal
+from ...ir.contract import BetweenProjections, Conversion, Exactness, MapAdapter, Target, Weights
 from ...ir.core import AttentionCore
 from ...ir.heads import as_pair
 from ...ir.sites import AttentionSite, Grid, Reduced, Site, Window
@@ -94,7 +94,7 @@ class Aggregated(Target):
         if self.official:
             return self._published(site, weights)
         if site.dropout:
-            raise NotConvertible("it drops attention weights in training, which this core cannot; leave it with `keep`")
+            raise Refusal("it drops attention weights in training, which this core cannot")
         if isinstance(site.keys, Reduced):
             return self._reduced(site, site.keys)
         if isinstance(site.keys, Window) and self.windows == "mask":
@@ -131,9 +131,10 @@ class Aggregated(Target):
         """Every token's block inside a window around it; any shift, no padding."""
         grid = site.map_grid
         if not blocks.divides(grid):
-            raise NotConvertible(
+            raise Refusal(
                 f"its windows of {text_of(blocks.size)} pad the {grid} map, and padded slots count as keys that no "
-                "window of tokens holds; use windows='pool', or to='neighborhood', which keeps them"
+                "window of tokens holds",
+                "use windows='pool', or to='neighborhood', which keeps them",
             )
         side = 2 * max(blocks.size) - 1
         local = LocalBranch(site.heads, site.head_dim, side, 0.0)
@@ -147,7 +148,7 @@ class Aggregated(Target):
         """The source's reducer makes the pooled keys: exact for as long as the window has no part in the softmax."""
         grid_of_site(site)  # or it is refused: the window needs the map
         if site.bias is not None or site.key is None:
-            raise NotConvertible("its reduced keys have a bias, or are no plain projection; leave it with `keep`")
+            raise Refusal("its reduced keys have a bias, or are no plain projection")
         bias = self._bias(OFF)
         core = ReducedAggregatedCore(self._local(site, bias), site.scale_of_operands)
         settings = {"window_size": self.window_size, "reducer": keys.reducer, "local_bias": bias}

@@ -11,18 +11,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ...cores.conv_gate import ConvGate, ConvGatedMlp, identity_convolution
+from ...errors import NothingToDo, Refusal
 from ...graph.values import argument, input_of, operator_name, shape_of
-from ...ir.contract import (
-    RIDGE,
-    BetweenLinears,
-    Conversion,
-    Exactness,
-    NotConvertible,
-    NothingToDo,
-    Target,
-    Weights,
-    WholeSite,
-)
+from ...ir.contract import RIDGE, BetweenLinears, Conversion, Exactness, Target, Weights, WholeSite
 from ...ir.core import StageCore
 from ...ir.sites import Grid, MlpSite, Site, Stage
 from ...modules.conv_glu import ConvGLU, gated_width
@@ -82,7 +73,7 @@ def _kept(site: MlpSite, weights: Weights) -> Conversion:
     last = max(number for number, stage in enumerate(site.stages) if stage.kind in ("activation", "gate"))
     stage = site.stages[last]
     if shape_of(stage.node)[:-1] != shape_of(site.source)[:-1] or _is_moved(site):
-        raise NotConvertible("its activation acts on another layout than its input has; leave it with `keep`")
+        raise Refusal("its activation acts on another layout than its input has")
     convolves = _convolves(site)
     grid = None if convolves else _grid_of(site)
     source_dim = None if stage.kind == "gate" else site.width
@@ -174,7 +165,7 @@ def _of_kept_units(site: MlpSite, weights: Weights, kept: Tensor) -> ConvGatedMl
 def _matched_width(site: MlpSite) -> int:
     width = gated_width(site.hidden_width)
     if width < 1:
-        raise NotConvertible(f"two thirds of {site.hidden_width} hidden units are none; use hidden='keep'")
+        raise Refusal(f"two thirds of {site.hidden_width} hidden units are none", "use hidden='keep'")
     return width
 
 
@@ -186,7 +177,7 @@ def _published(site: MlpSite, weights: Weights, thinned: ConvGatedMlp | None) ->
     """TransNeXt's unit: hidden units and values are halves of one map."""
     last, third = site.stages[-1], site.stages[0].name if len(site.stages) == 3 else "identity"
     if last.kind == "norm":
-        raise NotConvertible("its inner norm has no place in the unit as published; leave official out")
+        raise Refusal("its inner norm has no place in the unit as published", "leave official out")
     require_no_dropout(_dropout(site))
     parts = _kept_parts(site, weights) if thinned is None else _parts_of(thinned)
     first, value, convolution, second = parts
@@ -204,7 +195,8 @@ def _published(site: MlpSite, weights: Weights, thinned: ConvGatedMlp | None) ->
     return made.conversion(
         Exactness.CONTINUOUS if thinned is None else Exactness.PROJECTED,
         f"{width} of {site.hidden_width} hidden units, "
-        + ("its own gate" if own else "a value of one") + (", its own convolution" if _convolves(site) else ""),
+        + ("its own gate" if own else "a value of one")
+        + (", its own convolution" if _convolves(site) else ""),
         settings={"hidden": width},
         benefit="none at once" if thinned is None else "as many weights as the MLP had",
         adapter=adapter_between(site.source, site.result, _grid_of(site)),
@@ -265,7 +257,7 @@ def _require_activation_before_convolution(site: MlpSite) -> None:
         reason = f"its convolution follows its activation ({between}), and a gated unit's comes before it"
     else:
         reason = f"it is no activation between two linear maps but {between}"
-    raise NotConvertible(f"{reason}; leave it with `keep`")
+    raise Refusal(reason)
 
 
 def _gates(site: MlpSite) -> bool:
@@ -278,9 +270,7 @@ def _grid_of(site: MlpSite) -> Grid | None:
     if site.grid is not None and sides == (site.grid.height, site.grid.width):
         return None
     if site.grid is None or sides != (site.grid.tokens,):
-        raise NotConvertible(
-            "where its tokens lie on the map is not known, and a convolution needs that; leave it with `keep`"
-        )
+        raise Refusal("where its tokens lie on the map is not known, and a convolution needs that")
     return site.grid
 
 
@@ -305,9 +295,10 @@ def _taps(stage: Stage, weights: Weights) -> Tensor:
     """``[channels, 1, 3, 3]`` of a ConvFFN's convolution; one that is added to its operand holds that in its centre."""
     taps = weights(input_of(stage.call, 1))
     if taps.shape[-2:] != (3, 3) or shape_of(stage.node) != shape_of(stage.before):
-        raise NotConvertible(
+        raise Refusal(
             f"its convolution is {taps.shape[-2]}x{taps.shape[-1]} from {stage.before.meta['val'].shape[-2:]} to "
-            f"{stage.grid}, not 3x3 on the same map; use hidden='keep', which leaves it as it is"
+            f"{stage.grid}, not 3x3 on the same map",
+            "use hidden='keep', which leaves it as it is",
         )
     return taps if stage.added is None else taps + identity_convolution(len(taps)).conv.weight.detach().to(taps)
 

@@ -14,9 +14,9 @@ from torch.fx import Node
 from ...cores.cross_scale import CrossScaleConv, CrossScalePatches
 from ...cores.published import merge_of_image, patches_to_image, patches_to_map, patches_to_tokens
 from ...cores.stem import GatherPatches
-from ...errors import ArgumentError
+from ...errors import ArgumentError, Refusal
 from ...graph.values import operator_name, shape_of
-from ...ir.contract import Adapter, Conversion, Exactness, NotConvertible, Target, Weights, WholeSite
+from ...ir.contract import Adapter, Conversion, Exactness, Target, Weights, WholeSite
 from ...ir.sites import Site, StemSite
 from ...modules.cross_scale import CrossScaleMerge, CrossScaleStem, scale_widths
 from ..patch_geometry import map_width, patch_geometry
@@ -59,7 +59,7 @@ class CrossScale(Target):
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, StemSite)
         if len({*site.kernel}) > 1 or len({*site.stride}) > 1 or len({*site.padding}) > 1:
-            raise NotConvertible("its patches are not square, and cross-scale kernels are; leave it with `keep`")
+            raise Refusal("its patches are not square, and cross-scale kernels are")
         kernels = self._kernels(site)
         if self.official:
             return _published(site, kernels, weights)
@@ -71,18 +71,16 @@ class CrossScale(Target):
         stride = site.stride[0]
         kernels = tuple(KERNEL_SIZES.get(stride, ()) if self.kernel_sizes is None else self.kernel_sizes)
         if not kernels:
-            raise NotConvertible(
-                f"no kernels are known for stride {stride}; give kernel_sizes=({stride}, {2 * stride})"
-            )
+            raise Refusal(f"no kernels are known for stride {stride}", f"give kernel_sizes=({stride}, {2 * stride})")
         if any(size < stride or (size - stride) % 2 for size in kernels):
-            raise NotConvertible(
-                f"kernels {kernels} do not share the centre of a {stride}x{stride} patch; take sizes from {stride} on, "
-                "by even differences"
+            raise Refusal(
+                f"kernels {kernels} do not share the centre of a {stride}x{stride} patch",
+                f"take sizes from {stride} on, by even differences",
             )
         if site.out_channels % 2 ** (len(kernels) - 1):
-            raise NotConvertible(
-                f"{site.out_channels} channels cannot be shared out by halves among {len(kernels)} kernels; "
-                "give fewer kernel_sizes"
+            raise Refusal(
+                f"{site.out_channels} channels cannot be shared out by halves among {len(kernels)} kernels",
+                "give fewer kernel_sizes",
             )
         return kernels
 
@@ -189,9 +187,9 @@ def _published(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Co
     if site.stride[0] != CrossScaleMerge.STRIDE:
         return _published_stem(site, kernels, weights)
     if site.out_channels != 2 * site.in_channels:
-        raise NotConvertible(
-            f"the merge as published doubles the channels, and this makes {site.out_channels} of {site.in_channels}; "
-            "leave official out"
+        raise Refusal(
+            f"the merge as published doubles the channels, and this makes {site.out_channels} of {site.in_channels}",
+            "leave official out",
         )
     return _published_merge(site, kernels, weights)
 
@@ -199,7 +197,7 @@ def _published(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Co
 def _published_stem(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Conversion:
     """The layer norm behind the donor's map becomes the stem's own; without one it is new."""
     if site.patches is not None:
-        raise NotConvertible("the published merge has stride 2; leave official out")
+        raise Refusal("the published merge has stride 2", "leave official out")
     weight, shape = weights(site.weight).detach(), (site.kernel[0], site.stride[0], site.padding[0])
     made = Published(CrossScaleStem(site.in_channels, site.out_channels, kernels, site.stride[0]), weight)
     kept = _carry_filters(made, "projs", weight, kernels, shape, _bias_of(site, weight, weights))

@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...cores import Activation, DenseAttention, GatherPatches, InterleavedAttention, MapToTokens, WindowAttention
-from ...ir.contract import (
-    BesideStem,
-    BetweenLinears,
-    BetweenProjections,
-    Conversion,
-    Exactness,
-    NothingToDo,
-    Target,
-    Weights,
-)
+from ...errors import NothingToDo
+from ...ir.contract import BesideStem, BetweenLinears, BetweenProjections, Conversion, Exactness, Target, Weights
 from ...ir.core import AttentionCore, StageCore
 from ...ir.sites import AttentionSite, Interleaved, MlpSite, Site, StemSite, Window
 from ..patch_geometry import map_width, patch_geometry

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ...cores import GroupedCore, InterleavedAttention, OfMap, WindowAttention
 from ...cores.grouped import fitted
-from ...ir.contract import BetweenProjections, Conversion, Exactness, NotConvertible, Target, Weights
+from ...errors import Refusal
+from ...ir.contract import BetweenProjections, Conversion, Exactness, Target, Weights
 from ...ir.heads import as_pair
 from ...ir.sites import AttentionSite, Grid, Interleaved, Reduced, Site, Window
 from ...modules.long_short_distance import LongShortDistanceAttention
@@ -75,15 +76,15 @@ class LongShortDistance(Target):
         if isinstance(site.keys, Reduced) and self.reduced_keys == "refit":
             return on_pixels(site, lambda pixels: self.convert(pixels, index, weights), weights)
         if isinstance(site.keys, Reduced):
-            raise NotConvertible(
-                "it attends to reduced keys, and groups need a key for every token, which the reducer has not left; "
+            raise Refusal(
+                "it attends to reduced keys, and groups need a key for every token, which the reducer has not left",
                 "use to='aggregated' or to='neighborhood', which keep its keys, or reduced_keys='refit', which fits "
-                "keys of tokens to them"
+                "keys of tokens to them",
             )
         grid = grid_of_site(site)
         bias_entries(site, grid)
         if site.bias is not None:
-            raise NotConvertible("its bias is learned for the whole map; use to='neighborhood', which follows it")
+            raise Refusal("its bias is learned for the whole map", "use to='neighborhood', which follows it")
         group, interval = self._groups(grid, as_pair(self.group_size or 7), index % 2 == 1)
         core = GroupedCore(group, interval, grid, site.scale_of_operands, site.dropout)
         settings = {"group_size": group, "interval": interval}
@@ -105,7 +106,7 @@ class LongShortDistance(Target):
     def _windowed(self, site: AttentionSite, window: Window) -> Conversion:
         size = window.size
         if self.group_size is not None and as_pair(self.group_size) != size:
-            raise NotConvertible(f"its bias is learned for windows of {text_of(size)}; leave group_size out")
+            raise Refusal(f"its bias is learned for windows of {text_of(size)}", "leave group_size out")
         grid = site.map_grid
         if not any(window.shift) or self.shifted == "keep":
             core = WindowAttention(window, grid, site.scale, site.dropout)
@@ -115,7 +116,7 @@ class LongShortDistance(Target):
             return BetweenProjections(Exactness.EXACT, why, core, settings=settings, benefit="the same keys")
         group, interval = self._groups(grid, size, long=True)
         if group != size:
-            raise NotConvertible("its windows are larger than the map; leave it with shifted='keep'")
+            raise Refusal("its windows are larger than the map", "leave it with shifted='keep'")
         grouped = OfMap(GroupedCore(group, interval, grid, site.scale, site.dropout))
         settings = {"group_size": group, "interval": interval, "bias": "table"}
         why = _why(group, interval)
@@ -126,7 +127,7 @@ class LongShortDistance(Target):
             ("group_size", self.group_size, groups.group), ("interval", self.interval, groups.interval)
         ):  # fmt: skip
             if wanted is not None and as_pair(wanted) != own:
-                raise NotConvertible(f"it attends inside {groups} groups already; leave {argument} out, or the site")
+                raise Refusal(f"it attends inside {groups} groups already", f"leave {argument} out, or the site")
         core = InterleavedAttention(groups, site.map_grid, site.scale, site.dropout)
         settings = {"group_size": groups.group, "interval": groups.interval, "bias": "table"}
         why = f"{groups} is long distance attention"
@@ -137,8 +138,9 @@ class LongShortDistance(Target):
         require_no_dropout(site.dropout)
         grid, window, width = attention_map(site), site.keys, width_of(site)
         if width < 32:  # a layer norm over one channel is constant
-            raise NotConvertible(
-                f"the position bias as published is a 16th of {width} channels wide, and needs two; leave official out"
+            raise Refusal(
+                f"the position bias as published is a 16th of {width} channels wide, and needs two",
+                "leave official out",
             )
         group = as_pair(self.group_size or (window.size if isinstance(window, Window) else 7))
         long = any(window.shift) if isinstance(window, Window) else index % 2 == 1

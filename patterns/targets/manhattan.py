@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ...cores import DecomposedManhattanCore, ManhattanCore, OfMap, ReducedManhattanCore
-from ...errors import ArgumentError
-from ...ir.contract import BetweenProjections, Conversion, Exactness, NotConvertible, Target, Weights
+from ...errors import ArgumentError, Refusal
+from ...ir.contract import BetweenProjections, Conversion, Exactness, Target, Weights
 from ...ir.core import AttentionCore
 from ...ir.sites import AttentionSite, Grid, Reduced, Site, Window
 from ...modules.decay import log_decay
@@ -89,15 +89,13 @@ class Manhattan(Target):
 
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         if self.reduced_keys == "refuse":
-            raise NotConvertible(
-                f"it attends to {keys.height}x{keys.width} reduced keys, and decay needs one key for every token; use "
-                "reduced_keys='keep' (the same keys, decayed towards their cells), reduced_keys='refit' (keys of "
-                "tokens, fitted on images), or to='aggregated'"
+            raise Refusal(
+                f"it attends to {keys.height}x{keys.width} reduced keys, and decay needs one key for every token",
+                "use reduced_keys='keep' (the same keys, decayed towards their cells), reduced_keys='refit' (keys of "
+                "tokens, fitted on images), or to='aggregated'",
             )
         if self.placement == "outside" or site.bias is not None:
-            raise NotConvertible(
-                "over reduced keys the decay acts inside the softmax, without a bias; leave it with `keep`"
-            )
+            raise Refusal("over reduced keys the decay acts inside the softmax, without a bias")
         grid, reduced = grid_of_site(site), keys.grid
         decay = head_decay(self.decay, site.heads)
         core = ReducedManhattanCore(decay, grid, reduced, site.scale_of_operands, site.dropout)
@@ -141,14 +139,12 @@ class DecomposedManhattan(Target):
         if self.official:
             return _published(site, weights, decomposed=True)
         if isinstance(site.keys, Reduced):
-            raise NotConvertible(
-                "it attends to reduced keys, which have no rows and columns of tokens; use to='aggregated'"
-            )
+            raise Refusal("it attends to reduced keys, which have no rows and columns of tokens", "use to='aggregated'")
         grid = map_of(site, "the rows and columns of the map are longer than its windows")
         if site.bias is not None:
-            raise NotConvertible("its bias is not a sum over the two axes; use to='manhattan', which keeps it")
+            raise Refusal("its bias is not a sum over the two axes", "use to='manhattan', which keeps it")
         if site.dropout:
-            raise NotConvertible("it drops attention weights in training, which two passes cannot; use to='manhattan'")
+            raise Refusal("it drops attention weights in training, which two passes cannot", "use to='manhattan'")
         decay = head_decay(self.decay, site.heads)
         channels = _channels(site, self.lce)
         scale = site.scale if isinstance(site.keys, Window) else site.scale_of_operands
@@ -177,15 +173,16 @@ def map_of(site: AttentionSite, trouble: str) -> Grid:
     """The map of a site whose queries see all of it.
 
     Raises:
-        NotConvertible: they do not; ``trouble`` says what it would come to.
+        Refusal: they do not; ``trouble`` says what it would come to.
     """
     if not isinstance(site.keys, Window):
         grid = grid_of_site(site)
         bias_entries(site, grid)
         return grid
     if not is_whole_map(site):
-        raise NotConvertible(
-            f"it attends inside {site.keys}, and {trouble}; use to='neighborhood' or to='long_short_distance'"
+        raise Refusal(
+            f"it attends inside {site.keys}, and {trouble}",
+            "use to='neighborhood' or to='long_short_distance'",
         )
     return site.map_grid
 
@@ -202,7 +199,7 @@ def _channels(site: AttentionSite, lce: bool) -> int:
     if site.value is not None:
         return site.value.heads * site.value.head_dim
     if lce:
-        raise NotConvertible("its values are not a plain projection of tokens; use lce=False")
+        raise Refusal("its values are not a plain projection of tokens", "use lce=False")
     return 0
 
 
@@ -213,8 +210,9 @@ def _published(site: AttentionSite, weights: Weights, decomposed: bool, placemen
     if isinstance(site.keys, Window):
         map_of(site, "decay would spread it over the whole map")
     if site.head_dim % 2:
-        raise NotConvertible(
-            f"rotary position turns pairs of channels, and its heads have {site.head_dim}; leave official out"
+        raise Refusal(
+            f"rotary position turns pairs of channels, and its heads have {site.head_dim}",
+            "leave official out",
         )
     module = ManhattanAttention(width_of(site), site.heads, decomposed, *OFFICIAL, decay_placement=placement)
     layers = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from ...cores import NeighborhoodAttention, ReducedNeighborhoodAttention, SlidingAttention, WindowAttention
 from ...cores.neighborhood import clamped_kernel, covers
-from ...errors import ArgumentError
-from ...ir.contract import BetweenProjections, Conversion, Exactness, NotConvertible, Target, Weights
+from ...errors import ArgumentError, Refusal
+from ...ir.contract import BetweenProjections, Conversion, Exactness, Target, Weights
 from ...ir.heads import as_pair
 from ...ir.sites import AttentionSite, Global, Grid, Interleaved, Reduced, Site, Window
 from ...modules.neighborhood_block import NeighborhoodAttention2d
@@ -145,11 +145,11 @@ class Neighborhood(Target):
     def _interleaved(self, site: AttentionSite, groups: Interleaved, dilation: Pair) -> Conversion:
         """A dilated kernel sees tokens of its own residues alone, all of them where it is as long as their group."""
         if site.dropout:
-            raise NotConvertible("it drops attention weights in training, which this core cannot; leave it with `keep`")
+            raise Refusal("it drops attention weights in training, which this core cannot")
         if site.bias is not None and dilation != groups.interval:
-            raise NotConvertible(
-                f"its bias is learned for tokens {text_of(groups.interval)} apart; use "
-                f"dilation={groups.interval}, or to='dilated_neighborhood', which takes it from there"
+            raise Refusal(
+                f"its bias is learned for tokens {text_of(groups.interval)} apart",
+                f"use dilation={groups.interval}, or to='dilated_neighborhood', which takes it from there",
             )
         grid, group = site.map_grid, groups.group
         kernel, clamped = self._kernel(site, grid, dilation, group)
@@ -172,8 +172,9 @@ class Neighborhood(Target):
 
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         if as_pair(self.dilation) != (1, 1):
-            raise NotConvertible(
-                "a reduced key map has no dilation; use to='neighborhood' for this site, or reduced_keys='refit'"
+            raise Refusal(
+                "a reduced key map has no dilation",
+                "use to='neighborhood' for this site, or reduced_keys='refit'",
             )
         grid, reduced = grid_of_site(site), keys.grid
         kernel, clamped = self._kernel(site, reduced, (1, 1))
@@ -226,9 +227,9 @@ class Neighborhood(Target):
         if kernel == wanted:
             return kernel, ""
         if self.oversize == "error":
-            raise NotConvertible(
-                f"kernel {text_of(wanted)} with dilation {text_of(dilation)} does not fit the {grid} map; "
-                f"use kernel_size={kernel} or oversize='clamp'"
+            raise Refusal(
+                f"kernel {text_of(wanted)} with dilation {text_of(dilation)} does not fit the {grid} map",
+                f"use kernel_size={kernel} or oversize='clamp'",
             )
         return kernel, f" (clamped from {text_of(wanted)})"
 
@@ -258,9 +259,7 @@ class DilatedNeighborhood(Neighborhood):
             steps = site.keys.interval if self.dilation is None else as_pair(self.dilation)
             return self._interleaved(site, site.keys, steps)
         if not isinstance(site.keys, Global | Interleaved):
-            raise NotConvertible(
-                f"dilation over {site.keys} keys is not defined here; use to='neighborhood' for this site"
-            )
+            raise Refusal(f"dilation over {site.keys} keys is not defined here", "use to='neighborhood' for this site")
         dilation = self._dilation(site, index)
         if self.official:
             return self._published(site, min(dilation), weights)

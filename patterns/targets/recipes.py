@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
-from ...ir.contract import Conversion, NothingToDo, Target, Weights
+from ...errors import NothingToDo
+from ...ir.contract import Conversion, Target, Weights
 from ...ir.sites import AttentionSite, Global, Interleaved, MapGroups, Site
 from ..published import require_unset
 from ..site_geometry import require_one_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...cores.tokens_to_token import TokensToTokenBranch, TokensToTokenStem
-from ...errors import ArgumentError
-from ...ir.contract import BesideStem, Conversion, Exactness, NotConvertible, Target, Weights, WholeSite
+from ...errors import ArgumentError, Refusal
+from ...ir.contract import BesideStem, Conversion, Exactness, Target, Weights, WholeSite
 from ...ir.sites import Site, StemSite
 from ...modules.token_layers import TokenLayer
 from ...modules.tokens_to_token import KINDS
@@ -75,15 +75,13 @@ class TokensToToken(Target):
         assert isinstance(site, StemSite)
         side = TokensToTokenStem.STRIDE
         if site.patches is not None or site.stride != (side, side):
-            raise NotConvertible(
+            raise Refusal(
                 f"a tokens-to-token stem makes one token of {side}x{side} pixels, and this has stride "
-                f"{site.stride[0]}: the number of tokens would change; use to='cross_scale' for this site"
+                f"{site.stride[0]}: the number of tokens would change",
+                "use to='cross_scale' for this site",
             )
         if site.kernel != (side, side) or site.padding != (0, 0):
-            raise NotConvertible(
-                f"its patches are no plain {side}x{side} ones (kernel {site.kernel}, padding {site.padding}); "
-                "leave it with `keep`"
-            )
+            raise Refusal(f"its patches are no plain {side}x{side} ones (kernel {site.kernel}, padding {site.padding})")
         settings: dict[str, Any] = {"mode": self.mode, "kind": self.kind}
         if self.mode == "branch":
             return self._branch(site, settings)
@@ -124,9 +122,9 @@ class TokensToToken(Target):
     def _fit(self, site: StemSite, weights: Weights, settings: dict[str, Any]) -> Conversion:
         dims = self._token_dims()
         if dims[0] < site.in_channels * 16:
-            raise NotConvertible(
-                f"{dims[0]} channels cannot hand on the {site.in_channels * 16} pixels between two tokens; "
-                f"use token_dim={site.in_channels * 16} or more"
+            raise Refusal(
+                f"{dims[0]} channels cannot hand on the {site.in_channels * 16} pixels between two tokens",
+                f"use token_dim={site.in_channels * 16} or more",
             )
         weight = weights(site.weight).detach()
         narrow, last, residual = nearest_stem(weight.double(), dims[1], self._covariance(site))
