@@ -50,13 +50,15 @@ def fitted_to_reduced(conversion: Conversion, site: AttentionSite, values: Weigh
     Softmax attention to keys that are each repeated is attention to the keys, so a perfect fit would keep a dense
     attention's function. The constant is not shrunk.
     """
-    if not isinstance(conversion, BetweenProjections) or not isinstance(conversion.core, PixelKeys):
+    projections = conversion.core.projections if isinstance(conversion, BetweenProjections) else None
+    if projections is None:
         return conversion
-    core, nodes = conversion.core, site.nodes
     pixels = values(site.source).flatten(0, 1).double()
     settings = dict(conversion.settings)
     with torch.no_grad():
-        for name, linear, operand in (("key", core.key, nodes.key), ("value", core.value, nodes.value)):
+        for name, linear, operand in zip(
+            ("key", "value"), projections, (site.nodes.key, site.nodes.value), strict=True
+        ):
             wanted = _upsampled(site, values(operand.node), operand).flatten(2).flatten(0, 1).double()
             slope = ridge_of_rows(pixels - pixels.mean(0), wanted - wanted.mean(0), RIDGE)
             constant = wanted.mean(0) - pixels.mean(0) @ slope

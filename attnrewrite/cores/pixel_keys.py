@@ -25,6 +25,10 @@ class PixelKeys(AttentionCore):
         self.value = nn.Linear(channels, heads * value_dim)
 
     @property
+    def projections(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.key, self.value
+
+    @property
     def mixing(self) -> AttentionCore:
         return self.core
 

@@ -57,6 +57,11 @@ class AttentionCore(nn.Module):
         """What multiplies queries with keys: itself, or the part behind projections of its own."""
         return self
 
+    @property
+    def projections(self) -> tuple[nn.Linear, nn.Linear] | None:
+        """Maps of its own from tokens to keys and to values, if it has them."""
+        return None
+
     def seen(self, queries: Tensor) -> Tensor | None:
         """``[queries, keys]``: which keys some of the queries, by number, see on the map at conversion, where what a
         site loses by it is the attention to the others; else None."""

@@ -101,36 +101,68 @@ def build_programs(
 def build_program(
     call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
 ) -> tuple[OwnerProgram | None, list[tuple[Site, Refusal]]]:
-    """The program of one module call; sites that cannot be installed are left out, one by one, with the reason."""
+    """The program of one module call; sites that cannot be rewritten are left out, one by one, with the reason."""
     failed: list[tuple[Site, Refusal]] = []
     while sites:
         try:
-            outlined, before = _outlined(call, sites, looks.first, conversion_of)
-            again = partial(_outlined_again, call, sites, looks, conversion_of=conversion_of)
-            outlined = follow_sizes(outlined, looks, again)
-            remove_dead_code(outlined.graph)
-            dissolved = _dissolved(outlined)
-            _require_no_decisions(outlined)
-            program = program_of(outlined)
+            return _program(call, sites, looks, conversion_of), failed
         except _NotInstalled as without:
-            failed.append((without.site, _refusal(call, without.__cause__)))
-            sites = [other for other in sites if other is not without.site]
-            continue
+            blamed = [(without.site, _refusal(call, without.__cause__))]
         except (Refusal, *UNFORESEEN) as cause:
-            return None, [*failed, *((site, _refusal(call, cause)) for site in sites)]
-        used = set(_parts_used(outlined.graph))
-        modules = {name: module for name, module in outlined.modules.items() if name in used}
-        buffers = {name: value for name, value in outlined.constants.items() if name in used}
-        read = {part for name in used for part in itertools.accumulate(name.split("."), "{}.{}".format)}
-        called = {str(node.target) for node in outlined.graph.nodes if node.op == "call_module"}
-        unread = [name for name in before if name not in read and not lies_in(name, called)]
-        unused = [name for name in unread if _is_droppable(call, name, looks.first)]
-        noted = (outlined.handed_on, bool(outlined.passed_over()), any(map(_reads_image, modules.values())))
-        live = frozenset(child.path for child in outlined.live) - {child.path for child in _moved(outlined)}
-        return OwnerProgram(
-            call, sites, program, modules, buffers, unused, outlined.tied, *noted, live, dissolved
-        ), failed
+            blamed = _blamed(call, sites, looks, conversion_of) or [(site, _refusal(call, cause)) for site in sites]
+        failed += blamed
+        out = {id(site) for site, _ in blamed}
+        sites = [site for site in sites if id(site) not in out]
     return None, failed
+
+
+def _blamed(
+    call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
+) -> list[tuple[Site, Refusal]]:
+    """Of several sites that cannot be rewritten together, though each could be installed: those that cannot be alone,
+    with the reason."""
+    blamed: list[tuple[Site, Refusal]] = []
+    for site in sites if len(sites) > 1 else ():
+        try:
+            _program(call, [site], looks, conversion_of)
+        except (Refusal, _NotInstalled, *UNFORESEEN) as cause:
+            blamed.append((site, _refusal(call, cause.__cause__ if isinstance(cause, _NotInstalled) else cause)))
+    return blamed
+
+
+def _program(call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf) -> OwnerProgram:
+    """The program with all of ``sites`` rewritten.
+
+    Raises:
+        _NotInstalled: one of them cannot be installed.
+        Refusal: the module cannot be rewritten with them.
+    """
+    outlined, before = _outlined(call, sites, looks.first, conversion_of)
+    outlined = follow_sizes(outlined, looks, partial(_outlined_again, call, sites, looks, conversion_of=conversion_of))
+    remove_dead_code(outlined.graph)
+    dissolved = _dissolved(outlined)
+    _require_no_decisions(outlined)
+    program = program_of(outlined)
+    used = set(_parts_used(outlined.graph))
+    modules = {name: module for name, module in outlined.modules.items() if name in used}
+    buffers = {name: value for name, value in outlined.constants.items() if name in used}
+    read = {part for name in used for part in itertools.accumulate(name.split("."), "{}.{}".format)}
+    called = {str(node.target) for node in outlined.graph.nodes if node.op == "call_module"}
+    unread = [name for name in before if name not in read and not lies_in(name, called)]
+    return OwnerProgram(
+        call,
+        sites,
+        program,
+        modules,
+        buffers,
+        dropped=[name for name in unread if _is_droppable(call, name, looks.first)],
+        fixed_to=outlined.tied,
+        handed_on=outlined.handed_on,
+        passes_over=bool(outlined.passed_over()),
+        reads_image=any(map(_reads_image, modules.values())),
+        live=frozenset(child.path for child in outlined.live) - {child.path for child in _moved(outlined)},
+        dissolved=dissolved,
+    )
 
 
 def _outlined(

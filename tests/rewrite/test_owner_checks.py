@@ -94,6 +94,8 @@ class TwoAttentions(nn.Module):
 
 
 class UsingWeights(nn.Module):
+    """Goes on computing with the weights that its child returns."""
+
     def __init__(self, used: int) -> None:
         super().__init__()
         self.stem, self.both = nn.Conv2d(3, 16, 8, 8), TwoAttentions(used)
@@ -113,3 +115,22 @@ def test_of_two_sites_in_one_module_the_one_that_cannot_be_rewritten_is_refused(
     assert "computes with its attention weights" in plan.sites[used].why
     expected, actual = model(batch), plan.apply()(batch)
     torch.testing.assert_close(actual, expected)
+
+
+class UsingTokens(UsingWeights):
+    """Looks at no weights."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens, _ = self.both(self.stem(image).flatten(2).transpose(1, 2))
+        return tokens.mean(1)
+
+
+@pytest.mark.parametrize("hooked", [0, 1])
+def test_of_two_sites_in_one_module_only_that_whose_child_has_hooks_is_refused(hooked: int, batch: Tensor) -> None:
+    model = UsingTokens(0).double().eval()
+    model.both.out[hooked].register_forward_hook(lambda module, given, result: None)
+    plan = attnrewrite.plan(model, "neighborhood", batch, official=True)
+    statuses = ["convert", "convert"]
+    statuses[hooked] = "refused"
+    assert [planned.status for planned in plan.sites if planned.site.kind == "attention"] == statuses
+    assert f"hooks on its child out.{hooked} would not fire any more" in plan.sites[hooked].why
