@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from attnrewrite.patterns.recognise.windows import relative_offset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from attnrewrite import AttnRewriteError
 from attnrewrite.cores import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
-from attnrewrite.cores.neighborhood import clamped_kernel, neighborhood_mask
+from attnrewrite.cores.neighborhood import clamped_kernel, neighborhood_mask, relative_offset
 from attnrewrite.ir.sites import Grid, Window
 
 HEADS, DIM = 2, 4
