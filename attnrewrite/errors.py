@@ -36,17 +36,13 @@ class Refusal(AttnRewriteError):
         self.reason, self.remedy = reason, remedy
 
     def told(self, site: str) -> str:
-        """What to tell the user of the site of this name."""
-        return f"{self.reason}; {self.remedy or left_out(site)}"
+        """What to tell the user of the site of this name: to leave it out, where nothing else helps."""
+        remedy = self.remedy or f'leave it out with keep="{site}"'
+        return f"{self.reason}; {remedy}"
 
 
 class NothingToDo(Refusal):
     """A site is already what the target would make of it."""
-
-
-def left_out(site: str) -> str:
-    """How to leave a site out, by its name."""
-    return f'leave it out with keep="{site}"'
 
 
 class CalibrationError(AttnRewriteError, ValueError):
