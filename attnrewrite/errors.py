@@ -21,6 +21,30 @@ class ConversionError(AttnRewriteError, RuntimeError):
     """A site could not be rewritten as asked."""
 
 
+class Refusal(AttnRewriteError):
+    """A place in a model is left as it is: no site, or a site with no meaning in a target, or one that stays.
+
+    It is told in plans and reports; no public call raises it.
+
+    Args:
+        reason: one clause, about the site ("its bias ...").
+        remedy: what to do instead, in one clause; nothing where leaving the site out is all there is.
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason, self.remedy = reason, remedy
+
+    def told(self, site: str) -> str:
+        """What to tell the user of the site of this name: to leave it out, where nothing else helps."""
+        remedy = self.remedy or f'leave it out with keep="{site}"'
+        return f"{self.reason}; {remedy}"
+
+
+class NothingToDo(Refusal):
+    """A site is already what the target would make of it."""
+
+
 class CalibrationError(AttnRewriteError, ValueError):
     """Calibration data, or a pair of models, that nothing can be learned from."""
 

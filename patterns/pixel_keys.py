@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from ..certify.forms import operand_heads_last
 from ..cores import PixelKeys
+from ..errors import Refusal
 from ..graph.values import shape_of
-from ..ir.contract import RIDGE, Conversion, Exactness, NotConvertible, Weights
+from ..ir.contract import RIDGE, BetweenProjections, Conversion, Exactness, Weights
 from ..ir.sites import AttentionSite, Global, Operand, Projection, Reduced
 from ..numerics.ridge import ridge_of_rows
 from .site_geometry import grid_of_site
 
 
-def on_pixels(site: AttentionSite, convert: Callable[[AttentionSite], Conversion], weights: Weights) -> Conversion:
+def on_pixels(
+    site: AttentionSite, convert: Callable[[AttentionSite], Conversion], weights: Weights
+) -> BetweenProjections:
     """What ``convert`` makes of the site if it were global, with key and value projections of its own.
 
     Query and output projections stay; the reducer and the old projections of its keys are dropped. The new ones start
@@ -25,10 +28,11 @@ def on_pixels(site: AttentionSite, convert: Callable[[AttentionSite], Conversion
     """
     grid, source = grid_of_site(site), site.nodes.source
     if site.key is None or site.value is None or source is None or site.bias is not None:
-        raise NotConvertible("its reduced keys have a bias, or are no plain projection; leave it with `keep`")
+        raise Refusal("its reduced keys have a bias, or are no plain projection")
     if grid.prefix_tokens or site.nodes.batch_axis or shape_of(source)[1:-1] != (grid.tokens,):
-        raise NotConvertible("its queries are no sequence of the map's tokens alone; leave it with `keep`")
+        raise Refusal("its queries are no sequence of the map's tokens alone")
     inner = convert(replace(site, keys=Global()))
+    assert isinstance(inner, BetweenProjections)
     core = PixelKeys(inner.core, shape_of(source)[-1], site.heads, site.key.head_dim, site.value.head_dim)
     core.to(weights(site.key.weight))
     with torch.no_grad():
@@ -37,7 +41,7 @@ def on_pixels(site: AttentionSite, convert: Callable[[AttentionSite], Conversion
     why = "keys and values of every token by the projections of the reduced ones, to be fitted on images"
     why += f"; {inner.why}" if inner.exactness < Exactness.CONTINUOUS else ""
     settings = {**inner.settings, "reduced_keys": "refit"}
-    return Conversion(Exactness.PROJECTED, why, core, settings, inner.benefit, ("pixels",))
+    return BetweenProjections(Exactness.PROJECTED, why, core, settings=settings, benefit=inner.benefit)
 
 
 def fitted_to_reduced(conversion: Conversion, site: AttentionSite, values: Weights) -> Conversion:
@@ -46,13 +50,15 @@ def fitted_to_reduced(conversion: Conversion, site: AttentionSite, values: Weigh
     Softmax attention to keys that are each repeated is attention to the keys, so a perfect fit would keep a dense
     attention's function. The constant is not shrunk.
     """
-    if "pixels" not in conversion.extras:
+    projections = conversion.core.projections if isinstance(conversion, BetweenProjections) else None
+    if projections is None:
         return conversion
-    core, nodes = conversion.core, site.nodes
     pixels = values(site.source).flatten(0, 1).double()
     settings = dict(conversion.settings)
     with torch.no_grad():
-        for name, linear, operand in (("key", core.key, nodes.key), ("value", core.value, nodes.value)):
+        for name, linear, operand in zip(
+            ("key", "value"), projections, (site.nodes.key, site.nodes.value), strict=True
+        ):
             wanted = _upsampled(site, values(operand.node), operand).flatten(2).flatten(0, 1).double()
             slope = ridge_of_rows(pixels - pixels.mean(0), wanted - wanted.mean(0), RIDGE)
             constant = wanted.mean(0) - pixels.mean(0) @ slope

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..cores.published import map_to_tokens, on_tokens
-from ..errors import ArgumentError
+from ..errors import ArgumentError, Refusal
 from ..graph.values import shape_of
-from ..ir.contract import Conversion, Exactness, NotConvertible, Weights
+from ..ir.contract import Adapter, Exactness, MapAdapter, Weights, WholeSite
 from ..ir.sites import AttentionSite, Grid, Projection, Reduced, Site, Window
 from .site_geometry import grid_of_site
 
@@ -41,16 +41,29 @@ class Published:
         self.settled.add(name)
 
     def conversion(
-        self, exactness: Exactness, why: str, settings: dict[str, Any], benefit: str, **form: Any
-    ) -> Conversion:
-        """The whole conversion: of ``exactness`` if every parameter is settled; ``form`` is its other fields."""
+        self,
+        exactness: Exactness,
+        why: str,
+        *,
+        settings: dict[str, Any],
+        benefit: str,
+        adapter: Adapter | None,
+        until: Node | None = None,
+    ) -> WholeSite:
+        """Of ``exactness`` if every parameter is settled; the other arguments are as of ``WholeSite``."""
         fresh = list(dict.fromkeys(n.partition(".")[0] for n in self.parameters if n not in self.settled))
         if fresh:
             exactness, why = Exactness.FRESH, f"{why}; untrained: {', '.join(fresh)}"
-        return Conversion(
-            exactness, f"as published, {why}", self.module, {"official": True, **settings}, benefit, whole=True,
-            carried=self.carried, **form,
-        )  # fmt: skip
+        return WholeSite(
+            exactness,
+            f"as published, {why}",
+            self.module,
+            settings={"official": True, **settings},
+            benefit=benefit,
+            adapter=adapter,
+            until=until,
+            carried=self.carried,
+        )
 
 
 def published_attention(
@@ -86,31 +99,32 @@ def attention_map(site: AttentionSite, takes_prefix: bool = False) -> Grid:
     """The map of an attention site that a paper's module can replace.
 
     Raises:
-        NotConvertible: it has something that the papers' modules have no place for.
+        Refusal: it has something that the papers' modules have no place for.
     """
     grid = site.map_grid if isinstance(site.keys, Window) else grid_of_site(site)
     if site.place is not None:
-        raise NotConvertible("its tokens come group by group and not as a map; leave official out")
+        raise Refusal("its tokens come group by group and not as a map", "leave official out")
     nodes, parts = site.nodes, (site.query, site.key, site.value, site.output)
     acting = _acting(site)
     if acting or nodes.source is None or nodes.result is None or any(part is None for part in parts):
         acting = acting or "more than a linear map"
-        raise NotConvertible(
-            f"{acting} stands between its projections and its scores, which the published layer has no place for; "
-            "leave official out, which keeps it"
+        raise Refusal(
+            f"{acting} stands between its projections and its scores, which the published layer has no place for",
+            "leave official out, which keeps it",
         )
     if nodes.batch_axis:
-        raise NotConvertible("its tokens come before its samples; leave official out")
+        raise Refusal("its tokens come before its samples", "leave official out")
     width = shape_of(nodes.source)[-1]
     if any(part is None or part.rows.numel() != width for part in parts) or shape_of(nodes.result)[-1] != width:
-        raise NotConvertible(
+        raise Refusal(
             f"its heads are {site.heads}x{site.head_dim} wide and its tokens {width}, and the published layer has one "
-            "width for both; leave official out"
+            "width for both",
+            "leave official out",
         )
     if grid.prefix_tokens and not takes_prefix:
-        raise NotConvertible(
-            f"the published layer has no place for {grid.prefix_tokens} class or register tokens; leave official out, "
-            "which carries them, or take a model that pools its map instead"
+        raise Refusal(
+            f"the published layer has no place for {grid.prefix_tokens} class or register tokens",
+            "leave official out, which carries them, or take a model that pools its map instead",
         )
     return grid
 
@@ -127,12 +141,12 @@ def _acting(site: AttentionSite) -> str:
 
 def require_no_dropout(rate: float) -> None:
     """Raises:
-    NotConvertible: the site drops something in training that the paper's module does not.
+    Refusal: the site drops something in training that the paper's module does not.
     """
     if rate:
-        raise NotConvertible(
-            "it drops values in training where the published layer here does not; set its rate to 0, or leave official "
-            "out"
+        raise Refusal(
+            "it drops values in training where the published layer here does not",
+            "set its rate to 0, or leave official out",
         )
 
 
@@ -141,22 +155,20 @@ def width_of(site: AttentionSite) -> int:
     return shape_of(site.source)[-1]
 
 
-def layout(source: Node | None, result: Node | None, grid: Grid | None) -> dict[str, Any]:
-    """How a module of channels-last maps runs from ``source`` to ``result``: fields of a ``Conversion``.
+def adapter_between(source: Node, result: Node, grid: Grid | None) -> Adapter | None:
+    """What a module of channels-last maps needs to run from ``source`` to ``result``.
 
     Raises:
-        NotConvertible: tokens would have to become a map of no known sides.
+        Refusal: tokens would have to become a map of no known sides.
     """
-    assert source is not None
-    assert result is not None
     before, after = len(shape_of(source)), len(shape_of(result))
     if (before, after) == (4, 4):
-        return {}
+        return None
     if (before, after) == (4, 3):
-        return {"run": map_to_tokens}
+        return Adapter(map_to_tokens)
     if after != 3 or grid is None:
-        raise NotConvertible("its tokens become a map on the way; leave official out")
-    return {"run": on_tokens, "sizes": (grid.height, grid.width, grid.prefix_tokens), "on_tokens": True}
+        raise Refusal("its tokens become a map on the way", "leave official out")
+    return MapAdapter.on(on_tokens, grid)
 
 
 def note_of_keys(site: Site) -> str:
@@ -186,6 +198,6 @@ def require_one_number(name: str, value: Any) -> None:
 
 
 __all__ = [
-    "Published", "attention_map", "layout", "note_of_keys", "published_attention", "require_no_dropout",
+    "Published", "adapter_between", "attention_map", "note_of_keys", "published_attention", "require_no_dropout",
     "require_one_number", "require_unset", "width_of",
 ]  # fmt: skip

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from ..ir.contract import NotConvertible
+from ..errors import ArgumentError, Refusal
 from ..ir.heads import as_pair
 from ..ir.sites import AttentionSite, Global, Grid, Interleaved, MapGroups, Reduced, Window
-from ..operators.index_rule import axis_mask, reached_table
+from ..operators.index_rule import reached_table
 from .relative_table import relative_table
 
 Pair = tuple[int, int]
@@ -21,26 +19,26 @@ def grid_of_site(site: AttentionSite) -> Grid:
     """The map that a global or reduced site's queries lie on.
 
     Raises:
-        NotConvertible: it is not known, or something ties the scores to more than the map.
+        Refusal: it is not known, or something ties the scores to more than the map.
     """
     if site.queries is not None and len(site.queries) < site.source_tokens:
-        raise NotConvertible(
-            f"only {len(site.queries)} of its {site.source_tokens} tokens query: it reads them out, which is no mixing "
-            "of tokens; leave it with `keep`"
+        raise Refusal(
+            f"only {len(site.queries)} of its {site.source_tokens} tokens query: it is a readout (class attention); "
+            "there is no token mixing to replace"
         )
     if site.queries is not None:
-        raise NotConvertible("its tokens query in another order than that of their map; leave it with `keep`")
+        raise Refusal("its tokens query in another order than that of their map")
     if isinstance(site.keys, Interleaved):
-        raise NotConvertible(
-            f"it attends inside {site.keys} groups, which spread over the map; to='neighborhood' and "
-            "to='long_short_distance' keep them"
+        raise Refusal(
+            f"it attends inside {site.keys} groups, which spread over the map",
+            "to='neighborhood' and to='long_short_distance' keep them",
         )
     if not isinstance(site.keys, Global | Reduced):
-        raise NotConvertible(f"its queries see {site.keys}, which lie on no map of their own; leave it with `keep`")
+        raise Refusal(f"its queries see {site.keys}, which lie on no map of their own")
     if site.grid is None:
-        raise NotConvertible("where its tokens lie on the map is not known; leave it with `keep`")
+        raise Refusal("where its tokens lie on the map is not known")
     if site.mask is not None:
-        raise NotConvertible("a constant mask acts on its scores; leave it with `keep`")
+        raise Refusal("a constant mask acts on its scores")
     return site.grid
 
 
@@ -50,7 +48,7 @@ def bias_entries(site: AttentionSite, grid: Grid) -> Tensor | None:
         return None
     table = None if grid.prefix_tokens else relative_table(site.bias.values, (grid.height, grid.width))
     if table is None:
-        raise NotConvertible("its bias is no table of relative positions on the map alone; leave it with `keep`")
+        raise Refusal("its bias is no table of relative positions on the map alone")
     return table[1]
 
 
@@ -61,7 +59,7 @@ def window_bias_entries(site: AttentionSite, groups: MapGroups) -> Tensor | None
     table = relative_table(site.bias.values, groups.size)
     if table is None:
         where = "window" if isinstance(groups, Window) else "group"
-        raise NotConvertible(f"its bias is no table of relative positions in the {where}; leave it with `keep`")
+        raise Refusal(f"its bias is no table of relative positions in the {where}")
     return table[1]
 
 
@@ -82,34 +80,6 @@ def is_whole_map(site: AttentionSite) -> bool:
     """Whether a windowed site's one window is the map: then it is global attention with a table."""
     window = site.keys
     return isinstance(window, Window) and window.size == (site.map_grid.height, site.map_grid.width)
-
-
-def dropped_mass(
-    site: AttentionSite, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor, seen: Tensor
-) -> dict[str, Any]:
-    """Of every head: the mean, over ``queries``, of the attention paid to keys not ``seen`` ``[queries, keys]``."""
-    query, key, _ = operands
-    scores = torch.einsum("bnhd,bmhd->bhnm", query, key).float() * site.scale_of_operands
-    if site.bias is not None:
-        scores = scores + site.bias.values[:, queries].to(scores)
-    dropped = (scores.softmax(-1) * ~seen.to(scores.device)).sum(-1)
-    return {"dropped_mass": [round(float(mass), 6) for mass in dropped.mean(dim=(0, 2))]}
-
-
-def seen_neighbours(queries: Tensor, grid: Grid, keys: Grid, kernel: Pair, dilation: Pair) -> Tensor:
-    """``[queries, tokens of keys]``: which keys each of some queries sees, prefix tokens included, where the two maps
-    are the same or ``keys`` is a coarser one."""
-    cell = (queries - grid.prefix_tokens).clamp(min=0)
-    sides = ((grid.height, keys.height), (grid.width, keys.width))
-    rows, columns = (
-        axis_mask(side, length, min(k, length), d)[place]
-        for (side, length), k, d, place in zip(
-            sides, kernel, dilation, (cell // grid.width, cell % grid.width), strict=True
-        )
-    )
-    seen = (rows[:, :, None] & columns[:, None, :]).flatten(1)
-    seen = torch.nn.functional.pad(seen, (keys.prefix_tokens, 0), value=True)
-    return seen | (queries < grid.prefix_tokens)[:, None]
 
 
 def require_positive(name: str, value: Any) -> None:

@@ -23,13 +23,15 @@ TARGET = '''
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnrewrite.ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from attnrewrite.errors import Refusal
+from attnrewrite.ir.contract import BetweenProjections, Conversion, Exactness, Target, Weights
+from attnrewrite.ir.core import AttentionCore
 from attnrewrite.ir.sites import Global, Site
 
 
-class MeanOfValues(nn.Module):
+class MeanOfValues(AttentionCore):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         return value.mean(1, keepdim=True).expand(*query.shape[:-1], -1)
 
@@ -40,8 +42,8 @@ class Mean(Target):
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         if not isinstance(site.keys, Global):
-            raise NotConvertible(f"keys {site.keys} are not all tokens; convert models with global attention")
-        return Conversion(Exactness.PROJECTED, "uniform attention", MeanOfValues())
+            raise Refusal(f"keys {site.keys} are not all tokens", "convert models with global attention")
+        return BetweenProjections(Exactness.PROJECTED, "uniform attention", MeanOfValues())
 '''
 
 CONVERT = """

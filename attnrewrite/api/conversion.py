@@ -124,7 +124,7 @@ def _recovered(made: Plan, converted: nn.Module, measure: Any | None, calibratio
 def _require_all(made: Plan) -> None:
     left = [each for each in made.sites if each.target is not None and each.status in ("refused", "kept")]
     if left:
-        reasons = "".join(f"\n  {each.site.name or '(root)'}: {each.why}" for each in left)
+        reasons = "".join(f"\n  {each.site.name or '(root)'}: {each.told}" for each in left)
         name = type(made.model).__name__
         raise ConversionError(f"strict: {len(left)} sites of {name} would not be converted:{reasons}")
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from torch import nn
 
 from ..capture.ambient import plain_modes
+from ..errors import NothingToDo, Refusal
 from ..graph.dataflow import Dataflow
-from ..ir.contract import Exactness, NotConvertible, NothingToDo, Target
+from ..ir.contract import Exactness, Target
 from ..ir.sites import AttentionSite, Site
 from ..numerics.draws import Stream
 from ..planning.plan import Plan
@@ -96,7 +97,8 @@ class Explanation:
         if not choices:
             reasons = [each.reason for each in refused]
             reasons += [option.why for options in self.options for option in options if not option.stays]
-            return [*lines, *(f"  nothing to convert: {reason}" for reason in list(dict.fromkeys(reasons))[:3])]
+            alike = _grouped(reasons, numberless).values()
+            return [*lines, *(f"  nothing to convert: {reason}" for reason, *_ in list(alike)[:3])]
         best = (plain or choices)[0]
         call = f'attnrewrite.convert(model, to="{best.target}"{"" if best.exact else ", calibrate=images"})'
         return [*lines, f"next: converted = {call}; attnrewrite.report(converted) says what was done"]
@@ -202,10 +204,10 @@ def explain(model: nn.Module, example_inputs: Any | None = None) -> Explanation:
 def _option(site: Site, target: Target, flow: Dataflow, counted: dict[Any, Any]) -> Option:
     try:
         conversion = target.convert(site, 0, flow.weights)
-    except NotConvertible as reason:
-        return Option(target.name, None, str(reason), isinstance(reason, NothingToDo))
+    except Refusal as reason:
+        return Option(target.name, None, reason.told(site.name), isinstance(reason, NothingToDo))
     macs = None
-    if isinstance(site, AttentionSite) and not conversion.whole:
+    if isinstance(site, AttentionSite):
         key = (site.describe(), target.name)
         macs = _once(counted, key, lambda: (macs_before(site), macs_after(site, conversion)))
     complete = macs if macs is not None and macs[1] is not None else None

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError
-from ..ir.contract import Conversion, NothingToDo
+from ..errors import CalibrationError, NothingToDo
+from ..ir.contract import Conversion
 from ..planning.places import Place, tokens
 from ..planning.plan import Plan
 from ..planning.registry import target_of

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ir.core import AttentionCore, Operands
 from ..ir.sites import Grid, Window
 from ..modules.adaptive_pool import adaptive_average, cell_bounds
 from ..operators.aggregated_attention import (
@@ -80,6 +81,7 @@ class AggregatedCore(ExactWhereHeld):
     """
 
     only_weighs_values = True
+    grid: Grid
 
     def __init__(
         self,
@@ -130,13 +132,15 @@ class AggregatedCore(ExactWhereHeld):
         return f"pool={self.pool}, grid={self.grid}, scale={self.scale:.4g}"
 
 
-class ReducedAggregatedCore(nn.Module):
+class ReducedAggregatedCore(AttentionCore):
     """One softmax over a token's window and the site's own reduced keys: PVT's reducer is kept.
 
     Args:
         local: the window's parameters.
         scale: multiplies the scores.
     """
+
+    operands = Operands.OWN_MAP_TOO
 
     def __init__(self, local: LocalBranch, scale: float) -> None:
         super().__init__()
@@ -154,7 +158,7 @@ class ReducedAggregatedCore(nn.Module):
         return f"scale={self.scale:.4g}"
 
 
-class MaskedAggregatedCore(nn.Module):
+class MaskedAggregatedCore(AttentionCore):
     """Swin's windows as aggregated attention without a pooled map: a window of ``2 M - 1`` around every token holds the
     ``M x M`` block it is in, and a mask leaves the rest of it out of the softmax. The learned weights after the softmax
     see the whole window.
@@ -166,6 +170,8 @@ class MaskedAggregatedCore(nn.Module):
         scale: multiplies the scores.
         entries: where a flattened block's bias holds its relative table.
     """
+
+    grid: Grid
 
     def __init__(self, local: LocalBranch, blocks: Window, grid: Grid, scale: float, entries: Tensor | None) -> None:
         super().__init__()

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..ir.core import StageCore
 from ..ir.sites import Grid
 from ..modules.depthwise import DepthwiseConv
 from ..operators.conv_glu import ConvGluGeometry, conv_glu
 from .sequence import grid_of, join_map, split_map
 
 
-class ConvGate(nn.Module):
+class ConvGate(StageCore):
     """``activation(conv(hidden)) * value(source)``, which starts as ``activation(hidden)``.
 
     The convolution starts as the identity, 3 x 3 depthwise, and the value as one everywhere; both train from there on.
@@ -41,6 +42,7 @@ class ConvGate(nn.Module):
         self.grid = grid
         self.geometry = ConvGluGeometry(activation, pre_activation)
         self.conv = identity_convolution(hidden_dim) if convolves else None
+        self.takes_source = source_dim is not None
         self.value = None if source_dim is None else constant_one(source_dim, hidden_dim)
 
     def forward(self, hidden: Tensor, gate: Tensor | None = None, source: Tensor | None = None) -> Tensor:

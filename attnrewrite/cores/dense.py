@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..ir.core import AttentionCore
 
 
-class DenseAttention(nn.Module):
+class DenseAttention(AttentionCore):
     """``softmax(scale * q k^T + bias) v`` (Vaswani et al. 2017).
 
     Args:
         scale: multiplies the scores.
         dropout: rate on the attention weights, in training.
     """
+
+    keeps_weights = True
 
     def __init__(self, scale: float, dropout: float = 0.0) -> None:
         super().__init__()

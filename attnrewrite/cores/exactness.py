@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import ConversionError
+from ..ir.core import AttentionCore
 from ..ir.sites import Grid
 
 
-class ExactWhereHeld(nn.Module):
-    """Mixin of cores that keep the function of what they replace on some maps only.
+class ExactWhereHeld(AttentionCore):
+    """Base of cores that keep the function of what they replace on some maps only.
 
     ``exact``: the user asked for nothing less, so that other maps are refused.
     """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ir.sites import Grid
+from ..ir.sites import Grid, Interleaved
 from ..operators.long_short_attention import LongShortGeometry, long_short_attention
 from ..operators.partition_rule import Grouping, cropped_map, padded_map
 from .exactness import ExactWhereHeld
@@ -27,6 +29,7 @@ class GroupedCore(ExactWhereHeld):
     """
 
     only_weighs_values = True
+    grid: Grid
 
     def __init__(
         self,
@@ -65,6 +68,16 @@ class GroupedCore(ExactWhereHeld):
             return table
         own = self.position_bias(group)
         return own if table is None else table + own
+
+    def seen(self, queries: Tensor) -> Tensor:
+        grid = self.grid
+        members = Interleaved(self.group, self.interval).slots(grid)
+        group_of = torch.empty(grid.height * grid.width, dtype=torch.long)
+        number = torch.arange(len(members))[:, None].expand_as(members)
+        group_of[members[members >= 0]] = number[members >= 0]
+        own = group_of[(queries - grid.prefix_tokens).clamp(min=0)]
+        seen = F.pad(own[:, None] == group_of, (grid.prefix_tokens, 0), value=True)
+        return seen | (queries < grid.prefix_tokens)[:, None]
 
     def extra_repr(self) -> str:
         return f"group={self.group}, interval={self.interval}, grid={self.grid}, scale={self.scale:.4g}"

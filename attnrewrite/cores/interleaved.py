@@ -23,6 +23,9 @@ class InterleavedAttention(OfMap):
         dropout: rate on the attention weights, in training.
     """
 
+    keeps_weights = True
+    grid: Grid
+
     def __init__(self, keys: Interleaved, grid: Grid, scale: float, dropout: float = 0.0) -> None:
         super().__init__(GroupedCore(keys.group, keys.interval, grid, scale, dropout))
         self.keys, self.grid = keys, grid

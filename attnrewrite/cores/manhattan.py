@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ir.core import AttentionCore
 from ..ir.sites import Grid
 from ..modules.depthwise import DepthwiseConv
 from ..operators.manhattan_attention import ManhattanGeometry, manhattan_attention
 from .sequence import attend, grid_of, join_map, split_map
 
 
-class ManhattanCore(nn.Module):
+class ManhattanCore(AttentionCore):
     """Attention decayed by Manhattan distance, with local context enhancement (Fan et al. 2024), of ``[prefix, map]``.
 
     The decay acts between tokens of the map; prefix tokens see and are seen without decay. The enhancement starts at
@@ -26,6 +27,8 @@ class ManhattanCore(nn.Module):
         placement: of the decay, ``"inside"`` or ``"outside"`` the softmax.
         lce: whether there is a local context enhancement.
     """
+
+    grid: Grid
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class ManhattanCore(nn.Module):
         return f"grid={self.grid}, placement={self.placement!r}, scale={self.scale:.4g}"
 
 
-class DecomposedManhattanCore(nn.Module):
+class DecomposedManhattanCore(AttentionCore):
     """The decomposed form: along rows, then along columns, with the same queries and keys. Tokens of the map see the
     map alone; prefix tokens see everything.
 
@@ -66,6 +69,8 @@ class DecomposedManhattanCore(nn.Module):
 
     Args: as for ``ManhattanCore``.
     """
+
+    grid: Grid
 
     def __init__(
         self,
@@ -100,7 +105,7 @@ class DecomposedManhattanCore(nn.Module):
         return f"grid={self.grid}, scale={self.scale:.4g}"
 
 
-class ReducedManhattanCore(nn.Module):
+class ReducedManhattanCore(AttentionCore):
     """Manhattan decay towards the centres of a reduced key map's cells: PVT's spatial reduction and its cost are kept.
 
     Args:
@@ -109,6 +114,7 @@ class ReducedManhattanCore(nn.Module):
     """
 
     only_weighs_values = True
+    grid: Grid
 
     def __init__(
         self, log_decay: tuple[float, ...], grid: Grid, reduced: Grid, scale: float, dropout: float = 0.0

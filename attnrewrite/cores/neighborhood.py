@@ -33,6 +33,7 @@ class NeighborhoodAttention(ExactWhereHeld):
     """
 
     only_weighs_values = True
+    grid: Grid
 
     def __init__(
         self,
@@ -80,6 +81,10 @@ class NeighborhoodAttention(ExactWhereHeld):
         sides = grid.height, grid.width
         entries = self.entries if grid == self.grid else relative_entries(sides).to(bias.device)
         return reached_table(bias[0], entries, sides, kernel, self.dilation)
+
+    def seen(self, queries: Tensor) -> Tensor:
+        kernel = clamped_kernel(self.kernel_size, self.dilation, self.grid)
+        return _seen_cells(queries, self.grid, self.grid, kernel, self.dilation)
 
     def _dense(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Pair, grid: Grid
@@ -165,6 +170,7 @@ class ReducedNeighborhoodAttention(ExactWhereHeld):
     """
 
     only_weighs_values = True
+    grid: Grid
 
     def __init__(self, kernel_size: Pair, grid: Grid, reduced: Grid, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -182,6 +188,10 @@ class ReducedNeighborhoodAttention(ExactWhereHeld):
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         rate = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, mask, rate, scale=self.scale).transpose(1, 2)
+
+    def seen(self, queries: Tensor) -> Tensor:
+        kernel = clamped_kernel(self.kernel_size, (1, 1), self.reduced)
+        return _seen_cells(queries, self.grid, self.reduced, kernel, (1, 1))
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, grid={self.grid}, reduced={self.reduced}, scale={self.scale:.4g}"
@@ -250,3 +260,19 @@ def reduced_mask(kernel_size: Pair, grid: Grid, reduced: Grid) -> Tensor:
     rows = axis_mask(grid.height, reduced.height, min(kernel_size[0], reduced.height), 1)
     columns = axis_mask(grid.width, reduced.width, min(kernel_size[1], reduced.width), 1)
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(grid.height * grid.width, -1)
+
+
+def _seen_cells(queries: Tensor, grid: Grid, keys: Grid, kernel: Pair, dilation: Pair) -> Tensor:
+    """``[queries, tokens of keys]``: which keys each of some queries sees, prefix tokens included, where the two maps
+    are the same or ``keys`` is a coarser one."""
+    cell = (queries - grid.prefix_tokens).clamp(min=0)
+    sides = ((grid.height, keys.height), (grid.width, keys.width))
+    rows, columns = (
+        axis_mask(side, length, min(k, length), d)[place]
+        for (side, length), k, d, place in zip(
+            sides, kernel, dilation, (cell // grid.width, cell % grid.width), strict=True
+        )
+    )
+    seen = (rows[:, :, None] & columns[:, None, :]).flatten(1)
+    seen = F.pad(seen, (keys.prefix_tokens, 0), value=True)
+    return seen | (queries < grid.prefix_tokens)[:, None]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..ir.core import AttentionCore, Operands
 
-class PixelKeys(nn.Module):
+
+class PixelKeys(AttentionCore):
     """Projects tokens to keys and values of its own, and mixes those by another core: PVT's reducer is gone.
 
     Args:
@@ -14,16 +16,21 @@ class PixelKeys(nn.Module):
         heads, key_dim, value_dim: of the projections.
     """
 
-    def __init__(self, core: nn.Module, channels: int, heads: int, key_dim: int, value_dim: int) -> None:
+    operands = Operands.TOKENS
+
+    def __init__(self, core: AttentionCore, channels: int, heads: int, key_dim: int, value_dim: int) -> None:
         super().__init__()
-        self.core, self.heads = core, heads
+        self.core, self.heads, self.grid = core, heads, core.grid
         self.key = nn.Linear(channels, heads * key_dim)
         self.value = nn.Linear(channels, heads * value_dim)
 
     @property
-    def grid(self) -> object:
-        """The map at conversion, of the ``core``."""
-        return self.core.grid
+    def projections(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.key, self.value
+
+    @property
+    def mixing(self) -> AttentionCore:
+        return self.core
 
     def forward(self, query: Tensor, *, pixels: Tensor) -> Tensor:
         """Heads-last ``[batch, tokens, heads, dim]`` queries; ``pixels`` ``[batch, tokens, channels]``."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConversionError
+from ..ir.core import AttentionCore
 from ..ir.sites import Grid
 from .neighborhood import grid_of
 
@@ -33,10 +34,10 @@ def attend(
     return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale).transpose(1, 2)
 
 
-class OfMap(nn.Module):
+class OfMap(AttentionCore):
     """A core of token sequences, on the maps that a windowed site gives."""
 
-    def __init__(self, core: nn.Module) -> None:
+    def __init__(self, core: AttentionCore) -> None:
         super().__init__()
         self.core = core
 
@@ -47,7 +48,7 @@ class OfMap(nn.Module):
         return mixed.unflatten(1, query.shape[1:3])
 
 
-class InTokenOrder(nn.Module):
+class InTokenOrder(AttentionCore):
     """A core of maps, on tokens that are given in another order, such as group by group.
 
     Args:
@@ -58,8 +59,9 @@ class InTokenOrder(nn.Module):
 
     place: Tensor
     cells: Tensor
+    grid: Grid
 
-    def __init__(self, core: nn.Module, place: Tensor, grid: Grid) -> None:
+    def __init__(self, core: AttentionCore, place: Tensor, grid: Grid) -> None:
         super().__init__()
         self.core, self.grid = core, grid
         self.register_buffer("place", place, persistent=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ir.core import StageCore
 
-class MapToTokens(nn.Module):
+
+class MapToTokens(StageCore):
     """``[batch, channels, height, width]`` to channels-last, as a map or (``flat``) as raster-ordered tokens."""
 
     def __init__(self, flat: bool) -> None:
@@ -18,7 +20,7 @@ class MapToTokens(nn.Module):
         return tokens.flatten(1, 2) if self.flat else tokens
 
 
-class GatherPatches(nn.Module):
+class GatherPatches(StageCore):
     """Non-overlapping patches of a channels-last map into channels (Swin's patch merging, Liu et al. 2021).
 
     Sides that the patch does not divide are padded with zeros at their end.
@@ -29,6 +31,8 @@ class GatherPatches(nn.Module):
         grid: the map at conversion.
         flat: whether the result is ``[batch, patches, channels]`` rather than a map.
     """
+
+    takes_sides = True
 
     def __init__(self, size: tuple[int, int], order: tuple[int, ...], grid: tuple[int, int], flat: bool) -> None:
         super().__init__()

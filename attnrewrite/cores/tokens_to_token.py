@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..ir.core import StageCore
 from ..modules.tokens_to_token import TokensToToken
 
 
@@ -18,8 +19,10 @@ class TokensToTokenStem(TokensToToken):
         return super().forward(image)[:, :rows, :columns].permute(0, 3, 1, 2)
 
 
-class TokensToTokenBranch(TokensToTokenStem):
+class TokensToTokenBranch(TokensToTokenStem, StageCore):
     """The same, added to what a convolution made of the image."""
+
+    takes_source = True
 
     def forward(self, projected: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.forward is free
         """``projected`` ``[B, embed_dim, H // 16, W // 16]`` of the image ``source`` in, the same shape out."""

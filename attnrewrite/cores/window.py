@@ -6,14 +6,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConversionError
 from ..functional import grouped_attention
+from ..ir.core import AttentionCore
 from ..ir.sites import Grid, Window
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(AttentionCore):
     """Swin's (shifted) window attention (Liu et al. 2021) without roll and mask: blocks are cut where they lie.
 
     It is neighborhood attention with a stride equal to the kernel size, with an offset and truncated border blocks.
@@ -25,6 +26,9 @@ class WindowAttention(nn.Module):
         scale: multiplies the scores.
         dropout: rate on the attention weights, in training.
     """
+
+    keeps_weights = True
+    grid: Grid
 
     def __init__(self, window: Window, grid: Grid, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -50,6 +54,10 @@ class WindowAttention(nn.Module):
         mixed = grouped_attention(query, key, value, self.window.size, shift, self.scale, bias, pad_key, pad_value)
         assert isinstance(mixed, Tensor)
         return mixed
+
+    @property
+    def padded(self) -> Window | None:
+        return self.window if self.window.phantom else None
 
     def _gathered(
         self,

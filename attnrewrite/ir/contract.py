@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from ..errors import ArgumentError, nearest
 from ..graph.dataflow import Dataflow
-from .sites import Refused, Site
+from .core import AttentionCore, StageCore
+from .sites import Grid, Refused, Site
 
 
 class Exactness(IntEnum):
@@ -40,36 +41,115 @@ def exactness_of(name: str, argument: str) -> Exactness:
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """One site's conversion: ``core`` takes the place of the site's computation.
+class Conversion(ABC):
+    """One site's conversion. What takes the place of its computation depends on how much of that goes: see the kinds.
 
-    ``why`` is one clause; ``benefit`` says whether the target is cheaper as soon as it is converted. ``extras`` are
-    given to the core by keyword, beside its operands: ``local``, as ``local_key`` and ``local_value`` an attention
-    site's keys and values of the query map itself, ``[B, H, W, heads, dim]``, where it attends to a reduced one;
-    ``pixels``, in the place of its keys and values, what feeds its query projection, ``[B, tokens, channels]``;
-    ``source``, what feeds an MLP's or stem's first linear map. A ``whole`` core takes the site's source to its result
-    by itself, and the site's own linear maps are dropped; where its layout is not the site's, ``run`` calls it, with
-    core, source and ``sizes``: height, width and prefix tokens of the site's map if it runs ``on_tokens``. ``until`` is
-    what such a core's result replaces, if that is not the site's own result, and ``carried`` how many numbers among its
-    parameters are the donor's.
+    Args:
+        exactness: how much of the function is kept.
+        why: one clause.
+        settings: for the report.
+        benefit: whether the target is cheaper as soon as it is converted.
     """
 
     exactness: Exactness
     why: str
-    core: Any
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    benefit: str = ""
-    extras: tuple[str, ...] = ()
-    whole: bool = False
-    run: Callable[..., Tensor] | None = None
-    sizes: tuple[int, ...] = ()
-    on_tokens: bool = False
-    until: Node | None = None
-    carried: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    benefit: str = field(default="", kw_only=True)
 
     @property
     def keeps_function(self) -> bool:
         return self.exactness >= Exactness.CONTINUOUS
+
+    @property
+    @abstractmethod
+    def modules(self) -> list[nn.Module]:
+        """The new modules."""
+
+
+@dataclass(frozen=True)
+class BetweenProjections(Conversion):
+    """The ``core`` mixes the values of an attention site, whose projections stay."""
+
+    core: AttentionCore
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.core]
+
+
+@dataclass(frozen=True)
+class BetweenLinears(Conversion):
+    """Each of ``cores`` takes the place of one stage of an MLP, whose linear maps stay; None leaves the stage live."""
+
+    cores: Sequence[StageCore | None]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [core for core in self.cores if core is not None]
+
+
+@dataclass(frozen=True)
+class BesideStem(Conversion):
+    """The ``core`` takes the place of what stands between a stem's linear map and its tokens: behind a convolution,
+    before the map of gathered patches."""
+
+    core: StageCore
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.core]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How a module runs where a site's values lie otherwise than it takes them: ``run(module, source, *sizes)``."""
+
+    run: Callable[..., Tensor]
+    sizes: tuple[int, ...] = ()
+
+    def at(self, grid: Grid | None) -> Adapter:
+        """The same where the site's map is ``grid``, on another look at the model."""
+        return self
+
+
+@dataclass(frozen=True)
+class MapAdapter(Adapter):
+    """The same, with the height, width and prefix tokens of the site's map as ``sizes``."""
+
+    def at(self, grid: Grid | None) -> MapAdapter:
+        return self if grid is None else MapAdapter.on(self.run, grid)
+
+    @classmethod
+    def on(cls, run: Callable[..., Tensor], grid: Grid) -> MapAdapter:
+        return cls(run, (grid.height, grid.width, grid.prefix_tokens))
+
+
+@dataclass(frozen=True)
+class WholeSite(Conversion):
+    """The ``core`` takes the site's source to its result by itself; the site's own linear maps are dropped.
+
+    Args:
+        core: any module of one tensor.
+        adapter: calls it where its layout is not the site's.
+        until: what its result replaces, if that is not the site's own result.
+        carried: how many numbers among its parameters are the donor's.
+    """
+
+    core: nn.Module
+    adapter: Adapter | None = field(default=None, kw_only=True)
+    until: Node | None = field(default=None, kw_only=True)
+    carried: int = field(default=0, kw_only=True)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.core]
+
+    def run(self, source: Tensor) -> Tensor:
+        """The result for the site's ``source``."""
+        result: Tensor = (
+            self.core(source) if self.adapter is None else self.adapter.run(self.core, source, *self.adapter.sizes)
+        )
+        return result
 
 
 Weights = Callable[[Node], Tensor]
@@ -77,14 +157,6 @@ Weights = Callable[[Node], Tensor]
 
 RIDGE = 1e-3
 """Strength of a refit's ridge towards the carried weights, relative to the mean diagonal of the Gram matrix."""
-
-
-class NotConvertible(Exception):
-    """A site has no meaning in a target: the reason, and what would work instead."""
-
-
-class NothingToDo(NotConvertible):
-    """A site is already what the target would make of it."""
 
 
 class Target(ABC):
@@ -98,7 +170,7 @@ class Target(ABC):
         """The conversion of ``site``, the ``index``-th of its kind that is converted.
 
         Raises:
-            NotConvertible: with reason and remedy.
+            Refusal: with reason and remedy.
         """
 
     def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
@@ -107,15 +179,6 @@ class Target(ABC):
         ``values`` gives what the site's inputs and its result were on the example input.
         """
         return conversion
-
-    def measure(
-        self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor
-    ) -> dict[str, Any]:
-        """What can be said of an inexact conversion from heads-last query, key and value of the example input.
-
-        Of the query tokens only those at ``queries`` are given: a sample where they are many.
-        """
-        return {}
 
     def __str__(self) -> str:
         return self.name

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..errors import Refusal
 from ..graph.contraction import Contraction, canonical, contraction
 from ..graph.dataflow import Dataflow
 from ..graph.movement import moved_operands, permutation
 from ..graph.values import input_of, operator_name, shape_of
 from ..ir.sites import Operand
-from .scores import Addend, NotAffine, are_scores, as_addend, excluded, score_chain
+from .scores import Addend, are_scores, as_addend, excluded, score_chain
 from .softmax import Softmax, softmax_at
 
 _GROUPS = "abcghijk"
@@ -66,7 +67,7 @@ def find_cores(flow: Dataflow) -> tuple[list[Core], list[tuple[Node, str]]]:
             continue
         try:
             found = _fused(anchor, flow) if softmax is None else _explicit(softmax, flow)
-        except NotAffine as reason:
+        except Refusal as reason:
             refused.append((anchor, str(reason)))
         else:
             if found is not None:
@@ -78,10 +79,13 @@ def _fused(anchor: Node, flow: Dataflow) -> Core:
     arguments = _bound(anchor)
     query, key, value = arguments["query"], arguments["key"], arguments["value"]
     if arguments["is_causal"] or arguments["enable_gqa"]:
-        raise NotAffine("causal and grouped-query attention are not rewritten")
+        raise Refusal(
+            "causal and grouped-query attention are not rewritten",
+            "give every query head keys of its own, and a mask by attn_mask",
+        )
     rank = len(shape_of(query))
     if not rank == len(shape_of(key)) == len(shape_of(value)):
-        raise NotAffine("query, key and value differ in rank")
+        raise Refusal("query, key and value differ in rank", "give them the same leading axes")
     groups = _GROUPS[: rank - 2]
     _require_groups(groups)
     scale = arguments["scale"]
@@ -98,7 +102,10 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     weighted = _product_with_values(anchor, flow)
     if weighted is None:
         if anchor in flow.used and are_scores(softmax.scores, flow.constants, mixed=True):
-            raise NotAffine("something acts on its weights between the softmax and their product with the values")
+            raise Refusal(
+                "something acts on its weights between the softmax and their product with the values",
+                "only dropout may stand there",
+            )
         return None
     path_after, final = weighted
     chain = score_chain(softmax.scores, flow.constants, flow.learned)
@@ -107,7 +114,10 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     laid_out = _layout(path_after, weights, product.out_axes, scores, flow)
     moves = [step for step in chain.path if flow.is_movement(step) and not flow.is_copy(step)]
     if laid_out is None or any(operator_name(step) not in _ROW_MAJOR for step in moves):
-        raise NotAffine("the scores are rearranged between their product and the product with the values")
+        raise Refusal(
+            "the scores are rearranged between their product and the product with the values",
+            "leave their axes where they are",
+        )
     _require_last_axis(softmax, scores)
     query, key, names = _query_and_key(product)
     groups = "".join(names[axis] for axis in product.out_axes[:-1] if names[axis] != "x")
@@ -144,7 +154,9 @@ def _query_and_key(product: Contraction) -> tuple[Operand, Operand, dict[str, st
     key_side = product.right if query_side is product.left else product.left
     own = [axis for axis in product.out_axes[:-1] if axis not in product.axes_of(key_side)]
     if len(product.summed) != 1 or not own or key_axis in product.axes_of(query_side):
-        raise NotAffine("the product before the softmax is not one of queries with keys")
+        raise Refusal(
+            "the product before the softmax is not one of queries with keys", "sum over the dimension of a head alone"
+        )
     names = {own[-1]: "x", key_axis: "y", product.summed: "d"}
     names |= dict(zip((axis for axis in product.out_axes if axis not in names), _GROUPS, strict=False))
     return _named(query_side, product, names), _named(key_side, product, names), names
@@ -158,7 +170,9 @@ def _value_and_output(
     theirs = dict(zip(final.axes_of(weights), laid_out, strict=True))
     last = [axis for axis in final.axes_of(value_side) if axis not in theirs]
     if len(last) != 1 or theirs.get(final.summed) != product.out_axes[-1]:
-        raise NotAffine("the attention weights are not summed with the values over the keys")
+        raise Refusal(
+            "the attention weights are not summed with the values over the keys", "sum over the axis of the softmax"
+        )
     renamed = {axis: names[letter] for axis, letter in theirs.items()} | {last[0]: "e"}
     output = Operand(final.node, "".join(renamed[axis] for axis in final.out_axes))
     return _named(value_side, final, renamed), output
@@ -189,12 +203,12 @@ def _product_with_values(anchor: Node, flow: Dataflow) -> tuple[list[Node], Cont
 def _require_last_axis(softmax: Softmax, scores: tuple[int, ...]) -> None:
     shape = shape_of(softmax.weights)
     if softmax.axis != len(shape) - 1 or shape[-1] != scores[-1]:
-        raise NotAffine("the softmax does not run over the last axis of the scores")
+        raise Refusal("the softmax does not run over the last axis of the scores", "let the keys be the last axis")
 
 
 def _require_groups(groups: str) -> None:
     if not groups:
-        raise NotAffine("attention of a single head without a batch axis")
+        raise Refusal("attention of a single head without a batch axis", "give it a batch axis")
 
 
 def _separated(addends: list[Addend], scores: tuple[int, ...], flow: Dataflow) -> Added:
@@ -209,7 +223,9 @@ def _separated(addends: list[Addend], scores: tuple[int, ...], flow: Dataflow) -
         mask, terms = None, addends
     learned = [term for term in terms if term.node in flow.learned]
     if any(term.factor != 1.0 for term in learned):
-        raise NotAffine("a learned bias is scaled after it was added to the scores")
+        raise Refusal(
+            "a learned bias is scaled after it was added to the scores", "scale the scores before the bias is added"
+        )
     bias = _total(learned, scores)
     if bias is not None and mask is not None:
         whole = _total(addends, scores)
@@ -223,7 +239,7 @@ def _added(mask: Node | None, scores: tuple[int, ...], flow: Dataflow) -> Added:
     if mask is None:
         return (), None, None
     if mask not in flow.constants:
-        raise NotAffine("the attention mask depends on the input")
+        raise Refusal("the attention mask depends on the input", "make it a constant")
     return _separated([Addend(as_addend(flow.constants[mask]), 1.0, scores, mask)], scores, flow)
 
 

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..errors import Refusal
 from ..graph.contraction import canonical
 from ..graph.dataflow import Dataflow
 from ..graph.values import argument, input_of, shape_of
 from ..ir.axes import position_and_dim
 from ..ir.sites import AttentionNodes, Operand, Placement, Projection
 from .mixture import Core
-
-
-class NotSeparable(Exception):
-    """An operand's elements are no product of tokens and channels."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def projected(operand: Operand, core: Core, flow: Dataflow) -> Projected | None:
     """Read ``operand`` as a rearranged linear map, or None if something else acts on it after the projection.
 
     Raises:
-        NotSeparable: tokens and channels are entangled.
+        Refusal: tokens and channels are entangled.
     """
     found = flow.provenance(operand.node, stop=flow.is_linear, scaling=True)
     linear = found.source
@@ -87,7 +84,7 @@ def read_projected(
     ``spelling`` all that it hangs on.
 
     Raises:
-        NotSeparable: tokens and channels are entangled.
+        Refusal: tokens and channels are entangled.
     """
     width = shape_of(linear)[-1]
     order = core.groups + "".join(position_and_dim(operand.axes))
@@ -105,7 +102,7 @@ def read_projected(
 
     found = flow.once((read_projected, spelling, operand.axes, order, sizes, width), separated)
     if isinstance(found, str):
-        raise NotSeparable(found)
+        raise Refusal(found)
     row, channel = found
     source, slots = flow.remembered(source_tokens, input_of(linear))
     return Projected(linear, source, slots[row], row, channel, factor)
@@ -150,14 +147,14 @@ def grouping(query: Projected, key: Projected, value: Projected) -> Grouping:
     """Split the flat groups into heads and groups of tokens.
 
     Raises:
-        NotSeparable: heads see different tokens, or a group reaches over several samples.
+        Refusal: heads see different tokens, or a group reaches over several samples.
     """
     if key.source is not value.source or not torch.equal(key.token, value.token):
-        raise NotSeparable("keys and values are taken from different tokens")
+        raise Refusal("keys and values are taken from different tokens", "project both from the same tokens")
     heads = _heads(query, key, value)
     queries, keys = query.token[heads], key.token[heads]
     if bool((queries != queries[:1]).any()) or bool((keys != keys[:1]).any()):
-        raise NotSeparable("different heads see different tokens")
+        raise Refusal("different heads see different tokens", "group the tokens of all heads alike")
     queries, keys = queries[0], keys[0]
     axis = _batch_axis(query.source, queries)
     queries, samples = _within_sample(queries, query.source, axis)
@@ -165,13 +162,13 @@ def grouping(query: Projected, key: Projected, value: Projected) -> Grouping:
     keys, key_samples = _within_sample(keys, key.source, axis if same else 0)
     sample = samples.amax(dim=1)
     if bool(((samples >= 0) & (samples != sample[:, None])).any()):
-        raise NotSeparable("a group reaches over several samples")
+        raise Refusal("a group reaches over several samples", "group the tokens of each sample by themselves")
     if bool(((key_samples >= 0) & (key_samples != sample[:, None])).any()):
-        raise NotSeparable("queries and keys come from different samples")
+        raise Refusal("queries and keys come from different samples", "take both from the same sample")
     first = sample == sample.amin()
     count = int(sample.unique().numel())
     if int(first.sum()) * count != len(sample):
-        raise NotSeparable("samples are grouped differently")
+        raise Refusal("samples are grouped differently", "group the tokens of all samples alike")
     head_of_group = torch.empty(heads.numel(), dtype=torch.long)
     head_of_group[heads] = torch.arange(len(heads))[:, None]
     placement = Placement(head_of_group, query.token, key.token)
@@ -189,7 +186,7 @@ def _heads(*parts: Projected) -> Tensor:
     rows = torch.cat([part.channel for part in parts], dim=1)
     _, inverse, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
     if bool((counts != counts[0]).any()):
-        raise NotSeparable("heads differ in the number of their groups")
+        raise Refusal("heads differ in the number of their groups", "group the tokens of all heads alike")
     order = torch.argsort(inverse, stable=True).view(len(counts), -1)
     return order[torch.argsort(order[:, 0])]
 
@@ -201,7 +198,7 @@ def _batch_axis(source: Node, queries: Tensor) -> int:
         place = _coordinate(queries, sizes, axis)
         if not bool(((queries >= 0) & (place != place.amax(dim=1, keepdim=True))).any()) and len(sizes) > 1:
             return axis
-    raise NotSeparable("no batch axis: a group reaches over all axes")
+    raise Refusal("no batch axis: a group reaches over all axes", "keep an axis of samples through the attention")
 
 
 def _within_sample(tokens: Tensor, source: Node, axis: int) -> tuple[Tensor, Tensor]:

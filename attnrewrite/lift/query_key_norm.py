@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from ..errors import UNFORESEEN
+from ..errors import UNFORESEEN, Refusal
 from ..graph.contraction import canonical, contraction
 from ..graph.dataflow import Dataflow
 from ..graph.values import evaluate, is_call, shape_of
@@ -24,7 +24,7 @@ from ..ir.axes import position_and_dim
 from ..ir.sites import HeadNorm, Operand
 from ..numerics.head_norm import normalise_heads
 from .mixture import Core
-from .projections import Grouping, NotSeparable, Projected, group_sizes, projected, read_projected
+from .projections import Grouping, Projected, group_sizes, projected, read_projected
 
 _LARGEST = 24
 """Operations that a norm is at most spelled out in."""
@@ -61,12 +61,15 @@ def require_scales_of_heads(core: Core, grouped: Grouping) -> None:
     """Learned scales must be one number, or one for every head in the order of the heads.
 
     Raises:
-        NotSeparable: they are not.
+        Refusal: they are not.
     """
     for scale in core.learned_scales:
         shape = shape_of(scale)
         if math.prod(shape) > 1 and not _is_of_heads(scale, core, grouped):
-            raise NotSeparable(f"a learned scale {list(shape)} multiplies the scores by more than one number a head")
+            raise Refusal(
+                f"a learned scale {list(shape)} multiplies the scores by more than one number a head",
+                "give it one number a head",
+            )
 
 
 def _is_of_heads(scale: Node, core: Core, grouped: Grouping) -> bool:

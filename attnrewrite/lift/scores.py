@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..errors import Refusal
 from ..graph.contraction import Contraction, contraction
 from ..graph.movement import is_movement
 from ..graph.values import Values, argument, input_of, operator_name, shape_of
@@ -20,14 +21,10 @@ from ..graph.values import Values, argument, input_of, operator_name, shape_of
 MASKED = -50.0
 """A constant score at or below this is no key at all: Swin masks with -100, others with -inf or the least float."""
 
-LEARNED_QUERIES = "its queries are learned, not made of tokens: it pools the tokens, which is no mixing of them"
+LEARNED_QUERIES = "its queries are learned parameters (attention pooling); only token-to-token attention is rewritten"
 
 _ADDING = ("aten::add", "aten::sub", "aten::add_", "aten::sub_", "aten::rsub")
 _MASKING = ("aten::masked_fill", "aten::masked_fill_", "aten::where")
-
-
-class NotAffine(Exception):
-    """The softmax input is more than scale, bias and mask away from a product of two values."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +59,17 @@ def score_chain(node: Node, constants: Values, learned: frozenset[Node]) -> Scor
     """Walk back from the softmax input ``node``; ``learned`` are the constants that depend on parameters.
 
     Raises:
-        NotAffine: naming the operator in the way.
+        Refusal: naming the operator in the way.
     """
     path, factor = [], 1.0
     scales: list[Node] = []
     addends: list[Addend] = []
     while (product := contraction(node)) is None:
         if node.op != "call_function":
-            raise NotAffine("the softmax input is not a product of a query and a key")
+            raise Refusal(
+                "the softmax input is not a product of a query and a key",
+                "make the scores a product of queries and keys",
+            )
         path.append(node)
         name, following = operator_name(node), _operand(node, constants)
         if name in ("aten::mul", "aten::div", "aten::mul_", "aten::div_"):
@@ -78,20 +78,26 @@ def score_chain(node: Node, constants: Values, learned: frozenset[Node]) -> Scor
                 scales += [used for used in node.all_input_nodes if used is not following]
             factor *= 1.0 if number is None else number if "mul" in name else 1.0 / number
         elif name in (*_ADDING, *_MASKING) and scales:
-            raise NotAffine("a learned scale acts on biased scores")
+            raise Refusal("a learned scale acts on biased scores", "scale the scores before the bias is added")
         elif name in _ADDING:
             if not _subtracts_maximum(node):
                 addends.append(_addend(node, following, factor, constants))
         elif name in _MASKING:
             addends.append(_masking(node, following, factor, constants))
         elif not is_movement(node, constants):
-            raise NotAffine(f"{name} acts between the product of query and key and the softmax")
+            raise Refusal(
+                f"{name} acts between the product of query and key and the softmax",
+                "only scale, bias and mask may stand there",
+            )
         node = following
     if product.left in constants or product.right in constants:
         live = product.right if product.left in constants else product.left
         if not are_scores(live, constants):
-            raise NotAffine(LEARNED_QUERIES)
-        raise NotAffine(f"{operator_name(node)} mixes the scores with a constant before the softmax")
+            raise Refusal(LEARNED_QUERIES)
+        raise Refusal(
+            f"{operator_name(node)} mixes the scores with a constant before the softmax",
+            "only scale, bias and mask may stand there",
+        )
     return ScoreChain(product, factor, scales, addends, path[::-1])
 
 
@@ -130,7 +136,10 @@ def _operand(node: Node, constants: Values) -> Node:
         return input_of(node)
     live = [used for used in node.all_input_nodes if used not in constants]
     if len(live) != 1:
-        raise NotAffine(f"{operator_name(node)} combines the scores with another value that depends on the input")
+        raise Refusal(
+            f"{operator_name(node)} combines the scores with another value that depends on the input",
+            "make bias and mask of parameters and constants",
+        )
     return live[0]
 
 
@@ -138,7 +147,10 @@ def _number(node: Node, following: Node, constants: Values, learned: frozenset[N
     """The other factor as a number, or None if it is a learned one."""
     left, right = argument(node, 0), argument(node, 1)
     if "div" in operator_name(node) and (left is not following or right in learned):
-        raise NotAffine("the scores are divided by, or divide, a tensor")
+        raise Refusal(
+            "the scores are divided by, or divide, a tensor",
+            "multiply them with a constant, or with one learned number a head",
+        )
     other = right if left is following else left
     if not isinstance(other, Node):
         return float(other)
@@ -146,17 +158,19 @@ def _number(node: Node, following: Node, constants: Values, learned: frozenset[N
         return None
     value = constants[other]
     if value.numel() != 1 and not bool((value == value.flatten()[0]).all()):
-        raise NotAffine("the scores are multiplied with a constant that differs from key to key")
+        raise Refusal(
+            "the scores are multiplied with a constant that differs from key to key", "scale all keys of a head alike"
+        )
     return float(value.flatten()[0])
 
 
 def _addend(node: Node, following: Node, factor: float, constants: Values) -> Addend:
     name, left, right = operator_name(node), argument(node, 0), argument(node, 1)
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
-        raise NotAffine(f"{name} scales what it adds")
+        raise Refusal(f"{name} scales what it adds", "scale it before it is added")
     sign = -1.0 if "sub" in name else 1.0
     if sign < 0 and (left is not following or name == "aten::rsub"):
-        raise NotAffine("the scores are subtracted from a constant")
+        raise Refusal("the scores are subtracted from a constant", "subtract from the scores instead")
     other = right if left is following else left
     value = constants[other] if isinstance(other, Node) else torch.tensor(float(other))
     return Addend(value, sign * factor, shape_of(node), other if isinstance(other, Node) else None)

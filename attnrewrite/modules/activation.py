@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..ir.core import StageCore
 from ..numerics.activations import ACTIVATIONS
 
 
-class Activation(nn.Module):
+class Activation(StageCore):
     """``activation(hidden)``, or ``activation(hidden) * gate`` (Shazeer 2020, GLU variants)."""
 
     def __init__(self, name: str) -> None:

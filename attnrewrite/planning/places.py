@@ -12,9 +12,11 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from ..capture import ModuleCall, NodeRef
+from ..errors import Refusal
 from ..graph.dataflow import Dataflow
 from ..graph.values import argument, input_of, operator_name, shape_of
-from ..ir.contract import Conversion
+from ..ir.contract import BetweenProjections, Conversion, WholeSite
+from ..ir.core import Operands
 from ..ir.sites import AttentionSite, MlpSite, Site
 from ..rewrite.owners import OwnerProgram
 from .planned_site import PlannedSite
@@ -83,10 +85,6 @@ class Place:
     why: str = ""
 
 
-class _NotAPlace(Exception):
-    """The reason why a site cannot be calibrated, in one clause."""
-
-
 def tokens(value: Tensor) -> Tensor:
     """``[images, tokens, channels]`` of a map or a list of tokens, channels last."""
     return value.flatten(1, -2) if value.dim() > 2 else value[:, None]
@@ -107,7 +105,7 @@ def find_places(flow: Dataflow, sites: Iterable[PlannedSite], programs: Iterable
         conversion = planned.conversion if planned.status == "convert" else None
         position = (site.nodes.output.node if isinstance(site, AttentionSite) else site.second).meta["custom"]
         place = graph.place(site, owner, conversion)
-        if conversion is not None and "pixels" in conversion.extras:
+        if isinstance(conversion, BetweenProjections) and conversion.core.operands is Operands.TOKENS:
             place = replace(place, value=None)  # its value projection is the core's own
         places.append((position["attnrewrite_position"], place))
     ordered = [place for _, place in sorted(places, key=lambda entry: entry[0])]
@@ -131,13 +129,13 @@ class _Residuals:
     def place(self, site: Site, owner: OwnerProgram | None, conversion: Conversion | None) -> Place:
         place = Place(site.name, site.kind, None if owner is None else owner.path)
         try:
-            if conversion is not None and conversion.whole:
-                raise _NotAPlace("its output projection was replaced")
+            if isinstance(conversion, WholeSite):
+                raise Refusal("its output projection was replaced")
             assert isinstance(site, AttentionSite | MlpSite)
             merged = site.nodes.merged if isinstance(site, AttentionSite) else site.second
             start = site.nodes.result if isinstance(site, AttentionSite) else site.result
             if merged is None or start is None:
-                raise _NotAPlace("it has no output projection")
+                raise Refusal("it has no output projection")
             projection = self._projection(site, merged, owner, conversion)
             scale, before, after = self._residual(start)
             place = replace(
@@ -146,7 +144,7 @@ class _Residuals:
             )  # fmt: skip
             if isinstance(site, AttentionSite) and owner is not None:
                 place = replace(place, value=self._value_heads(site, owner.path))
-        except _NotAPlace as reason:
+        except Refusal as reason:
             return replace(place, why=str(reason))
         return place
 
@@ -156,7 +154,7 @@ class _Residuals:
             return []
         try:
             head = self._linear_call(self.flow.outputs[0])
-        except _NotAPlace:
+        except Refusal:
             return []
         return [Place(head.path, "classifier", None, _called(head), None, Tap(head.path, result=True))]
 
@@ -168,11 +166,11 @@ class _Residuals:
             return _called(self._linear_call(merged))
         names = self._parameters(merged)
         output = site.output if isinstance(site, AttentionSite) else None
-        if names is None or output is None or owner is None or conversion is None:
-            raise _NotAPlace("its output projection is not a linear module that is called")
+        if names is None or output is None or owner is None or not isinstance(conversion, BetweenProjections):
+            raise Refusal("its output projection is not a linear module that is called")
         core = next((name for name, module in owner.modules.items() if module is conversion.core), None)
         if core is None or sum(other.module is owner.call.module for other in self.calls) > 1:
-            raise _NotAPlace("the input of its output projection cannot be read")
+            raise Refusal("the input of its output projection cannot be read")
         path = f"{owner.path}.{core}" if owner.path else core
         return LinearMap(*names, Tap(path, result=True), tuple(output.rows.flatten().tolist()))
 
@@ -192,8 +190,8 @@ class _Residuals:
             if isinstance(call.module, nn.Linear) and _output(call) is node:
                 if self._called_once(call):
                     return call
-                raise _NotAPlace("its output projection is called more than once")
-        raise _NotAPlace("its output projection is not a linear module that is called")
+                raise Refusal("its output projection is called more than once")
+        raise Refusal("its output projection is not a linear module that is called")
 
     def _residual(self, node: Node) -> tuple[str | None, Node, Node]:
         """From a branch's value on to where it is added: layer scale, stream before, stream after."""
@@ -201,17 +199,17 @@ class _Residuals:
         while True:
             users = self.flow.live_users(node)
             if len(users) != 1:
-                raise _NotAPlace("its result is used more than once before it is added to the stream")
+                raise Refusal("its result is used more than once before it is added to the stream")
             (user,) = users
             if operator_name(user) == "aten::add" and len(user.args) == 2 and not user.kwargs:
                 other = next((arg for arg in user.args if arg is not node), None)
                 if isinstance(other, Node) and other not in self.flow.constants and _width(other) == _width(node):
                     return scale, other, user
-                raise _NotAPlace("what its result is added to is not a residual stream")
+                raise Refusal("what its result is added to is not a residual stream")
             if operator_name(user) == "aten::mul" and scale is None:
                 scale = self._layer_scale(user, node)
             elif not self._keeps_order(user):
-                raise _NotAPlace(f"{operator_name(user)} stands between its result and the residual stream")
+                raise Refusal(f"{operator_name(user)} stands between its result and the residual stream")
             node = user
 
     def _layer_scale(self, product: Node, value: Node) -> str:
@@ -222,7 +220,7 @@ class _Residuals:
             for name, parameter in self.flow.capture.model.named_parameters():
                 if parameter is vector and parameter.numel() == _width(value) == self.flow.constants[other].shape[-1]:
                     return name
-        raise _NotAPlace("its result is multiplied by something other than a layer scale")
+        raise Refusal("its result is multiplied by something other than a layer scale")
 
     def _keeps_order(self, node: Node) -> bool:
         """A copy, a reshape of everything before the channels, or a permutation of axes of one element."""
@@ -251,7 +249,7 @@ class _Residuals:
     def _tap(self, node: Node, side: str) -> Tap:
         found = [self.taps[other] for other in self._same_stream(node) if other in self.taps]
         if not found:
-            raise _NotAPlace(f"no module sees the residual stream {side} it")
+            raise Refusal(f"no module sees the residual stream {side} it")
         return min(found, key=lambda entry: (entry[0], entry[1].leaf))[1]
 
     def _same_stream(self, node: Node) -> set[Node]:

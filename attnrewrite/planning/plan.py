@@ -22,7 +22,7 @@ from ..certify.certificate import relative_error
 from ..errors import UNFORESEEN, ArgumentError, AttnRewriteError, ConversionError, ConversionWarning, first_line
 from ..graph.dataflow import Dataflow
 from ..graph.values import Values
-from ..ir.contract import Exactness
+from ..ir.contract import Exactness, WholeSite
 from ..ir.sites import AttentionSite, Refused, StemSite, line
 from ..lift.looks import Looks
 from ..numerics.draws import same_draws
@@ -46,6 +46,8 @@ _TOLD = ("attnrewrite_report", "attnrewrite_places")
 
 _OF_ROUNDING = 8
 """How many times the rounding of its original an exact conversion may differ by: it rounds as often, elsewhere."""
+
+_BISECT = "bisect with max_rewrites=, then exclude the site with keep="
 
 _TELLING = 0.1
 """An error that is larger says nothing any more, whatever the original rounds."""
@@ -220,8 +222,8 @@ class Plan:
             if not error <= min(_OF_ROUNDING * floor, _TELLING):
                 raise ConversionError(
                     f"the converted {type(model).__name__} differs from the original by {error:.1e}, whose own outputs "
-                    f"are rounded to {floor:.0e}, although every conversion is exact; the model was left as it was. "
-                    "Find the site with max_rewrites and `keep` it"
+                    f"are rounded to {floor:.0e}, although every conversion is exact; the model was left as it "
+                    f"was; {_BISECT}"
                 )
         return error
 
@@ -257,7 +259,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         if isinstance(cause, UNFORESEEN) and not isinstance(cause, AttnRewriteError):
             raise ConversionError(
                 f"the converted {type(model).__name__} does not run ({first_line(cause)}); the model was left as it "
-                "was. Find the site with max_rewrites and `keep` it"
+                f"was; {_BISECT}"
             ) from cause
         raise
 
@@ -316,13 +318,12 @@ def _row(planned: PlannedSite, flow: Dataflow, lost: dict[int, int], read: str) 
 def _parameters(planned: PlannedSite, flow: Dataflow, lost: dict[int, int]) -> dict[str, int]:
     """How many serve as before or in another place, are new, and are not used any more; ``lost`` were taken out."""
     assert planned.conversion is not None
-    core = planned.conversion.core
-    cores = [part for part in core if part is not None] if isinstance(core, list) else [core]
-    new = {id(parameter): parameter.numel() for part in cores for parameter in part.parameters()}
+    conversion = planned.conversion
+    new = {id(parameter): parameter.numel() for part in conversion.modules for parameter in part.parameters()}
     tensors = [flow.weights(flow.provenance_of_constant(node)) for node in planned.site.weights()]
     own = {id(tensor): tensor.numel() for tensor in tensors}
     kept = sum(count for key, count in own.items() if key not in lost)
-    carried = planned.conversion.carried
+    carried = conversion.carried if isinstance(conversion, WholeSite) else 0
     return {
         "moved": kept + carried, "new": sum(new.values()) - carried, "dropped": max(0, sum(lost.values()) - carried)
     }  # fmt: skip
@@ -331,4 +332,4 @@ def _parameters(planned: PlannedSite, flow: Dataflow, lost: dict[int, int]) -> d
 def _fate(planned: PlannedSite) -> str:
     if planned.status == "convert" and planned.conversion is not None:
         return f"   -> {planned.target} {planned.conversion.exactness.name}: {planned.conversion.why}"
-    return f"   {planned.status}: {planned.why}" if planned.why else ""
+    return f"   {planned.status}: {planned.told}" if planned.why else ""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..cores import WindowAttention
 from ..errors import UNFORESEEN
 from ..graph.values import shape_of
-from ..ir.contract import Conversion
+from ..ir.contract import BetweenProjections, Conversion
+from ..ir.core import AttentionCore, Operands
 from ..ir.sites import AttentionSite, MapGroups
+from .planned_site import PlannedSite
 
 
 def macs_before(site: AttentionSite) -> int:
@@ -27,21 +29,33 @@ def macs_before(site: AttentionSite) -> int:
 
 
 def macs_after(site: AttentionSite, conversion: Conversion) -> int | None:
-    """Multiply-adds of the new core; None if it does not run without values."""
-    pixels = "pixels" in conversion.extras  # then keys are projected inside, which is no product of attention
-    core = copy.deepcopy(conversion.core.core if pixels else conversion.core).to("meta").eval()
+    """Multiply-adds of the new core's products, projections of its own apart; None if there is none between the site's
+    projections, or none that runs without values."""
+    if not isinstance(conversion, BetweenProjections):
+        return None
+    core = conversion.core
+    mixing = copy.deepcopy(core.mixing).to("meta").eval()
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
             dtype = site.nodes.query.node.meta["val"].dtype
-            operands = [None if part is None else part.to(dtype) for part in _operands(site, core, pixels)]
-            extras = {name: part.to(dtype) for name, part in _extras(site, conversion).items()}
-            core(*operands, **extras)
+            operands = [None if part is None else part.to(dtype) for part in _operands(site, core)]
+            local = {name: part.to(dtype) for name, part in _local_operands(site, core).items()}
+            mixing(*operands, **local)
     except UNFORESEEN:
         return None
     return counter.get_total_flops() // 2
 
 
-def _operands(site: AttentionSite, core: nn.Module, pixels: bool) -> list[Tensor | None]:
+def count_products(sites: Iterable[PlannedSite]) -> None:
+    """Note of every site what its new core costs beside the old products."""
+    for planned in sites:
+        if isinstance(planned.site, AttentionSite) and planned.conversion is not None:
+            after = macs_after(planned.site, planned.conversion)
+            if after is not None:
+                planned.measured["macs"] = (macs_before(planned.site), after)
+
+
+def _operands(site: AttentionSite, core: AttentionCore) -> list[Tensor | None]:
     batch, nodes = _batch(site), site.nodes
     dims = [dict(zip(part.axes, shape_of(part.node), strict=True)) for part in (nodes.query, nodes.key, nodes.value)]
     widths = [sizes.get("d", sizes.get("e", 1)) for sizes in dims]
@@ -50,19 +64,18 @@ def _operands(site: AttentionSite, core: nn.Module, pixels: bool) -> list[Tensor
         grid = site.map_grid
         parts = [torch.empty(batch, grid.height, grid.width, site.heads, width) for width in widths]
         bias = None if site.bias is None else torch.empty(site.heads, *site.bias.values.shape[1:])
-        padded = isinstance(core, WindowAttention) and core.window.phantom
-        pads = [torch.empty(site.heads, width) for width in widths[1:]] if padded else []
+        pads = [] if core.padded is None else [torch.empty(site.heads, width) for width in widths[1:]]
         return [*parts, bias, *pads]
     lengths = (dims[0]["x"], dims[1]["y"], dims[1]["y"])
-    lengths = (lengths[0],) * 3 if pixels else lengths
+    lengths = (lengths[0],) * 3 if core.operands is Operands.TOKENS else lengths
     parts = [torch.empty(batch, length, site.heads, width) for length, width in zip(lengths, widths, strict=True)]
     if site.bias is not None:
         bias = torch.empty(1, site.heads, lengths[0], lengths[1])
     return [*parts, *([] if bias is None else [bias])]
 
 
-def _extras(site: AttentionSite, conversion: Conversion) -> dict[str, Tensor]:
-    if "local" not in conversion.extras:
+def _local_operands(site: AttentionSite, core: AttentionCore) -> dict[str, Tensor]:
+    if core.operands is not Operands.OWN_MAP_TOO:
         return {}
     grid = site.map_grid
     local = torch.empty(_batch(site), grid.height, grid.width, site.heads, site.head_dim)

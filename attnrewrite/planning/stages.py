@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -26,27 +26,23 @@ from ..capture import (
 )
 from ..capture.ambient import plain_modes
 from ..certify import Certificate, certify_running, collect_values
-from ..certify.certificate import TOLERANCE
-from ..certify.ends import operands_of
-from ..certify.forms import operand_heads_last
-from ..certify.query_rows import captured_mixture, sampled_rows
 from ..cores.exactness import hold_exact
-from ..errors import UNFORESEEN, ArgumentError, ConversionError
+from ..errors import UNFORESEEN, ArgumentError, ConversionError, NothingToDo, Refusal
 from ..graph.dataflow import Dataflow
 from ..graph.restating import restate
-from ..graph.values import Values, evaluate
-from ..ir.contract import Conversion, Exactness, NotConvertible, NothingToDo, Target, exactness_of
-from ..ir.sites import AttentionSite, Global, Reduced, Refused, Site
+from ..graph.values import Values
+from ..ir.contract import Conversion, Exactness, Target, exactness_of
+from ..ir.sites import AttentionSite, Refused, Site
 from ..lift.looks import Looks, Seen
 from ..numerics.draws import Stream
-from ..numerics.error import relative_error
-from ..numerics.head_norm import scale_heads
 from ..rewrite.check import misbehaviour, misbehaviour_in_model
 from ..rewrite.owners import OwnerProgram, build_program
+from ..rewrite.structure import structure_of
 from ..rewrite.training import same_place, steps_of_training
+from .measurement import measure, value_of
 from .plan import Plan, matching
 from .planned_site import PlannedSite
-from .product_cost import macs_after, macs_before
+from .product_cost import count_products
 from .registry import recognise_all, target_of
 
 Selector = str | Iterable[str] | Callable[[Site], bool]
@@ -79,7 +75,7 @@ def planned(
             _classify(planned, least, flow, indices)
             if planned.status == "convert":
                 _fit(planned, flow, values)
-                _measure(planned, flow, values)
+                measure(planned, flow, values)
 
     prove(made, chosen, flow, progress, settle)
     made.build()
@@ -87,7 +83,7 @@ def planned(
         made.limit(max_rewrites)
     _check_training(made)
     _check_behaviour(made, flow)
-    _count(made)
+    count_products(made.converting)
     made.values = {node: made.values[node] for node in _references(made.capture.root.output)}  # the rest is memory
     return made
 
@@ -231,7 +227,7 @@ def prove(
             if certificate.passed:
                 settle(planned, values)
             else:
-                planned.refuse(f"{certificate}: its lifted form does not reproduce the model")
+                planned.refuse(Refusal(f"{certificate}: its lifted form does not reproduce the model"))
             bar.update()
 
         made.values = certify_running([planned.site for planned in chosen], flow, kept, certified)
@@ -245,15 +241,15 @@ def _classify(planned: PlannedSite, least: Exactness, flow: Dataflow, indices: C
     except NothingToDo as reason:
         planned.why = str(reason)
         return
-    except NotConvertible as reason:
-        planned.refuse(str(reason))
+    except Refusal as reason:
+        planned.refuse(reason)
         return
     if conversion.exactness < least:
         planned.keep(f"{conversion.exactness.name} is below fidelity={least.name.lower()!r}: {conversion.why}")
         return
     _match(conversion, planned.site)
     if least is Exactness.EXACT:
-        for core in _cores(conversion):
+        for core in conversion.modules:
             hold_exact(core)
     planned.status, planned.conversion = "convert", conversion
     indices[id(planned.target)] += 1
@@ -264,7 +260,7 @@ def _fit(planned: PlannedSite, flow: Dataflow, values: Values) -> None:
     assert planned.target is not None
     assert planned.conversion is not None
     conversion, site = planned.conversion, planned.site
-    fitted = planned.target.fit(conversion, site, flow.weights, lambda node: _value(node, flow, values))
+    fitted = planned.target.fit(conversion, site, flow.weights, lambda node: value_of(node, flow, values))
     if fitted is not conversion:
         _match(fitted, site)
         planned.conversion = fitted
@@ -273,13 +269,8 @@ def _fit(planned: PlannedSite, flow: Dataflow, values: Values) -> None:
 def _match(conversion: Conversion, site: Site) -> None:
     """Give the new core the device and dtype of what the site computes."""
     value = (site.nodes.output.node if isinstance(site, AttentionSite) else site.result).meta["val"]
-    for core in _cores(conversion):
+    for core in conversion.modules:
         core.to(device=value.device, dtype=value.dtype)
-
-
-def _cores(conversion: Conversion) -> list[nn.Module]:
-    cores = conversion.core if isinstance(conversion.core, list) else [conversion.core]
-    return [core for core in cores if core is not None]
 
 
 def _check_training(made: Plan) -> None:
@@ -298,7 +289,7 @@ def _check_training(made: Plan) -> None:
                 reasons |= {id(site): reason for site in owner.sites if reason}
     for planned in made.converting:
         if id(planned.site) in reasons:
-            planned.refuse(reasons[id(planned.site)])
+            planned.refuse(Refusal(reasons[id(planned.site)]))
     if reasons:
         made.build()
 
@@ -310,15 +301,15 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     sides = image_sides(made.capture)
     if made.looks is not None and sides is not None:
         made.looks.size.note(sides)  # modules run alone, as on the captured image
-    structures = {owner.path: _structure(owner) for owner in made.programs}
+    structures = {owner.path: structure_of(owner) for owner in made.programs}
     firsts = {structures[owner.path]: owner for owner in reversed(made.programs)}
     unseen = {node for owner in firsts.values() for node in _arguments(owner.call)} - made.values.keys()
     if unseen:  # of modules around those that were certified
         made.values |= collect_values(flow, unseen)
     inputs = {node: made.capture.tensors[node] for node in made.capture.inputs}
     given = (made.capture.root, made.values | inputs, flow.constants, made.capture.batch)
-    verdicts: dict[str, str | None] = {}
-    keeps: dict[str, list[str]] = {}
+    verdicts: dict[Hashable, str | None] = {}
+    keeps: dict[Hashable, list[str]] = {}
     unrun: list[tuple[OwnerProgram, OwnerProgram]] = []
     for owner in made.programs:
         structure, owned = structures[owner.path], [planned[id(site)] for site in owner.sites]
@@ -332,23 +323,18 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         if verdicts[structure] is None and twin is not None:
             unrun.append((owner, twin))
         for each in owned if verdicts[structure] else ():
-            each.refuse(str(verdicts[structure]))
+            each.refuse(Refusal(str(verdicts[structure])))
     reason = ""
     if unrun:
         twins = [twin for _, twin in unrun]
         reason = misbehaviour_in_model(twins, made.model, made.capture.example, made.capture.batch)
     for owner, _ in unrun if reason else ():
         for site in owner.sites:
-            planned[id(site)].refuse(f"rewritten, the model differs from the original ({reason})")
+            planned[id(site)].refuse(Refusal(f"rewritten, the model differs from the original ({reason})"))
     if made.looks is not None:
         made.looks.size.forget()
     if reason or any(verdicts.values()):
         made.build()
-
-
-def _structure(owner: OwnerProgram) -> str:
-    """The same for modules that are rewritten alike."""
-    return f"{type(owner.call.module)} {owner.program.source} {list(owner.modules.values())}"
 
 
 def _with_own_function(owner: OwnerProgram, made: Plan) -> OwnerProgram | None:
@@ -360,69 +346,6 @@ def _with_own_function(owner: OwnerProgram, made: Plan) -> OwnerProgram | None:
         return None
     assert made.looks is not None
     return build_program(owner.call, owner.sites, made.looks, lambda site: conversions[id(site)])[0]
-
-
-def _count(made: Plan) -> None:
-    """What the new cores of attention cost beside the old products."""
-    for planned in made.converting:
-        if isinstance(planned.site, AttentionSite) and planned.conversion and not planned.conversion.whole:
-            after = macs_after(planned.site, planned.conversion)
-            if after is not None:
-                planned.measured["macs"] = (macs_before(planned.site), after)
-
-
-def _measure(planned: PlannedSite, flow: Dataflow, values: Values) -> None:
-    """The local error of a new core on the example input, and what the target can say of what is lost."""
-    site, conversion = planned.site, planned.conversion
-    assert conversion is not None
-    planned.keeps_prefix = conversion.keeps_function
-    if conversion.exactness is Exactness.EXACT:
-        return
-    if isinstance(site, AttentionSite):
-        _measure_attention(planned, site, conversion, flow, values)
-    elif conversion.whole and conversion.until is None:
-        core, source = conversion.core.eval(), values[site.source]
-        actual = core(source) if conversion.run is None else conversion.run(core, source, *conversion.sizes)
-        planned.measured["error"] = relative_error(actual, values[site.result])
-
-
-def _measure_attention(
-    planned: PlannedSite, site: AttentionSite, conversion: Conversion, flow: Dataflow, values: Values
-) -> None:
-    """On all queries, or on those that certification looks at, and the prefix tokens."""
-    if not isinstance(site.keys, Global | Reduced) or "local" in conversion.extras or conversion.whole:
-        return
-    nodes = site.nodes
-    operands = {node: _value(node, flow, values) for node in operands_of(site)}
-    parts = [operand_heads_last(operands[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
-    for scale in site.learned_scales:
-        parts[0] = scale_heads(parts[0], flow.constants[scale])
-    prefix = 0 if site.grid is None else site.grid.prefix_tokens
-    rows = sampled_rows(site, flow)
-    rows = None if rows is None else rows.with_first(prefix)
-    places = torch.arange(parts[0].shape[1]) if rows is None else rows.places
-    exact = torch.float64 if parts[0].dtype == torch.float64 else None
-    expected = operand_heads_last(captured_mixture(site, flow, operands, rows, exact), nodes.output, site)
-    core = conversion.core.eval()
-    if "pixels" in conversion.extras:
-        actual = core(parts[0], pixels=values[site.source])
-        planned.measured["error"] = relative_error(actual[:, places], expected)
-        return
-    bias = () if site.bias is None else (site.bias.values[None].to(parts[0].dtype),)
-    actual = core(*parts, *bias)[:, places]
-    planned.measured["error"] = relative_error(actual, expected)
-    if prefix:
-        moved = relative_error(actual[:, :prefix], expected[:, :prefix])
-        planned.keeps_prefix = moved <= TOLERANCE.get(expected.dtype, 8 * torch.finfo(expected.dtype).eps)
-    assert planned.target is not None
-    seen = (parts[0][:, places], parts[1], parts[2])
-    planned.measured |= planned.target.measure(conversion, site, seen, places)
-
-
-def _value(node: Node, flow: Dataflow, values: Values) -> Tensor:
-    """A value of the example input that is known, or that is computed from such."""
-    found: Tensor = evaluate([node], values, flow.capture, flow.constants)[node]
-    return found
 
 
 def _arguments(call: ModuleCall) -> set[Node]:

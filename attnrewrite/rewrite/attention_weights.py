@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from ..errors import ConversionError
+from ..errors import ConversionError, Refusal
 from ..ir.heads import from_heads_last
 from ..ir.sites import AttentionSite, Operand
-from .outline import NotOutlinable, Outlined
+from .outline import Outlined
 
 Reader = Callable[[], Node]
 """Adds to the graph what computes the new operator's weights, heads-last ``[batch, queries, heads, keys]``."""
@@ -83,16 +83,17 @@ def exchange_weights(outlined: Outlined, site: AttentionSite, read: Reader | Non
     the model returns, are not computed: a stand-in is returned for them.
 
     Raises:
-        NotOutlinable: the model computes with weights that the new operator does not have, or with dropout on them.
+        Refusal: the model computes with weights that the new operator does not have, or with dropout on them.
     """
     weights = site.nodes.weights
     if weights is None:
         return
     viewers = _viewers(outlined, site, weights.node)
     if viewers and site.dropout > 0:
-        raise NotOutlinable(
-            "the model looks at its attention weights, and in training their dropout would be drawn a second time for "
-            "them; build the model without attention dropout"
+        raise Refusal(
+            "the model looks at its attention weights, and in training their dropout would be drawn a second time "
+            "for them",
+            "build the model without attention dropout",
         )
     for node in [made for made in outlined.made.get(weights.node, []) if made in outlined.graph.nodes]:
         if keeping:
@@ -102,7 +103,7 @@ def exchange_weights(outlined: Outlined, site: AttentionSite, read: Reader | Non
         elif all(viewer.op == "output" for viewer in viewers):
             _hide(outlined, node)
         else:
-            raise NotOutlinable("the model computes with its attention weights, which the new operator does not have")
+            raise Refusal("the model computes with its attention weights, which the new operator does not have")
 
 
 def _viewers(outlined: Outlined, site: AttentionSite, weights: Node) -> set[Node]:

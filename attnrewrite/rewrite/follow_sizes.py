@@ -11,11 +11,11 @@ from torch import Tensor, fx
 
 from ..capture import Capture, ModuleCall, image_sides
 from ..capture.sizes import Decision
-from ..errors import UNFORESEEN, unforeseen
+from ..errors import UNFORESEEN, Refusal, unforeseen
 from ..ir.image_map import ImageSize, laws_of
 from ..lift.looks import Look, Looks
 from .image_sides import ImageSide, SameImage
-from .outline import NotOutlinable, Outlined
+from .outline import Outlined
 from .restated_sizes import restate
 from .same_graph import difference
 from .size_course import CHECK, Course
@@ -30,7 +30,7 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
     """Restate the numbers of ``outlined`` and guard its course.
 
     Args:
-        again: outlines the same module with the same sites on a look; ``LookupError``, ``NotOutlinable`` or what is
+        again: outlines the same module with the same sites on a look; ``LookupError``, ``Refusal`` or what is
             unforeseen where that cannot be.
 
     Returns:
@@ -122,7 +122,7 @@ def _again(outlined: Outlined, look: Look, again: Callable[[Look], Outlined]) ->
     """The same graph on another look, or the reason why it is not the same."""
     try:
         twin = again(look)
-    except (NotOutlinable, LookupError) as cause:
+    except (Refusal, LookupError) as cause:
         return None, str(cause)
     except UNFORESEEN as cause:
         return None, unforeseen(cause)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import fx
 from torch.fx import Node
 
+from ..errors import Refusal
 from ..graph.values import shape_of
 from ..ir.sites import AttentionSite, HeadNorm
 from ..numerics.head_norm import normalise_heads, scale_heads
-from .outline import NotOutlinable, Outlined
+from .outline import Outlined
 
 
 def normalised(outlined: Outlined, site: AttentionSite, norm: HeadNorm | None, value: Node) -> Node:
@@ -33,7 +34,7 @@ def again(outlined: Outlined, site: AttentionSite, made: Node, value: Node) -> N
     """The same call on another value, which has the tokens of the site's source: the first operand is exchanged."""
     if made.op == "call_module":
         if len(made.all_input_nodes) != 1:
-            raise NotOutlinable("a projection is given more than its input")
+            raise Refusal("a projection is given more than its input")
         if shape_of(made.all_input_nodes[0]) != shape_of(site.source):
             outlined.moved.add(str(made.target))
         swapped = fx.node.map_arg((made.args, made.kwargs), lambda _: value)

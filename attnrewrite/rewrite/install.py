@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..cores import GatherPatches, InTokenOrder, WindowAttention
+from ..cores import InTokenOrder
+from ..errors import Refusal
 from ..graph.values import shape_of
-from ..ir.contract import Conversion
+from ..ir.contract import BesideStem, BetweenLinears, BetweenProjections, Conversion, WholeSite
+from ..ir.core import AttentionCore, Operands, StageCore
 from ..ir.heads import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..ir.sites import AttentionSite, MapGroups, MlpSite, Operand, Projection, Site, StemSite
 from .attention_weights import Reader, unit_mixture
 from .head_norms import again, normalised, scaled
-from .outline import NotOutlinable, Outlined
+from .outline import Outlined
 
 
 def install(outlined: Outlined, site: Site, conversion: Conversion) -> Reader | None:
@@ -28,25 +30,28 @@ def install(outlined: Outlined, site: Site, conversion: Conversion) -> Reader | 
         What computes the attention weights of the new core, if it has any.
 
     Raises:
-        NotOutlinable: the site's values are not where the graph can replace them.
+        Refusal: the site's values are not where the graph can replace them.
     """
-    if conversion.whole:
-        _whole(outlined, site, conversion)
-    elif isinstance(site, AttentionSite):
-        if isinstance(site.keys, MapGroups):
-            _windowed(outlined, site, site.keys, conversion.core)
-        else:
-            return _operands(outlined, site, conversion)
-    elif isinstance(site, MlpSite):
-        _mlp(outlined, site, conversion)
-    else:
-        _stem(outlined, site, conversion)
+    match conversion:
+        case WholeSite():
+            _whole(outlined, site, conversion)
+        case BetweenProjections(core=core):
+            assert isinstance(site, AttentionSite)
+            if not isinstance(site.keys, MapGroups):
+                return _operands(outlined, site, core)
+            _windowed(outlined, site, core)
+        case BetweenLinears(cores=cores):
+            assert isinstance(site, MlpSite)
+            _mlp(outlined, site, cores)
+        case BesideStem(core=core):
+            assert isinstance(site, StemSite)
+            _stem(outlined, site, core)
     return None
 
 
 def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node]]:
     """Captured nodes that a graph must show itself, and those it may also show as the result of a child."""
-    if conversion.whole:
+    if isinstance(conversion, WholeSite):
         ends = whole_ends(site, conversion)
         return [], [*ends, *([site.nodes.merged] if isinstance(site, AttentionSite) and site.nodes.merged else [])]
     if isinstance(site, MlpSite):
@@ -57,17 +62,19 @@ def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node
     if isinstance(site.keys, MapGroups):
         norms = [norm.node for norm in (site.query_norm, site.key_norm) if norm is not None]
         return [], [n for n in (*nodes.linears, nodes.merged, nodes.source, nodes.result) if n is not None] + norms
-    return [nodes.product, nodes.output.node], list(nodes.linears) if "local" in conversion.extras else []
+    assert isinstance(conversion, BetweenProjections)
+    projected_again = conversion.core.operands is Operands.OWN_MAP_TOO
+    return [nodes.product, nodes.output.node], list(nodes.linears) if projected_again else []
 
 
-def whole_ends(site: Site, conversion: Conversion) -> tuple[Node, Node]:
-    """What a whole core is given, and what its result replaces."""
+def whole_ends(site: Site, conversion: WholeSite) -> tuple[Node, Node]:
+    """What the module is given, and what its result replaces."""
     return site.source, conversion.until or site.result
 
 
-def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -> Reader | None:
+def _operands(outlined: Outlined, site: AttentionSite, core: AttentionCore) -> Reader | None:
     """Query, key and value stay as they are computed; the product with the values is replaced."""
-    nodes, graph, extras = site.nodes, outlined.graph, conversion.extras
+    nodes, graph = site.nodes, outlined.graph
     old = outlined.first(nodes.output.node)
 
     def query() -> Node:
@@ -77,21 +84,23 @@ def _operands(outlined: Outlined, site: AttentionSite, conversion: Conversion) -
         return _heads_last(outlined, site, nodes.key, nodes.product)
 
     with graph.inserting_before(old):
-        if "pixels" in extras:
-            parts = [query()]
-            local: dict[str, Any] = {"pixels": outlined.value(site.source)}
+        parts = [query()]
+        local: dict[str, Any] = {}
+        if core.operands is Operands.TOKENS:
+            local = {"pixels": outlined.value(site.source)}
         else:
-            parts = [query(), key(), _heads_last(outlined, site, nodes.value, nodes.output.node)]
-            local = _local_operands(outlined, site) if "local" in extras else {}
-        core = outlined.add_module("attention", conversion.core)
-        new = graph.call_module(core, (*parts, *_dense_bias(outlined, site)), local)
+            parts += [key(), _heads_last(outlined, site, nodes.value, nodes.output.node)]
+        if core.operands is Operands.OWN_MAP_TOO:
+            local = _local_operands(outlined, site)
+        name = outlined.add_module("attention", core)
+        new = graph.call_module(name, (*parts, *_dense_bias(outlined, site)), local)
         groups = (nodes.batch_groups, nodes.head_groups, site.head_sizes)
         new = graph.call_function(from_heads_last, (new, nodes.output.axes, *groups))
     _replace(old, new)
-    if not getattr(conversion.core, "only_weighs_values", False):
+    if not core.only_weighs_values:
         return None
     return lambda: graph.call_function(
-        unit_mixture, (graph.get_attr(core), query(), key(), *_dense_bias(outlined, site))
+        unit_mixture, (graph.get_attr(name), query(), key(), *_dense_bias(outlined, site))
     )
 
 
@@ -129,7 +138,7 @@ def _dense_bias(outlined: Outlined, site: AttentionSite) -> tuple[Node, ...]:
     return (total,)
 
 
-def _windowed(outlined: Outlined, site: AttentionSite, keys: MapGroups, core: Any) -> None:
+def _windowed(outlined: Outlined, site: AttentionSite, core: AttentionCore) -> None:
     """The projections act on the map itself, and the blocks are cut in the core: no roll, no partition, no mask."""
     graph = outlined.graph
     assert site.query is not None
@@ -144,9 +153,9 @@ def _windowed(outlined: Outlined, site: AttentionSite, keys: MapGroups, core: An
         query = scaled(outlined, site, normalised(outlined, site, site.query_norm, query))
         arguments: list[Node | None] = [query, normalised(outlined, site, site.key_norm, key), value]
         arguments += _block_bias(outlined, site)
-        if keys.phantom and isinstance(core, WindowAttention):
+        if core.padded is not None:
             zero = graph.call_function(zero_token, (source,))
-            call = partial(_padding_call, outlined, site, query, core.window.size)
+            call = partial(_padding_call, outlined, site, query, core.padded.size)
             padding = _projector(outlined, site, source, call)
             key, value = (graph.call_function(operator.getitem, (padding(p, zero), 0)) for p in (site.key, site.value))
             arguments += [*([None] if site.bias is None else []), normalised(outlined, site, site.key_norm, key), value]
@@ -156,7 +165,7 @@ def _windowed(outlined: Outlined, site: AttentionSite, keys: MapGroups, core: An
         mixed = graph.call_module(outlined.add_module("attention", placed), tuple(arguments))
         head_step, start, dim_step = _steps(site.output.rows)
         if start or (head_step, dim_step) not in ((site.output.head_dim, 1), (1, site.heads)):
-            raise NotOutlinable("the heads are merged in an irregular order")
+            raise Refusal("the heads are merged in an irregular order")
         mixed = graph.call_function(merge_heads, (mixed, head_step, dim_step))
         if len(shape_of(site.result)) == 3 and site.place is None:
             mixed = graph.call_method("flatten", (mixed, 1, 2))
@@ -220,7 +229,7 @@ def _block_bias(outlined: Outlined, site: AttentionSite) -> list[Node]:
 def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
     given, wanted = captured.meta["val"].numel(), torch.Size(size for size in shape if size != -1).numel()
     if given != wanted and (-1 not in shape or given != wanted * outlined.capture.batch):
-        raise NotOutlinable("the learned bias is not given once for every head, query and key")
+        raise Refusal("the learned bias is not given once for every head, query and key")
     value = outlined.value(captured)
     outlined.guard_tables(value)
     return value
@@ -241,57 +250,55 @@ def _after_merge(outlined: Outlined, site: AttentionSite, new: Node) -> Node:
         if step.op == "call_module":
             follow.append(step)
         if not step.all_input_nodes:
-            raise NotOutlinable("the result does not come from the output projection")
+            raise Refusal("the result does not come from the output projection")
         step = step.all_input_nodes[0]
     for step in reversed(follow):
         new = again(outlined, site, step, new)
     return new
 
 
-def _mlp(outlined: Outlined, site: MlpSite, conversion: Conversion) -> None:
+def _mlp(outlined: Outlined, site: MlpSite, cores: Sequence[StageCore | None]) -> None:
     """The activations become the core's; linear maps, convolution and dropout stay live."""
     graph = outlined.graph
-    for number, stage in enumerate(site.stages):
-        if conversion.core[number] is None:
+    for stage, core in zip(site.stages, cores, strict=True):
+        if core is None:
             continue
         old = outlined.first(stage.node)
         with graph.inserting_before(old):
             operands = [outlined.latest(stage.before)]
             if stage.gate_value is not None:
                 operands.append(outlined.latest(stage.gate_value))
-            name = outlined.add_module("mlp", conversion.core[number])
-            new = graph.call_module(name, tuple(operands), _source(outlined, site, conversion))
+            new = graph.call_module(outlined.add_module("mlp", core), tuple(operands), _source(outlined, site, core))
         _replace(old, new)
 
 
-def _stem(outlined: Outlined, site: StemSite, conversion: Conversion) -> None:
-    """What follows the convolution, or the gathering of patches before the linear map, becomes the core's."""
-    in_place = site.result if conversion.extras else site.tokens or site.result
-    old = outlined.latest(in_place)
-    after = outlined.graph.inserting_after(old) if conversion.extras else outlined.graph.inserting_before(old)
-    with after:
+def _stem(outlined: Outlined, site: StemSite, core: StageCore) -> None:
+    """What follows the convolution, or the gathering of patches before the linear map, becomes the core's; a core that
+    takes the source as well acts on what the convolution gives."""
+    old = outlined.latest(site.result if core.takes_source else site.tokens or site.result)
+    beside = outlined.graph.inserting_after(old) if core.takes_source else outlined.graph.inserting_before(old)
+    with beside:
         arguments: tuple[Any, ...] = (outlined.latest(site.source if site.patches is not None else site.result),)
-        if isinstance(conversion.core, GatherPatches) and len(shape_of(site.source)) == 3 and site.grid is not None:
+        if core.takes_sides and len(shape_of(site.source)) == 3 and site.grid is not None:
             arguments += (site.grid.height, site.grid.width)
-        name = outlined.add_module("stem", conversion.core)
-        new = outlined.graph.call_module(name, arguments, _source(outlined, site, conversion))
+        new = outlined.graph.call_module(outlined.add_module("stem", core), arguments, _source(outlined, site, core))
     _replace(old, new)
 
 
-def _source(outlined: Outlined, site: MlpSite | StemSite, conversion: Conversion) -> dict[str, Any]:
-    return {"source": outlined.latest(site.source)} if "source" in conversion.extras else {}
+def _source(outlined: Outlined, site: MlpSite | StemSite, core: StageCore) -> dict[str, Any]:
+    return {"source": outlined.latest(site.source)} if core.takes_source else {}
 
 
-def _whole(outlined: Outlined, site: Site, conversion: Conversion) -> None:
+def _whole(outlined: Outlined, site: Site, conversion: WholeSite) -> None:
     """From the value that feeds the first linear maps to that of the last one."""
     graph, (source, result) = outlined.graph, whole_ends(site, conversion)
-    old = outlined.latest(result)
+    old, adapter = outlined.latest(result), conversion.adapter
     with graph.inserting_before(old):
         name, value = outlined.add_module(site.kind, conversion.core), outlined.value(source)
-        if conversion.run is None:
+        if adapter is None:
             new = graph.call_module(name, (value,))
         else:
-            new = graph.call_function(conversion.run, (graph.get_attr(name), value, *conversion.sizes))
+            new = graph.call_function(adapter.run, (graph.get_attr(name), value, *adapter.sizes))
         if isinstance(site, AttentionSite):
             new = _after_merge(outlined, site, new)
     _replace(old, new)
@@ -310,5 +317,5 @@ def _steps(rows: Tensor) -> tuple[int, int, int]:
     dim_step = int(rows[0, 1]) - start if dims > 1 else 1
     expected = start + torch.arange(heads)[:, None] * head_step + torch.arange(dims) * dim_step
     if not torch.equal(rows, expected):
-        raise NotOutlinable("the heads are packed in an irregular order")
+        raise Refusal("the heads are packed in an irregular order")
     return head_step, start, dim_step

@@ -15,16 +15,13 @@ from torch.fx import Node
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_map
 
 from ..capture import IN_PLACE, Capture, ModuleCall, NodeRef
+from ..errors import Refusal
 from ..graph.dataflow import Dataflow
 from ..graph.values import argument, input_of, is_call, operator_name
 from ..ir.heads import map_channels
 
 OWN = "attnrewrite_"
 """Begins the names of the children and buffers that a rewritten module is given."""
-
-
-class NotOutlinable(Exception):
-    """A module's own code cannot be restated as a graph over its children."""
 
 
 @dataclass
@@ -66,7 +63,7 @@ class Outlined:
     def first(self, captured: Node) -> Node:
         """What computes ``captured``."""
         if captured not in self.made:
-            raise NotOutlinable(f"{captured.name} is computed inside a child that stays a whole")
+            raise Refusal(f"{captured.name} is computed inside a child that stays a whole")
         return self.made[captured][0]
 
     def latest(self, captured: Node) -> Node:
@@ -126,7 +123,7 @@ def outline(call: ModuleCall, flow: Dataflow, opened: Callable[[ModuleCall], boo
     """Restate ``call`` as a graph; children for which ``opened`` holds are dissolved into it.
 
     Raises:
-        NotOutlinable: with the reason.
+        Refusal: with the reason.
     """
     return _Outliner(call, flow, opened).run()
 
@@ -309,7 +306,7 @@ class _Outliner:
 
     def _require(self, condition: bool, reason: str) -> None:
         if not condition:
-            raise NotOutlinable(reason)
+            raise Refusal(reason)
 
 
 def _is_same_values(node: Node) -> bool:

@@ -13,11 +13,10 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from ..capture import ModuleCall, NodeRef
-from ..cores import DenseAttention, InterleavedAttention, WindowAttention
-from ..errors import UNFORESEEN, unforeseen
+from ..errors import UNFORESEEN, Refusal, unforeseen
 from ..graph.dataflow import Dataflow
 from ..graph.values import needed_nodes
-from ..ir.contract import Conversion
+from ..ir.contract import BetweenProjections, Conversion, WholeSite
 from ..ir.image_map import ImageSize
 from ..ir.sites import AttentionSite, Grid, Site
 from ..lift.looks import Look, Looks
@@ -26,14 +25,11 @@ from .dead_code import remove_dead_code
 from .follow_sizes import follow_sizes
 from .hooks import has_hooks
 from .install import install, must_open, whole_ends
-from .outline import NotOutlinable, Outlined, lies_in, outline
+from .outline import Outlined, lies_in, outline
 from .program import Program, program_of
 from .rewritten import rewrite_module, tell_of_hooks
 
 ConversionOf = Callable[[Site], Conversion]
-
-_KEEPING_WEIGHTS = (DenseAttention, WindowAttention, InterleavedAttention)
-"""Cores with which the donor's attention weights stay true."""
 
 
 @dataclass
@@ -82,10 +78,10 @@ class OwnerProgram:
 
 def build_programs(
     sites: list[Site], looks: Looks, conversion_of: ConversionOf
-) -> tuple[list[OwnerProgram], list[tuple[Site, str]]]:
+) -> tuple[list[OwnerProgram], list[tuple[Site, Refusal]]]:
     """One program for every owning module, and the sites that could not be rewritten, with the reason."""
     programs: list[OwnerProgram] = []
-    failed: list[tuple[Site, str]] = []
+    failed: list[tuple[Site, Refusal]] = []
     flow = looks.first
     for calls in _by_module(_owners(sites, flow, conversion_of)):
         built = []
@@ -96,7 +92,7 @@ def build_programs(
         count = sum(1 for other in flow.capture.root.walk() if other.module is calls[0][0].module)
         reason = _disagreement(built, count)
         if reason:
-            failed += [(site, reason) for program in built for site in program.sites]
+            failed += [(site, Refusal(reason)) for program in built for site in program.sites]
         elif built:
             programs.append(built[0])
     return programs, failed
@@ -104,37 +100,69 @@ def build_programs(
 
 def build_program(
     call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
-) -> tuple[OwnerProgram | None, list[tuple[Site, str]]]:
-    """The program of one module call; sites that cannot be installed are left out, one by one, with the reason."""
-    failed: list[tuple[Site, str]] = []
+) -> tuple[OwnerProgram | None, list[tuple[Site, Refusal]]]:
+    """The program of one module call; sites that cannot be rewritten are left out, one by one, with the reason."""
+    failed: list[tuple[Site, Refusal]] = []
     while sites:
         try:
-            outlined, before = _outlined(call, sites, looks.first, conversion_of)
-            again = partial(_outlined_again, call, sites, looks, conversion_of=conversion_of)
-            outlined = follow_sizes(outlined, looks, again)
-            remove_dead_code(outlined.graph)
-            dissolved = _dissolved(outlined)
-            _require_no_decisions(outlined)
-            program = program_of(outlined)
+            return _program(call, sites, looks, conversion_of), failed
         except _NotInstalled as without:
-            failed.append((without.site, _reason(call, without.__cause__)))
-            sites = [other for other in sites if other is not without.site]
-            continue
-        except (NotOutlinable, *UNFORESEEN) as cause:
-            return None, [*failed, *((site, _reason(call, cause)) for site in sites)]
-        used = set(_parts_used(outlined.graph))
-        modules = {name: module for name, module in outlined.modules.items() if name in used}
-        buffers = {name: value for name, value in outlined.constants.items() if name in used}
-        read = {part for name in used for part in itertools.accumulate(name.split("."), "{}.{}".format)}
-        called = {str(node.target) for node in outlined.graph.nodes if node.op == "call_module"}
-        unread = [name for name in before if name not in read and not lies_in(name, called)]
-        unused = [name for name in unread if _is_droppable(call, name, looks.first)]
-        noted = (outlined.handed_on, bool(outlined.passed_over()), any(map(_reads_image, modules.values())))
-        live = frozenset(child.path for child in outlined.live) - {child.path for child in _moved(outlined)}
-        return OwnerProgram(
-            call, sites, program, modules, buffers, unused, outlined.tied, *noted, live, dissolved
-        ), failed
+            blamed = [(without.site, _refusal(call, without.__cause__))]
+        except (Refusal, *UNFORESEEN) as cause:
+            blamed = _blamed(call, sites, looks, conversion_of) or [(site, _refusal(call, cause)) for site in sites]
+        failed += blamed
+        out = {id(site) for site, _ in blamed}
+        sites = [site for site in sites if id(site) not in out]
     return None, failed
+
+
+def _blamed(
+    call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
+) -> list[tuple[Site, Refusal]]:
+    """Of several sites that cannot be rewritten together, though each could be installed: those that cannot be alone,
+    with the reason."""
+    blamed: list[tuple[Site, Refusal]] = []
+    for site in sites if len(sites) > 1 else ():
+        try:
+            _program(call, [site], looks, conversion_of)
+        except (Refusal, _NotInstalled, *UNFORESEEN) as cause:
+            blamed.append((site, _refusal(call, cause.__cause__ if isinstance(cause, _NotInstalled) else cause)))
+    return blamed
+
+
+def _program(call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf) -> OwnerProgram:
+    """The program with all of ``sites`` rewritten.
+
+    Raises:
+        _NotInstalled: one of them cannot be installed.
+        Refusal: the module cannot be rewritten with them.
+    """
+    outlined, before = _outlined(call, sites, looks.first, conversion_of)
+    outlined = follow_sizes(outlined, looks, partial(_outlined_again, call, sites, looks, conversion_of=conversion_of))
+    remove_dead_code(outlined.graph)
+    dissolved = _dissolved(outlined)
+    _require_no_decisions(outlined)
+    program = program_of(outlined)
+    used = set(_parts_used(outlined.graph))
+    modules = {name: module for name, module in outlined.modules.items() if name in used}
+    buffers = {name: value for name, value in outlined.constants.items() if name in used}
+    read = {part for name in used for part in itertools.accumulate(name.split("."), "{}.{}".format)}
+    called = {str(node.target) for node in outlined.graph.nodes if node.op == "call_module"}
+    unread = [name for name in before if name not in read and not lies_in(name, called)]
+    return OwnerProgram(
+        call,
+        sites,
+        program,
+        modules,
+        buffers,
+        dropped=[name for name in unread if _is_droppable(call, name, looks.first)],
+        fixed_to=outlined.tied,
+        handed_on=outlined.handed_on,
+        passes_over=bool(outlined.passed_over()),
+        reads_image=any(map(_reads_image, modules.values())),
+        live=frozenset(child.path for child in outlined.live) - {child.path for child in _moved(outlined)},
+        dissolved=dissolved,
+    )
 
 
 def _outlined(
@@ -152,22 +180,26 @@ def _outlined(
     remove_dead_code(outlined.graph)
     for site, reader in readers:
         with _naming(site):
-            exchange_weights(outlined, site, reader, isinstance(conversion_of(site).core, _KEEPING_WEIGHTS))
+            exchange_weights(outlined, site, reader, _keeps_weights(conversion_of(site)))
     remove_dead_code(outlined.graph)
     return outlined, before
+
+
+def _keeps_weights(conversion: Conversion) -> bool:
+    return isinstance(conversion, BetweenProjections) and conversion.core.keeps_weights
 
 
 def _dissolved(outlined: Outlined) -> list[str]:
     """The paths below the module of children that it does not call any more.
 
     Raises:
-        NotOutlinable: one of them has hooks.
+        Refusal: one of them has hooks.
     """
     paths: dict[str, None] = {}
     for call in outlined.dissolved():
         path = outlined.relative(call.path)
         if has_hooks(call.module):
-            raise NotOutlinable(f"hooks on its child {path} would not fire any more")
+            raise Refusal(f"hooks on its child {path} would not fire any more")
         paths[path] = None
     return list(paths)
 
@@ -179,13 +211,13 @@ def _moved(outlined: Outlined) -> list[ModuleCall]:
 
 def _require_no_decisions(outlined: Outlined) -> None:
     """Raises:
-    NotOutlinable: a child that is given another value, of another size, decides anything by sizes.
+    Refusal: a child that is given another value, of another size, decides anything by sizes.
     """
     for child in _moved(outlined):
         inside = set(map(id, child.walk()))
         decision = next((each for each in outlined.capture.sizes.decisions if id(each.call) in inside), None)
         if decision is not None:
-            raise NotOutlinable(
+            raise Refusal(
                 f"its child {outlined.relative(child.path)} would be given a whole map, and hangs on {decision}"
             )
 
@@ -195,7 +227,7 @@ def _naming(site: Site) -> Iterator[None]:
     """Say which of several sites cannot be installed."""
     try:
         yield
-    except (NotOutlinable, *UNFORESEEN) as cause:
+    except (Refusal, *UNFORESEEN) as cause:
         raise _NotInstalled(site) from cause
 
 
@@ -213,7 +245,7 @@ def _outlined_again(
     """The same on another look.
 
     Raises:
-        LookupError, NotOutlinable: it is not the same there.
+        LookupError, Refusal: it is not the same there.
     """
     conversions: dict[int, Conversion] = {}
     others: list[Site] = []
@@ -231,11 +263,11 @@ def _outlined_again(
 
 def _at(look: Look, site: Site, conversion: Conversion, looks: Looks) -> Conversion:
     """The same conversion, of the site as another look shows it."""
-    if conversion.until is not None:
-        conversion = replace(conversion, until=look.counterpart(conversion.until, looks.first))
-    if conversion.on_tokens and site.grid is not None:
-        conversion = replace(conversion, sizes=(site.grid.height, site.grid.width, site.grid.prefix_tokens))
-    return conversion
+    if not isinstance(conversion, WholeSite):
+        return conversion
+    until = conversion.until and look.counterpart(conversion.until, looks.first)
+    adapter = conversion.adapter and conversion.adapter.at(site.grid)
+    return replace(conversion, until=until, adapter=adapter)
 
 
 def _reads_image(module: nn.Module) -> bool:
@@ -244,11 +276,11 @@ def _reads_image(module: nn.Module) -> bool:
     return any(isinstance(value, ImageSize) or (isinstance(value, Grid) and value.image) for value in held)
 
 
-def _reason(call: ModuleCall, cause: BaseException | None) -> str:
+def _refusal(call: ModuleCall, cause: BaseException | None) -> Refusal:
     kind = type(call.module).__name__
-    if isinstance(cause, NotOutlinable):
-        return f"{kind} cannot be rewritten: {cause}"
-    return f"{kind}: {unforeseen(cause)}"  # type: ignore[arg-type]  # it was raised
+    if isinstance(cause, Refusal):
+        return Refusal(f"{kind} cannot be rewritten: {cause.reason}", cause.remedy)
+    return Refusal(f"{kind}: {unforeseen(cause)}")  # type: ignore[arg-type]  # it was raised
 
 
 def _parts_used(graph: fx.Graph) -> list[str]:
@@ -310,7 +342,7 @@ def _opener(sites: list[Site], conversion_of: ConversionOf) -> Callable[[ModuleC
 
 def _owner(site: Site, conversion: Conversion, flow: Dataflow) -> ModuleCall:
     """The smallest module call in which the site can be replaced; with its projections, where those go too."""
-    if not conversion.whole or (conversion.until is None and not isinstance(site, AttentionSite)):
+    if not isinstance(conversion, WholeSite) or (conversion.until is None and not isinstance(site, AttentionSite)):
         return site.owner
     source, result = whole_ends(site, conversion)
     return flow.capture.enclosing_call([n for n in needed_nodes([result], {source: 0}) if n not in flow.constants])

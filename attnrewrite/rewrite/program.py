@@ -28,8 +28,8 @@ from torch.utils._pytree import (
 
 from ..capture import ModuleCall, NodeRef
 from ..capture.keywords import is_read
-from ..errors import ConversionError
-from .outline import OWN, NotOutlinable, Outlined
+from ..errors import ConversionError, Refusal
+from .outline import OWN, Outlined
 
 _ALLOWED = (type(None), bool, int, float, str)
 _REMEDY = "convert the model with example inputs that make this call, or use `keep`"
@@ -351,5 +351,5 @@ def _spelled(path: tuple[Any, ...]) -> str:
         elif isinstance(key, MappingKey) and isinstance(key.key, str | int):
             text += f"[{key.key!r}]"
         else:
-            raise NotOutlinable(f"its argument {text} is a structure that cannot be unpacked")
+            raise Refusal(f"its argument {text} is a structure that cannot be unpacked")
     return text

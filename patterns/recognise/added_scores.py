@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from ...errors import Refusal
 from ...graph.dataflow import Dataflow
 from ...graph.values import argument, operator_name
 from ...ir.sites import Bias
 from ...lift.mixture import Core
-from ...lift.projections import Grouping, NotSeparable, group_sizes
+from ...lift.projections import Grouping, group_sizes
 
 
 def bias_of_heads(core: Core, grouped: Grouping, flow: Dataflow) -> Bias | None:
@@ -20,7 +21,7 @@ def bias_of_heads(core: Core, grouped: Grouping, flow: Dataflow) -> Bias | None:
         return None
     parts, part = _at_groups(core.bias, core, grouped.group_of_head)
     if any(_differ(parts, part[:, 0], other) for other in part.T[1:]):
-        raise NotSeparable("the learned bias differs from window to window")
+        raise Refusal("the learned bias differs from window to window", "share it between the windows")
     values = parts if len(parts) == 1 else parts[part[:, 0]]
     sources = [flow.provenance_of_constant(node) for node in core.addends]
     kind = "dense" if all(source.op == "placeholder" for source in sources) else "mlp"
@@ -33,7 +34,7 @@ def mask_of_groups(core: Core, grouped: Grouping) -> Tensor | None:
         return None
     parts, part = _at_groups(core.mask, core, grouped.group_of_head)
     if any(_differ(parts, part[0], other) for other in part[1:]):
-        raise NotSeparable("the mask differs from head to head")
+        raise Refusal("the mask differs from head to head", "give all heads the same mask")
     return parts.expand(part.shape[1], -1, -1) if len(parts) == 1 else parts[part[0]]
 
 

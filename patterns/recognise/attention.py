@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ...capture import ModuleCall, training_dropout
-from ...errors import UNFORESEEN, unforeseen
+from ...errors import UNFORESEEN, Refusal, unforeseen
 from ...graph.dataflow import Dataflow
 from ...graph.values import input_of, operator_name, shape_of
 from ...ir.contract import recogniser
@@ -24,16 +24,7 @@ from ...ir.sites import (
 )
 from ...lift.grid import token_grids
 from ...lift.mixture import Core, find_cores
-from ...lift.projections import (
-    Grouping,
-    NotSeparable,
-    Projected,
-    group_sizes,
-    grouping,
-    projected,
-    projection,
-    source_tokens,
-)
+from ...lift.projections import Grouping, Projected, group_sizes, grouping, projected, projection, source_tokens
 from ...lift.query_key_norm import kind_of, normalised_parts
 from ...lift.token_order import is_reordered
 from .added_scores import bias_of_heads, dropout_rate, mask_of_groups, of_groups
@@ -54,7 +45,7 @@ def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refuse
     for core in cores:
         try:
             sites.append(_lift(core, flow))
-        except NotSeparable as reason:
+        except Refusal as reason:
             refused.append(Refused(path_of(flow, list(core.nodes)), "attention", str(reason)))
         except UNFORESEEN as cause:
             refused.append(Refused(path_of(flow, list(core.nodes)), "attention", unforeseen(cause)))
@@ -72,7 +63,7 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     if grouped.queries.shape[0] > 1 or padded or is_one_block(query, key, grouped, bias, flow):
         try:
             return windowed_site(core, flow, (query, key, value), grouped, bias, mask)
-        except NotSeparable:
+        except Refusal:
             if sequences is None:
                 raise
         (query, key, value), grouped = sequences
@@ -118,7 +109,7 @@ def _sequences(parts: tuple[Projected, ...]) -> tuple[tuple[Projected, ...], Gro
         return None
     try:
         grouped = grouping(*own)
-    except NotSeparable:
+    except Refusal:
         return None
     whole = torch.arange(shape_of(source)[1])
     same = all(torch.equal(tokens, whole[None]) for tokens in (grouped.queries, grouped.keys))
@@ -133,7 +124,7 @@ def _lift_normalised(core: Core, flow: Dataflow) -> AttentionSite | None:
     parts, norms = found
     try:
         grouped = grouping(*parts)
-    except NotSeparable:
+    except Refusal:
         return None
     bias, mask = bias_of_heads(core, grouped, flow), mask_of_groups(core, grouped)
     whole = len(grouped.queries) == 1 and not bool((grouped.queries < 0).any())
@@ -141,7 +132,7 @@ def _lift_normalised(core: Core, flow: Dataflow) -> AttentionSite | None:
         return None
     try:
         site = windowed_site(core, flow, parts, grouped, bias, mask)
-    except NotSeparable:
+    except Refusal:
         if whole:  # one that need not be cut stays as it is
             return None
         raise
@@ -157,11 +148,11 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     linears = _nearest([node for node in above if flow.is_linear(node)], core, flow)
     sizes, batch = group_sizes(core), shape_of(flow.capture.inputs[0])[0]
     if not linears or math.prod(sizes) % batch:
-        raise NotSeparable("query, key and value do not come from linear maps")
+        raise Refusal("query, key and value do not come from linear maps", "project tokens to them by linear maps")
     source, _ = flow.remembered(source_tokens, input_of(linears[0]))
     queries = shape_of(core.query.node)[core.query.axes.index("x")]
     if queries * batch != math.prod(shape_of(source)[:-1]):
-        raise NotSeparable(why_unread(core, linears[0], above, flow))
+        raise Refusal(why_unread(core, linears[0], above, flow))
     between = [node for node in above if not flow.is_movement(node) and not flow.is_linear(node)]
     acting = {operator_name(node).removeprefix("aten::") for node in between}
     heads = math.prod(sizes) // batch
@@ -206,7 +197,10 @@ def _whole_map_keys(query: Projected, key: Projected, grouped: Grouping, flow: D
     if torch.equal(grouped.keys[0], tokens):
         return Global()
     if len(tokens) > 1 and grouped.keys.shape[1] == 1:
-        raise NotSeparable("every query sees a single key: attention runs over an axis of length one")
+        raise Refusal(
+            "every query sees a single key: attention runs over an axis of length one",
+            "look which axis holds the tokens (batch_first)",
+        )
     return Tokens(grouped.keys.shape[1])
 
 

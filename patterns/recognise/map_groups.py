@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...errors import Refusal
 from ...graph.dataflow import Dataflow
 from ...ir.sites import Grid, MapGroups
 from ...lift.grid import token_cells
-from ...lift.projections import Grouping, NotSeparable
+from ...lift.projections import Grouping
 from .interleaved import recognise_interleaved
 from .windows import recognise_window
 
@@ -28,14 +29,17 @@ def groups_of_map(
         excluded, likely: as for ``recognise_window``.
 
     Raises:
-        NotSeparable: the groups are none that are known, or their map is not known.
+        Refusal: the groups are none that are known, or their map is not known.
     """
     grid, place = _true_map(source, grid, grouped.queries, flow)
     queries, keys = (_cells_of(tokens, place) for tokens in (grouped.queries, grouped.keys))
     found = recognise_window(queries, keys, excluded, grid, likely)
     groups = found or recognise_interleaved(queries, keys, excluded, grid)
     if groups is None:
-        raise NotSeparable("the groups of tokens are neither windows of the map nor tokens at one interval")
+        raise Refusal(
+            "the groups of tokens are neither windows of the map nor tokens at one interval",
+            "only such groups are rewritten",
+        )
     return grid, place, groups
 
 
@@ -55,7 +59,9 @@ def _true_map(source: Node, grid: Grid, queries: Tensor, flow: Dataflow) -> tupl
     if torch.equal(cell, torch.arange(grid.tokens)):
         return grid, None
     if not torch.equal(cell.sort().values, torch.arange(grid.tokens)):
-        raise NotSeparable("the map that the windows are cut from is not known")
+        raise Refusal(
+            "the map that the windows are cut from is not known", "let the tokens come from a convolution of the image"
+        )
     return grid, cell
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...errors import Refusal
 from ...graph.contraction import canonical
 from ...graph.dataflow import Dataflow
 from ...graph.movement import Provenance
 from ...graph.values import argument, digest, input_of, shape_of
 from ...ir.sites import Projection
 from ...lift.mixture import Core
-from ...lift.projections import Grouping, NotSeparable, Projected
+from ...lift.projections import Grouping, Projected
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _heads_of_groups(query: Projected, group_of_head: Tensor) -> Tensor:
     """The head of every flat group, of all samples: heads are told apart by their weight rows."""
     rows = query.channel[group_of_head[:, 0]]
     if len(torch.unique(rows, dim=0)) != len(rows):
-        raise NotSeparable("heads share their queries")
+        raise Refusal("heads share their queries", "give every head queries of its own")
     return (query.channel[:, None] == rows[None]).all(-1).long().argmax(1)
 
 

@@ -8,10 +8,11 @@ import math
 import torch
 from torch import Tensor
 
+from ...errors import Refusal
 from ...graph.dataflow import Dataflow
 from ...graph.values import shape_of
 from ...lift.mixture import Core
-from ...lift.projections import Grouping, NotSeparable, Projected
+from ...lift.projections import Grouping, Projected
 from ...lift.scores import LEARNED_QUERIES
 
 
@@ -37,10 +38,10 @@ def token_ranks(
 
 def require_queries_of_tokens(core: Core, flow: Dataflow) -> None:
     """Raises:
-    NotSeparable: the queries are computed from parameters alone.
+    Refusal: the queries are computed from parameters alone.
     """
     if core.query.node in flow.constants:
-        raise NotSeparable(LEARNED_QUERIES)
+        raise Refusal(LEARNED_QUERIES)
 
 
 def _tokens_of_sample(query: Projected, grouped: Grouping) -> int:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from torch import Tensor
 from torch.fx import Node
 
+from ...errors import Refusal
 from ...graph.dataflow import Dataflow
 from ...graph.values import input_of, needed_nodes, operator_name, shape_of
 from ...ir.sites import AttentionSite, Bias, Grid
 from ...lift.grid import token_grids
 from ...lift.mixture import Core
-from ...lift.projections import Grouping, NotSeparable, Projected, projection
+from ...lift.projections import Grouping, Projected, projection
 from ...lift.query_key_norm import require_scales_of_heads
 from ...lift.scores import excluded
 from ...lift.source_map import map_on_the_way
@@ -36,12 +37,15 @@ def windowed_site(
     source, grid = _map_of(query, flow)
     merged = output_projection(core, query, shape_of(source)[:-1], None, grouped, flow)
     if merged is None or key.source is not query.source:
-        raise NotSeparable("grouped attention whose result does not come back to its map through a linear map")
+        raise Refusal(
+            "grouped attention whose result does not come back to its map through a linear map",
+            "give it an output projection",
+        )
     require_scales_of_heads(core, grouped)
     outside = None if mask is None else excluded(mask)
     grid, place, window = groups_of_map(source, grid, grouped, outside, _likely_border(query, flow), flow)
     if mask is not None and bool(mask[~excluded(mask)].any()):
-        raise NotSeparable("a constant bias that is not a mask acts inside the windows")
+        raise Refusal("a constant bias that is not a mask acts inside the windows", "make the bias a parameter")
     if bias is not None and (table := relative_table(bias.values, window.size)) is not None:
         bias = replace(bias, kind=bias.kind if bias.kind != "dense" else "table", shape=tuple(table[0].shape[1:]))
     region = [n for n in needed_nodes([merged.result], {source: 0}) if n not in flow.constants]
@@ -95,5 +99,7 @@ def _map_of(query: Projected, flow: Dataflow) -> tuple[Node, Grid]:
         return found
     grid = token_grids(flow, [query.source]).get(query.source)
     if grid is None or grid.prefix_tokens:
-        raise NotSeparable("the map that the windows are cut from is not known")
+        raise Refusal(
+            "the map that the windows are cut from is not known", "let the tokens come from a convolution of the image"
+        )
     return query.source, grid

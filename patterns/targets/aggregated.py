@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import nn
-
 from ...cores import AggregatedCore, LocalBranch, MaskedAggregatedCore, OfMap, ReducedAggregatedCore
 from ...cores.published import beside_prefix
-from ...errors import ArgumentError
-from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from ...errors import ArgumentError, Refusal
+from ...ir.contract import BetweenProjections, Conversion, Exactness, MapAdapter, Target, Weights
+from ...ir.core import AttentionCore
 from ...ir.heads import as_pair
 from ...ir.sites import AttentionSite, Grid, Reduced, Site, Window
 from ...modules.aggregated import AggregatedAttention
 from ...modules.cosine_attention import CosineAttention, ScoreOptions
-from ..published import attention_map, layout, published_attention, require_unset, width_of
+from ..published import adapter_between, attention_map, published_attention, require_unset, width_of
 from ..site_geometry import (
     bias_entries,
     grid_of_site,
@@ -95,7 +94,7 @@ class Aggregated(Target):
         if self.official:
             return self._published(site, weights)
         if site.dropout:
-            raise NotConvertible("it drops attention weights in training, which this core cannot; leave it with `keep`")
+            raise Refusal("it drops attention weights in training, which this core cannot")
         if isinstance(site.keys, Reduced):
             return self._reduced(site, site.keys)
         if isinstance(site.keys, Window) and self.windows == "mask":
@@ -109,16 +108,16 @@ class Aggregated(Target):
         keeps_all = pool == (1, 1) and window == (grid.height, grid.width)
         bias = self._bias(OFF if keeps_all else 0.0)
         scale = site.scale if isinstance(site.keys, Window) else site.scale_of_operands
-        core: nn.Module = AggregatedCore(self._local(site, bias), pool, grid, scale, window, entries)
+        core: AttentionCore = AggregatedCore(self._local(site, bias), pool, grid, scale, window, entries)
         core = OfMap(core) if isinstance(site.keys, Window) else core
         cells = (max(1, grid.height // pool[0]), max(1, grid.width // pool[1]))
         seen = self.window_size**2 * (bias != OFF) + cells[0] * cells[1] + grid.prefix_tokens
         settings = {"window_size": self.window_size, "pool": pool, "local_bias": bias}
         if keeps_all:
-            return Conversion(*_kept(bias), core, settings, "none: every query still sees every key")
-        return Conversion(
-            Exactness.PROJECTED, self._why(site, grid, cells), core, settings, f"{seen} of {grid.tokens} keys a query"
-        )
+            benefit = "none: every query still sees every key"
+            return BetweenProjections(*_kept(bias), core, settings=settings, benefit=benefit)
+        why, benefit = self._why(site, grid, cells), f"{seen} of {grid.tokens} keys a query"
+        return BetweenProjections(Exactness.PROJECTED, why, core, settings=settings, benefit=benefit)
 
     def _why(self, site: AttentionSite, grid: Grid, cells: Pair) -> str:
         lost = "" if site.bias is None else "; its bias serves the window alone"
@@ -132,9 +131,10 @@ class Aggregated(Target):
         """Every token's block inside a window around it; any shift, no padding."""
         grid = site.map_grid
         if not blocks.divides(grid):
-            raise NotConvertible(
+            raise Refusal(
                 f"its windows of {text_of(blocks.size)} pad the {grid} map, and padded slots count as keys that no "
-                "window of tokens holds; use windows='pool', or to='neighborhood', which keeps them"
+                "window of tokens holds",
+                "use windows='pool', or to='neighborhood', which keeps them",
             )
         side = 2 * max(blocks.size) - 1
         local = LocalBranch(site.heads, site.head_dim, side, 0.0)
@@ -142,17 +142,18 @@ class Aggregated(Target):
         why = f"{blocks} masked inside a window of {side} around every token, nothing pooled"
         settings = {"window_size": side, "pool": None, "local_bias": 0.0, "windows": "mask"}
         benefit = f"none: {side**2} scores a query for {blocks.size[0] * blocks.size[1]} keys"
-        return Conversion(Exactness.EXACT, why, core, settings, benefit)
+        return BetweenProjections(Exactness.EXACT, why, core, settings=settings, benefit=benefit)
 
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         """The source's reducer makes the pooled keys: exact for as long as the window has no part in the softmax."""
         grid_of_site(site)  # or it is refused: the window needs the map
         if site.bias is not None or site.key is None:
-            raise NotConvertible("its reduced keys have a bias, or are no plain projection; leave it with `keep`")
+            raise Refusal("its reduced keys have a bias, or are no plain projection")
         bias = self._bias(OFF)
         core = ReducedAggregatedCore(self._local(site, bias), site.scale_of_operands)
         settings = {"window_size": self.window_size, "reducer": keys.reducer, "local_bias": bias}
-        return Conversion(*_kept(bias), core, settings, "none: the window comes on top of the reduced keys", ("local",))
+        benefit = "none: the window comes on top of the reduced keys"
+        return BetweenProjections(*_kept(bias), core, settings=settings, benefit=benefit)
 
     def _pool(self, grid: Grid) -> Pair:
         return as_pair(self.pool or (1 if grid.height * grid.width <= 64 else 2))
@@ -162,13 +163,18 @@ class Aggregated(Target):
         pooling = self._pooling(site)
         grid = attention_map(site, takes_prefix=bool(pooling))
         options: ScoreOptions = {"pretrain_size": (grid.height, grid.width), "attn_drop": site.dropout}
-        width, place = width_of(site), layout(site.nodes.source, site.nodes.result, grid)
+        width = width_of(site)
+        adapter = adapter_between(site.source, site.result, grid)
         if not pooling:
             full = CosineAttention(width, site.heads, **options)
             made = published_attention(site, full, {"qkv": "qkv", "proj": "o"}, weights)
             lost = "" if site.bias is None else "; its bias has no place"
             return made.conversion(
-                Exactness.PROJECTED, f"cosine similarity on the {grid} map{lost}", {"sr_ratio": 1}, "none", **place
+                Exactness.PROJECTED,
+                f"cosine similarity on the {grid} map{lost}",
+                settings={"sr_ratio": 1},
+                benefit="none",
+                adapter=adapter,
             )
         module = AggregatedAttention(
             width, site.heads, window_size=self.window_size, sr_ratio=pooling.get("sr_ratio"),
@@ -180,13 +186,13 @@ class Aggregated(Target):
             made.carry("relative_pos_bias_local", table.flatten(1))
         cells = module.key_grid((grid.height, grid.width))
         keys = self.window_size**2 + cells[0] * cells[1]
-        if grid.prefix_tokens:
-            place["run"] = beside_prefix
         return made.conversion(
             Exactness.PROJECTED,
             f"cosine similarity with a window of {self.window_size} and a pooled {text_of(cells)} map",
-            {"window_size": self.window_size, **pooling}, f"{keys} of {grid.tokens} keys a query", **place,
-        )  # fmt: skip
+            settings={"window_size": self.window_size, **pooling},
+            benefit=f"{keys} of {grid.tokens} keys a query",
+            adapter=MapAdapter.on(beside_prefix, grid) if grid.prefix_tokens else adapter,
+        )
 
     def _pooling(self, site: AttentionSite) -> dict[str, Pair]:
         """Ratio or size of the pooled map: of spatial reduction the site's own. Empty: there is none."""

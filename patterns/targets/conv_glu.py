@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ...cores.conv_gate import ConvGate, ConvGatedMlp, identity_convolution
+from ...errors import NothingToDo, Refusal
 from ...graph.values import argument, input_of, operator_name, shape_of
-from ...ir.contract import RIDGE, Conversion, Exactness, NotConvertible, NothingToDo, Target, Weights
+from ...ir.contract import RIDGE, BetweenLinears, Conversion, Exactness, Target, Weights, WholeSite
+from ...ir.core import StageCore
 from ...ir.sites import Grid, MlpSite, Site, Stage
 from ...modules.conv_glu import ConvGLU, gated_width
 from ...numerics.ridge import ridge_of_rows
-from ..published import Published, layout, require_no_dropout
+from ..published import Published, adapter_between, require_no_dropout
 from ..site_geometry import require_one_of
 
 _WITHOUT_CONVOLUTION = [("activation",), ("gate",), ("gate", "norm")]
@@ -51,17 +53,17 @@ class ConvGlu(Target):
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, MlpSite)
         _require_activation_before_convolution(site)
-        matched = _matched(site, weights) if self._matches(site) else None
+        thinned = _matched(site, weights) if self._matches(site) else None
         if self.official:
-            return _published(site, weights, matched)
-        return matched or _kept(site, weights)
+            return _published(site, weights, None if thinned is None else thinned.core)
+        return _kept(site, weights) if thinned is None else thinned.conversion(site)
 
     def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
         assert isinstance(site, MlpSite)
         if not self._matches(site):
             return conversion
         refitted = _refitted(site, weights, values(site.source))
-        return _published(site, weights, refitted) if self.official else refitted
+        return _published(site, weights, refitted.core) if self.official else refitted.conversion(site)
 
     def _matches(self, site: MlpSite) -> bool:
         return self.hidden == "match" and not _gates(site)
@@ -71,32 +73,54 @@ def _kept(site: MlpSite, weights: Weights) -> Conversion:
     last = max(number for number, stage in enumerate(site.stages) if stage.kind in ("activation", "gate"))
     stage = site.stages[last]
     if shape_of(stage.node)[:-1] != shape_of(site.source)[:-1] or _is_moved(site):
-        raise NotConvertible("its activation acts on another layout than its input has; leave it with `keep`")
+        raise Refusal("its activation acts on another layout than its input has")
     convolves = _convolves(site)
     grid = None if convolves else _grid_of(site)
     source_dim = None if stage.kind == "gate" else site.width
     gate = ConvGate(stage.name, site.hidden_width, source_dim, not convolves, grid).to(_weight_of(site.first, weights))
-    core: list[nn.Module | None] = [None] * len(site.stages)
-    core[last] = gate
+    cores: list[StageCore | None] = [None] * len(site.stages)
+    cores[last] = gate
     parts = ["its own convolution" if convolves else "an identity convolution"]
     parts += ["its own gate" if source_dim is None else "a value of one"]
     parts += ["its inner norm kept"] if site.stages[-1].kind == "norm" else []
     added = sum(parameter.numel() for parameter in gate.parameters())
-    return Conversion(
-        Exactness.EXACT, f"{stage.name} with {', '.join(parts)}", core, {"hidden": site.hidden_width},
-        f"none at once: {added} new weights to train", ("source",) if source_dim is not None else (),
-    )  # fmt: skip
+    return BetweenLinears(
+        Exactness.EXACT,
+        f"{stage.name} with {', '.join(parts)}",
+        cores,
+        settings={"hidden": site.hidden_width},
+        benefit=f"none at once: {added} new weights to train",
+    )
 
 
-def _matched(site: MlpSite, weights: Weights) -> Conversion:
+@dataclass(frozen=True)
+class _Thinned:
+    """An MLP with the ``kept`` of its hidden units, chosen for ``how``, of which each had ``given`` so much."""
+
+    core: ConvGatedMlp
+    given: Tensor
+    kept: Tensor
+    how: str
+
+    def conversion(self, site: MlpSite) -> WholeSite:
+        share = round(float(self.given[self.kept].sum() / self.given.sum()), 6)
+        return WholeSite(
+            Exactness.PROJECTED,
+            f"{len(self.kept)} of {site.hidden_width} hidden units kept, {self.how}",
+            self.core,
+            settings={"hidden": len(self.kept), "kept_share": share},
+            benefit="as many weights as the MLP had",
+        )
+
+
+def _matched(site: MlpSite, weights: Weights) -> _Thinned:
     """The hidden units whose columns of the second map are largest; how active they are, only data would tell."""
     norms = _weight_of(site.second, weights).detach().norm(dim=0)
     kept = _largest(norms, _matched_width(site))
-    core = _of_kept_units(site, weights, kept)
-    return _of_units(site, core, norms.square(), kept, "those the second map weighs most")
+    return _Thinned(_of_kept_units(site, weights, kept), norms.square(), kept, "those the second map weighs most")
 
 
-def _refitted(site: MlpSite, weights: Weights, source: Tensor) -> Conversion:
+def _refitted(site: MlpSite, weights: Weights, source: Tensor) -> _Thinned:
     """The units that give most to the result on ``source``, and the second map refitted to what the others gave.
 
     With the kept units' values ``a`` and what is lost of the result ``e``, ``e - a d`` is to be small: a ridge towards
@@ -115,15 +139,7 @@ def _refitted(site: MlpSite, weights: Weights, source: Tensor) -> Conversion:
         core.fc2.weight.add_(change[:-1].T)
         core.fc2.bias.add_(change[-1])
     how = f"those that give most on {len(hidden)} example tokens, and the second map refitted to the rest"
-    return _of_units(site, core, given, kept, how)
-
-
-def _of_units(site: MlpSite, core: ConvGatedMlp, given: Tensor, kept: Tensor, how: str) -> Conversion:
-    share = round(float(given[kept].sum() / given.sum()), 6)
-    return Conversion(
-        Exactness.PROJECTED, f"{len(kept)} of {site.hidden_width} hidden units kept, {how}", core,
-        {"hidden": len(kept), "kept_share": share}, "as many weights as the MLP had", whole=True,
-    )  # fmt: skip
+    return _Thinned(core, given, kept, how)
 
 
 def _of_kept_units(site: MlpSite, weights: Weights, kept: Tensor) -> ConvGatedMlp:
@@ -149,7 +165,7 @@ def _of_kept_units(site: MlpSite, weights: Weights, kept: Tensor) -> ConvGatedMl
 def _matched_width(site: MlpSite) -> int:
     width = gated_width(site.hidden_width)
     if width < 1:
-        raise NotConvertible(f"two thirds of {site.hidden_width} hidden units are none; use hidden='keep'")
+        raise Refusal(f"two thirds of {site.hidden_width} hidden units are none", "use hidden='keep'")
     return width
 
 
@@ -157,13 +173,13 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count).indices.sort().values
 
 
-def _published(site: MlpSite, weights: Weights, matched: Conversion | None) -> Conversion:
+def _published(site: MlpSite, weights: Weights, thinned: ConvGatedMlp | None) -> Conversion:
     """TransNeXt's unit: hidden units and values are halves of one map."""
     last, third = site.stages[-1], site.stages[0].name if len(site.stages) == 3 else "identity"
     if last.kind == "norm":
-        raise NotConvertible("its inner norm has no place in the unit as published; leave official out")
+        raise Refusal("its inner norm has no place in the unit as published", "leave official out")
     require_no_dropout(_dropout(site))
-    parts = _kept_parts(site, weights) if matched is None else _parts_of(matched.core)
+    parts = _kept_parts(site, weights) if thinned is None else _parts_of(thinned)
     first, value, convolution, second = parts
     width = len(first[0])
     made = Published(
@@ -177,12 +193,14 @@ def _published(site: MlpSite, weights: Weights, matched: Conversion | None) -> C
         made.carry(f"dwconv.dwconv.{kind}", convolution[number], convolution[number].numel() if _convolves(site) else 0)
         made.carry(f"fc2.{kind}", second[number])
     return made.conversion(
-        Exactness.CONTINUOUS if matched is None else Exactness.PROJECTED,
+        Exactness.CONTINUOUS if thinned is None else Exactness.PROJECTED,
         f"{width} of {site.hidden_width} hidden units, "
-        + ("its own gate" if own else "a value of one") + (", its own convolution" if _convolves(site) else ""),
-        {"hidden": width}, "none at once" if matched is None else "as many weights as the MLP had",
-        **layout(site.source, site.result, _grid_of(site)),
-    )  # fmt: skip
+        + ("its own gate" if own else "a value of one")
+        + (", its own convolution" if _convolves(site) else ""),
+        settings={"hidden": width},
+        benefit="none at once" if thinned is None else "as many weights as the MLP had",
+        adapter=adapter_between(site.source, site.result, _grid_of(site)),
+    )
 
 
 Part = tuple[Tensor, Tensor]
@@ -239,7 +257,7 @@ def _require_activation_before_convolution(site: MlpSite) -> None:
         reason = f"its convolution follows its activation ({between}), and a gated unit's comes before it"
     else:
         reason = f"it is no activation between two linear maps but {between}"
-    raise NotConvertible(f"{reason}; leave it with `keep`")
+    raise Refusal(reason)
 
 
 def _gates(site: MlpSite) -> bool:
@@ -252,9 +270,7 @@ def _grid_of(site: MlpSite) -> Grid | None:
     if site.grid is not None and sides == (site.grid.height, site.grid.width):
         return None
     if site.grid is None or sides != (site.grid.tokens,):
-        raise NotConvertible(
-            "where its tokens lie on the map is not known, and a convolution needs that; leave it with `keep`"
-        )
+        raise Refusal("where its tokens lie on the map is not known, and a convolution needs that")
     return site.grid
 
 
@@ -279,9 +295,10 @@ def _taps(stage: Stage, weights: Weights) -> Tensor:
     """``[channels, 1, 3, 3]`` of a ConvFFN's convolution; one that is added to its operand holds that in its centre."""
     taps = weights(input_of(stage.call, 1))
     if taps.shape[-2:] != (3, 3) or shape_of(stage.node) != shape_of(stage.before):
-        raise NotConvertible(
+        raise Refusal(
             f"its convolution is {taps.shape[-2]}x{taps.shape[-1]} from {stage.before.meta['val'].shape[-2:]} to "
-            f"{stage.grid}, not 3x3 on the same map; use hidden='keep', which leaves it as it is"
+            f"{stage.grid}, not 3x3 on the same map",
+            "use hidden='keep', which leaves it as it is",
         )
     return taps if stage.added is None else taps + identity_convolution(len(taps)).conv.weight.detach().to(taps)
 

@@ -14,13 +14,13 @@ from torch.fx import Node
 from ...cores.cross_scale import CrossScaleConv, CrossScalePatches
 from ...cores.published import merge_of_image, patches_to_image, patches_to_map, patches_to_tokens
 from ...cores.stem import GatherPatches
-from ...errors import ArgumentError
+from ...errors import ArgumentError, Refusal
 from ...graph.values import operator_name, shape_of
-from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from ...ir.contract import Adapter, Conversion, Exactness, Target, Weights, WholeSite
 from ...ir.sites import Site, StemSite
 from ...modules.cross_scale import CrossScaleMerge, CrossScaleStem, scale_widths
 from ..patch_geometry import map_width, patch_geometry
-from ..published import Published, layout
+from ..published import Published, adapter_between
 from ..site_geometry import require_one_of
 
 Pair = tuple[int, int]
@@ -59,7 +59,7 @@ class CrossScale(Target):
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, StemSite)
         if len({*site.kernel}) > 1 or len({*site.stride}) > 1 or len({*site.padding}) > 1:
-            raise NotConvertible("its patches are not square, and cross-scale kernels are; leave it with `keep`")
+            raise Refusal("its patches are not square, and cross-scale kernels are")
         kernels = self._kernels(site)
         if self.official:
             return _published(site, kernels, weights)
@@ -71,18 +71,16 @@ class CrossScale(Target):
         stride = site.stride[0]
         kernels = tuple(KERNEL_SIZES.get(stride, ()) if self.kernel_sizes is None else self.kernel_sizes)
         if not kernels:
-            raise NotConvertible(
-                f"no kernels are known for stride {stride}; give kernel_sizes=({stride}, {2 * stride})"
-            )
+            raise Refusal(f"no kernels are known for stride {stride}", f"give kernel_sizes=({stride}, {2 * stride})")
         if any(size < stride or (size - stride) % 2 for size in kernels):
-            raise NotConvertible(
-                f"kernels {kernels} do not share the centre of a {stride}x{stride} patch; take sizes from {stride} on, "
-                "by even differences"
+            raise Refusal(
+                f"kernels {kernels} do not share the centre of a {stride}x{stride} patch",
+                f"take sizes from {stride} on, by even differences",
             )
         if site.out_channels % 2 ** (len(kernels) - 1):
-            raise NotConvertible(
-                f"{site.out_channels} channels cannot be shared out by halves among {len(kernels)} kernels; "
-                "give fewer kernel_sizes"
+            raise Refusal(
+                f"{site.out_channels} channels cannot be shared out by halves among {len(kernels)} kernels",
+                "give fewer kernel_sizes",
             )
         return kernels
 
@@ -189,9 +187,9 @@ def _published(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Co
     if site.stride[0] != CrossScaleMerge.STRIDE:
         return _published_stem(site, kernels, weights)
     if site.out_channels != 2 * site.in_channels:
-        raise NotConvertible(
-            f"the merge as published doubles the channels, and this makes {site.out_channels} of {site.in_channels}; "
-            "leave official out"
+        raise Refusal(
+            f"the merge as published doubles the channels, and this makes {site.out_channels} of {site.in_channels}",
+            "leave official out",
         )
     return _published_merge(site, kernels, weights)
 
@@ -199,20 +197,20 @@ def _published(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Co
 def _published_stem(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Conversion:
     """The layer norm behind the donor's map becomes the stem's own; without one it is new."""
     if site.patches is not None:
-        raise NotConvertible("the published merge has stride 2; leave official out")
+        raise Refusal("the published merge has stride 2", "leave official out")
     weight, shape = weights(site.weight).detach(), (site.kernel[0], site.stride[0], site.padding[0])
     made = Published(CrossScaleStem(site.in_channels, site.out_channels, kernels, site.stride[0]), weight)
     kept = _carry_filters(made, "projs", weight, kernels, shape, _bias_of(site, weight, weights))
     norm = _norm_after(site)
     if norm is None:
-        return _published_conversion(made, kept, kernels, {"run": patches_to_image, "sizes": shape})
+        return _published_conversion(made, kept, kernels, Adapter(patches_to_image, shape))
     own = _norm(norm, weights, weight)
     assert own is not None
     made.carry("norm.weight", own.weight)
     made.carry("norm.bias", own.bias)
     made.module.norm.eps = own.eps  # type: ignore[union-attr]  # a module, as its weight shows
     run = patches_to_map if len(shape_of(norm)) == 4 else patches_to_tokens
-    return _published_conversion(made, kept, kernels, {"run": run, "sizes": shape, "until": norm})
+    return _published_conversion(made, kept, kernels, Adapter(run, shape), until=norm)
 
 
 def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Conversion:
@@ -222,7 +220,7 @@ def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights)
     bias, stride = _bias_of(site, weight, weights), site.stride[0]
     made = Published(CrossScaleMerge(site.in_channels, kernels), weight)
     shape = (site.kernel[0], stride, site.padding[0])
-    form: dict[str, Any] = {"run": merge_of_image, "sizes": shape}
+    adapter: Adapter | None = Adapter(merge_of_image, shape)
     if site.patches is not None:
         _, order = _geometry(site)
         norm = _norm(site.norm_node, weights, weight)
@@ -232,9 +230,9 @@ def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights)
             made.settle("norm.bias", 0.0)
             made.module.norm.eps = norm.eps  # type: ignore[union-attr]  # a module, as its weight shows
         weight, shape = _filters_of_places(weight, order), (site.kernel[0], stride, 0)
-        form = layout(site.source, site.result, site.grid)
+        adapter = adapter_between(site.source, site.result, site.grid)
     kept = _carry_filters(made, "reductions", weight, kernels, shape, bias)
-    return _published_conversion(made, kept, kernels, form, "; every token is normalised by itself")
+    return _published_conversion(made, kept, kernels, adapter, "; every token is normalised by itself")
 
 
 def _carry_filters(
@@ -253,15 +251,24 @@ def _carry_filters(
 
 
 def _published_conversion(
-    made: Published, kept: float, kernels: tuple[int, ...], form: dict[str, Any], note: str = ""
+    made: Published,
+    kept: float,
+    kernels: tuple[int, ...],
+    adapter: Adapter | None,
+    note: str = "",
+    until: Node | None = None,
 ) -> Conversion:
     same = kept == 1.0 and not note
     cut = "every filter lies inside its kernel" if kept == 1.0 else f"{kept:.1%} of the squared filters lie inside them"
     cut = f"kernels of {', '.join(map(str, kernels))}: {cut}"
     return made.conversion(
-        Exactness.EXACT if same else Exactness.PROJECTED, cut + note,
-        {"kernel_sizes": kernels, "kept_weight": round(kept, 6)}, "none at once", **form,
-    )  # fmt: skip
+        Exactness.EXACT if same else Exactness.PROJECTED,
+        cut + note,
+        settings={"kernel_sizes": kernels, "kept_weight": round(kept, 6)},
+        benefit="none at once",
+        adapter=adapter,
+        until=until,
+    )
 
 
 def _norm_after(site: StemSite) -> Node | None:
@@ -283,10 +290,13 @@ def _conversion(core: nn.Module, shares: list[_Share], weight: Tensor, kernels: 
     cut = [(len(share.channels), size) for share, size in zip(shares, kernels, strict=True) if share.lost]
     if not cut:
         why = f"every filter lies inside its kernel, of {', '.join(map(str, kernels))}"
-        return Conversion(Exactness.EXACT, why, core, {"kernel_sizes": kernels}, benefit, whole=True)
+        return WholeSite(Exactness.EXACT, why, core, settings={"kernel_sizes": kernels}, benefit=benefit)
     count, sizes = sum(channels for channels, _ in cut), " and ".join(str(size) for _, size in cut)
     kept = 1 - sum(share.lost for share in shares) / float(weight.square().sum())
-    return Conversion(
-        Exactness.PROJECTED, f"{count} of {len(weight)} filters are cut to kernels of {sizes}", core,
-        {"kernel_sizes": kernels, "kept_weight": round(kept, 6)}, benefit, whole=True,
-    )  # fmt: skip
+    return WholeSite(
+        Exactness.PROJECTED,
+        f"{count} of {len(weight)} filters are cut to kernels of {sizes}",
+        core,
+        settings={"kernel_sizes": kernels, "kept_weight": round(kept, 6)},
+        benefit=benefit,
+    )

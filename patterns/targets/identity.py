@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from ...cores import Activation, DenseAttention, GatherPatches, InterleavedAttention, MapToTokens, WindowAttention
-from ...ir.contract import Conversion, Exactness, NothingToDo, Target, Weights
-from ...ir.sites import Interleaved, MlpSite, Site, StemSite, Window
+from ...errors import NothingToDo
+from ...ir.contract import BesideStem, BetweenLinears, BetweenProjections, Conversion, Exactness, Target, Weights
+from ...ir.core import AttentionCore, StageCore
+from ...ir.sites import AttentionSite, Interleaved, MlpSite, Site, StemSite, Window
 from ..patch_geometry import map_width, patch_geometry
 
 
@@ -21,15 +20,15 @@ class Identity(Target):
     kinds = ("attention", "mlp", "stem")
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
-        return Conversion(Exactness.EXACT, "the site rebuilt from its lifted form", identity_core(site))
+        why = "the site rebuilt from its lifted form"
+        if isinstance(site, MlpSite):
+            return BetweenLinears(Exactness.EXACT, why, _mlp_cores(site))
+        if isinstance(site, StemSite):
+            return BesideStem(Exactness.EXACT, why, _stem_core(site))
+        return BetweenProjections(Exactness.EXACT, why, _attention_core(site))
 
 
-def identity_core(site: Site) -> Any:
-    """A core that computes what the site computes."""
-    if isinstance(site, MlpSite):
-        return _mlp_core(site)
-    if isinstance(site, StemSite):
-        return _stem_core(site)
+def _attention_core(site: AttentionSite) -> AttentionCore:
     if isinstance(site.keys, Window):
         return WindowAttention(site.keys, site.map_grid, site.scale, site.dropout)
     if isinstance(site.keys, Interleaved):
@@ -37,12 +36,12 @@ def identity_core(site: Site) -> Any:
     return DenseAttention(site.scale_of_operands, site.dropout)
 
 
-def _mlp_core(site: MlpSite) -> list[nn.Module | None]:
+def _mlp_cores(site: MlpSite) -> list[StageCore | None]:
     """One activation for every stage that has one."""
     return [Activation(stage.name) if stage.kind in ("activation", "gate") else None for stage in site.stages]
 
 
-def _stem_core(site: StemSite) -> nn.Module:
+def _stem_core(site: StemSite) -> StageCore:
     if site.tokens is None:
         raise NothingToDo("its map is used as a map: the convolution is all there is")
     flat = len(site.tokens.meta["val"].shape) == 3

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from ...cores import GroupedCore, InterleavedAttention, OfMap, WindowAttention
 from ...cores.grouped import fitted
-from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from ...errors import Refusal
+from ...ir.contract import BetweenProjections, Conversion, Exactness, Target, Weights
 from ...ir.heads import as_pair
 from ...ir.sites import AttentionSite, Grid, Interleaved, Reduced, Site, Window
 from ...modules.long_short_distance import LongShortDistanceAttention
 from ..pixel_keys import fitted_to_reduced, on_pixels
 from ..published import (
+    adapter_between,
     attention_map,
-    layout,
     note_of_keys,
     published_attention,
     require_no_dropout,
@@ -25,7 +22,7 @@ from ..published import (
     require_unset,
     width_of,
 )
-from ..site_geometry import bias_entries, dropped_mass, grid_of_site, require_one_of, require_positive, text_of
+from ..site_geometry import bias_entries, grid_of_site, require_one_of, require_positive, text_of
 
 Pair = tuple[int, int]
 
@@ -79,24 +76,28 @@ class LongShortDistance(Target):
         if isinstance(site.keys, Reduced) and self.reduced_keys == "refit":
             return on_pixels(site, lambda pixels: self.convert(pixels, index, weights), weights)
         if isinstance(site.keys, Reduced):
-            raise NotConvertible(
-                "it attends to reduced keys, and groups need a key for every token, which the reducer has not left; "
+            raise Refusal(
+                "it attends to reduced keys, and groups need a key for every token, which the reducer has not left",
                 "use to='aggregated' or to='neighborhood', which keep its keys, or reduced_keys='refit', which fits "
-                "keys of tokens to them"
+                "keys of tokens to them",
             )
         grid = grid_of_site(site)
         bias_entries(site, grid)
         if site.bias is not None:
-            raise NotConvertible("its bias is learned for the whole map; use to='neighborhood', which follows it")
+            raise Refusal("its bias is learned for the whole map", "use to='neighborhood', which follows it")
         group, interval = self._groups(grid, as_pair(self.group_size or 7), index % 2 == 1)
         core = GroupedCore(group, interval, grid, site.scale_of_operands, site.dropout)
         settings = {"group_size": group, "interval": interval}
         if group == (grid.height, grid.width):
-            return Conversion(
-                Exactness.EXACT, f"one group takes the whole {grid} map", core, settings,
-                "none at this size: every query still sees every key",
-            )  # fmt: skip
-        return Conversion(Exactness.PROJECTED, _why(group, interval), core, settings, _benefit(group, grid))
+            return BetweenProjections(
+                Exactness.EXACT,
+                f"one group takes the whole {grid} map",
+                core,
+                settings=settings,
+                benefit="none at this size: every query still sees every key",
+            )
+        why, benefit = _why(group, interval), _benefit(group, grid)
+        return BetweenProjections(Exactness.PROJECTED, why, core, settings=settings, benefit=benefit)
 
     def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
         assert isinstance(site, AttentionSite)
@@ -105,39 +106,41 @@ class LongShortDistance(Target):
     def _windowed(self, site: AttentionSite, window: Window) -> Conversion:
         size = window.size
         if self.group_size is not None and as_pair(self.group_size) != size:
-            raise NotConvertible(f"its bias is learned for windows of {text_of(size)}; leave group_size out")
+            raise Refusal(f"its bias is learned for windows of {text_of(size)}", "leave group_size out")
         grid = site.map_grid
         if not any(window.shift) or self.shifted == "keep":
             core = WindowAttention(window, grid, site.scale, site.dropout)
             offset = f" with origin {text_of(window.shift)}" if any(window.shift) else ""
             settings = {"group_size": size, "interval": (1, 1), "shift": window.shift, "bias": "table"}
-            return Conversion(
-                Exactness.EXACT, f"{window} is short distance attention{offset}", core, settings, "the same keys"
-            )
+            why = f"{window} is short distance attention{offset}"
+            return BetweenProjections(Exactness.EXACT, why, core, settings=settings, benefit="the same keys")
         group, interval = self._groups(grid, size, long=True)
         if group != size:
-            raise NotConvertible("its windows are larger than the map; leave it with shifted='keep'")
+            raise Refusal("its windows are larger than the map", "leave it with shifted='keep'")
         grouped = OfMap(GroupedCore(group, interval, grid, site.scale, site.dropout))
         settings = {"group_size": group, "interval": interval, "bias": "table"}
-        return Conversion(Exactness.PROJECTED, _why(group, interval), grouped, settings, "as many keys")
+        why = _why(group, interval)
+        return BetweenProjections(Exactness.PROJECTED, why, grouped, settings=settings, benefit="as many keys")
 
     def _interleaved(self, site: AttentionSite, groups: Interleaved) -> Conversion:
         for argument, wanted, own in (
             ("group_size", self.group_size, groups.group), ("interval", self.interval, groups.interval)
         ):  # fmt: skip
             if wanted is not None and as_pair(wanted) != own:
-                raise NotConvertible(f"it attends inside {groups} groups already; leave {argument} out, or the site")
+                raise Refusal(f"it attends inside {groups} groups already", f"leave {argument} out, or the site")
         core = InterleavedAttention(groups, site.map_grid, site.scale, site.dropout)
         settings = {"group_size": groups.group, "interval": groups.interval, "bias": "table"}
-        return Conversion(Exactness.EXACT, f"{groups} is long distance attention", core, settings, "the same keys")
+        why = f"{groups} is long distance attention"
+        return BetweenProjections(Exactness.EXACT, why, core, settings=settings, benefit="the same keys")
 
     def _published(self, site: AttentionSite, index: int, weights: Weights) -> Conversion:
         """CrossFormer's layer: short distance for windows and every other site, long distance for the rest."""
         require_no_dropout(site.dropout)
         grid, window, width = attention_map(site), site.keys, width_of(site)
         if width < 32:  # a layer norm over one channel is constant
-            raise NotConvertible(
-                f"the position bias as published is a 16th of {width} channels wide, and needs two; leave official out"
+            raise Refusal(
+                f"the position bias as published is a 16th of {width} channels wide, and needs two",
+                "leave official out",
             )
         group = as_pair(self.group_size or (window.size if isinstance(window, Window) else 7))
         long = any(window.shift) if isinstance(window, Window) else index % 2 == 1
@@ -147,35 +150,18 @@ class LongShortDistance(Target):
         found = module.grouping(grid.height, grid.width)
         lost = "; its bias is not taken over" if site.bias is not None else ""
         return made.conversion(
-            Exactness.PROJECTED, f"{_why(found.group, found.interval)}{lost}{note_of_keys(site)}",
-            {"group_size": group, "interval": found.interval}, _benefit(found.group, grid),
-            **layout(site.nodes.source, site.nodes.result, grid),
-        )  # fmt: skip
+            Exactness.PROJECTED,
+            f"{_why(found.group, found.interval)}{lost}{note_of_keys(site)}",
+            settings={"group_size": group, "interval": found.interval},
+            benefit=_benefit(found.group, grid),
+            adapter=adapter_between(site.source, site.result, grid),
+        )
 
     def _groups(self, grid: Grid, group: Pair, long: bool) -> tuple[Pair, Pair]:
         sides = (grid.height, grid.width)
         widest = (-(-sides[0] // group[0]), -(-sides[1] // group[1]))
         interval = as_pair(self.interval) if self.interval is not None else widest
         return fitted(group, interval if long else (1, 1), grid)
-
-    def measure(
-        self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor
-    ) -> dict[str, Any]:
-        """Dropped softmax mass of every head."""
-        assert isinstance(site, AttentionSite)
-        return dropped_mass(site, operands, queries, group_mask(conversion.core, queries))
-
-
-def group_mask(core: GroupedCore, queries: Tensor) -> Tensor:
-    """``[queries, tokens]``: which keys each of some queries sees, prefix tokens included."""
-    grid = core.grid
-    members = Interleaved(core.group, core.interval).slots(grid)
-    group_of = torch.empty(grid.height * grid.width, dtype=torch.long)
-    number = torch.arange(len(members))[:, None].expand_as(members)
-    group_of[members[members >= 0]] = number[members >= 0]
-    own = group_of[(queries - grid.prefix_tokens).clamp(min=0)]
-    seen = torch.nn.functional.pad(own[:, None] == group_of, (grid.prefix_tokens, 0), value=True)
-    return seen | (queries < grid.prefix_tokens)[:, None]
 
 
 def _why(group: Pair, interval: Pair) -> str:

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...cores import DecomposedManhattanCore, ManhattanCore, OfMap, ReducedManhattanCore
-from ...errors import ArgumentError
-from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from ...errors import ArgumentError, Refusal
+from ...ir.contract import BetweenProjections, Conversion, Exactness, Target, Weights
+from ...ir.core import AttentionCore
 from ...ir.sites import AttentionSite, Grid, Reduced, Site, Window
 from ...modules.decay import log_decay
 from ...modules.manhattan import ManhattanAttention
 from ...operators.manhattan_attention import PLACEMENTS
 from ..pixel_keys import fitted_to_reduced, on_pixels
 from ..published import (
+    adapter_between,
     attention_map,
-    layout,
     note_of_keys,
     published_attention,
     require_no_dropout,
@@ -73,12 +73,15 @@ class Manhattan(Target):
         grid = map_of(site, "decay would spread it over the whole map")
         decay = head_decay(self.decay, site.heads)
         scale = site.scale if isinstance(site.keys, Window) else site.scale_of_operands
-        core: nn.Module = ManhattanCore(
+        core: AttentionCore = ManhattanCore(
             decay, grid, _channels(site, self.lce), scale, site.dropout, self.placement, self.lce
         )
         core = OfMap(core) if isinstance(site.keys, Window) else core
-        return Conversion(
-            *self._class(grid, self.lce), core, self._settings(), "none yet: every query still sees every key"
+        return BetweenProjections(
+            *self._class(grid, self.lce),
+            core,
+            settings=self._settings(),
+            benefit="none yet: every query still sees every key",
         )
 
     def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
@@ -87,20 +90,20 @@ class Manhattan(Target):
 
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         if self.reduced_keys == "refuse":
-            raise NotConvertible(
-                f"it attends to {keys.height}x{keys.width} reduced keys, and decay needs one key for every token; use "
-                "reduced_keys='keep' (the same keys, decayed towards their cells), reduced_keys='refit' (keys of "
-                "tokens, fitted on images), or to='aggregated'"
+            raise Refusal(
+                f"it attends to {keys.height}x{keys.width} reduced keys, and decay needs one key for every token",
+                "use reduced_keys='keep' (the same keys, decayed towards their cells), reduced_keys='refit' (keys of "
+                "tokens, fitted on images), or to='aggregated'",
             )
         if self.placement == "outside" or site.bias is not None:
-            raise NotConvertible(
-                "over reduced keys the decay acts inside the softmax, without a bias; leave it with `keep`"
-            )
+            raise Refusal("over reduced keys the decay acts inside the softmax, without a bias")
         grid, reduced = grid_of_site(site), keys.grid
         decay = head_decay(self.decay, site.heads)
         core = ReducedManhattanCore(decay, grid, reduced, site.scale_of_operands, site.dropout)
         settings = self._settings() | {"lce": False}  # values of the reduced map are no context of a token
-        return Conversion(*self._class(grid, False), core, settings, "the reduced keys' cost is kept")
+        return BetweenProjections(
+            *self._class(grid, False), core, settings=settings, benefit="the reduced keys' cost is kept"
+        )
 
     def _class(self, grid: Grid, lce: bool) -> tuple[Exactness, str]:
         if self.decay is None:
@@ -137,48 +140,50 @@ class DecomposedManhattan(Target):
         if self.official:
             return _published(site, weights, decomposed=True)
         if isinstance(site.keys, Reduced):
-            raise NotConvertible(
-                "it attends to reduced keys, which have no rows and columns of tokens; use to='aggregated'"
-            )
+            raise Refusal("it attends to reduced keys, which have no rows and columns of tokens", "use to='aggregated'")
         grid = map_of(site, "the rows and columns of the map are longer than its windows")
         if site.bias is not None:
-            raise NotConvertible("its bias is not a sum over the two axes; use to='manhattan', which keeps it")
+            raise Refusal("its bias is not a sum over the two axes", "use to='manhattan', which keeps it")
         if site.dropout:
-            raise NotConvertible("it drops attention weights in training, which two passes cannot; use to='manhattan'")
+            raise Refusal("it drops attention weights in training, which two passes cannot", "use to='manhattan'")
         decay = head_decay(self.decay, site.heads)
         channels = _channels(site, self.lce)
         scale = site.scale if isinstance(site.keys, Window) else site.scale_of_operands
         opening = 0.0 if self.gate else None
-        core: nn.Module = DecomposedManhattanCore(decay, grid, channels, scale, opening, self.lce)
+        core: AttentionCore = DecomposedManhattanCore(decay, grid, channels, scale, opening, self.lce)
         core = OfMap(core) if isinstance(site.keys, Window) else core
         settings = {"decay": self.decay, "gate": self.gate, "lce": self.lce}
         if self.gate:
-            return Conversion(
+            return BetweenProjections(
                 Exactness.CONTINUOUS,
                 "a gate of 0 keeps the dense attention",
                 core,
-                settings,
-                "none until the gate is 1",
+                settings=settings,
+                benefit="none until the gate is 1",
             )
-        return Conversion(
-            Exactness.PROJECTED, f"attention along rows, then columns, of the {grid} map", core, settings,
-            f"{grid.height + grid.width} of {grid.height * grid.width} products a query",
-        )  # fmt: skip
+        return BetweenProjections(
+            Exactness.PROJECTED,
+            f"attention along rows, then columns, of the {grid} map",
+            core,
+            settings=settings,
+            benefit=f"{grid.height + grid.width} of {grid.height * grid.width} products a query",
+        )
 
 
 def map_of(site: AttentionSite, trouble: str) -> Grid:
     """The map of a site whose queries see all of it.
 
     Raises:
-        NotConvertible: they do not; ``trouble`` says what it would come to.
+        Refusal: they do not; ``trouble`` says what it would come to.
     """
     if not isinstance(site.keys, Window):
         grid = grid_of_site(site)
         bias_entries(site, grid)
         return grid
     if not is_whole_map(site):
-        raise NotConvertible(
-            f"it attends inside {site.keys}, and {trouble}; use to='neighborhood' or to='long_short_distance'"
+        raise Refusal(
+            f"it attends inside {site.keys}, and {trouble}",
+            "use to='neighborhood' or to='long_short_distance'",
         )
     return site.map_grid
 
@@ -195,7 +200,7 @@ def _channels(site: AttentionSite, lce: bool) -> int:
     if site.value is not None:
         return site.value.heads * site.value.head_dim
     if lce:
-        raise NotConvertible("its values are not a plain projection of tokens; use lce=False")
+        raise Refusal("its values are not a plain projection of tokens", "use lce=False")
     return 0
 
 
@@ -206,8 +211,9 @@ def _published(site: AttentionSite, weights: Weights, decomposed: bool, placemen
     if isinstance(site.keys, Window):
         map_of(site, "decay would spread it over the whole map")
     if site.head_dim % 2:
-        raise NotConvertible(
-            f"rotary position turns pairs of channels, and its heads have {site.head_dim}; leave official out"
+        raise Refusal(
+            f"rotary position turns pairs of channels, and its heads have {site.head_dim}",
+            "leave official out",
         )
     module = ManhattanAttention(width_of(site), site.heads, decomposed, *OFFICIAL, decay_placement=placement)
     layers = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}
@@ -218,10 +224,12 @@ def _published(site: AttentionSite, weights: Weights, decomposed: bool, placemen
     lost = "" if site.bias is None else "; its bias has no place"
     keys = grid.height + grid.width if decomposed else grid.tokens
     return made.conversion(
-        Exactness.PROJECTED, f"{form}, and rotary position{lost}{note_of_keys(site)}",
-        {"decay": "official", "rotary": "raster", "placement": placement}, f"{keys} products a query",
-        **layout(site.nodes.source, site.nodes.result, grid),
-    )  # fmt: skip
+        Exactness.PROJECTED,
+        f"{form}, and rotary position{lost}{note_of_keys(site)}",
+        settings={"decay": "official", "rotary": "raster", "placement": placement},
+        benefit=f"{keys} products a query",
+        adapter=adapter_between(site.source, site.result, grid),
+    )
 
 
 def _require_official(official: bool, decay: float | str | None, lce: bool, **others: Any) -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
 
 from ...cores import NeighborhoodAttention, ReducedNeighborhoodAttention, SlidingAttention, WindowAttention
 from ...cores.neighborhood import clamped_kernel, covers
-from ...errors import ArgumentError
-from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from ...errors import ArgumentError, Refusal
+from ...ir.contract import BetweenProjections, Conversion, Exactness, Target, Weights
 from ...ir.heads import as_pair
 from ...ir.sites import AttentionSite, Global, Grid, Interleaved, Reduced, Site, Window
 from ...modules.neighborhood_block import NeighborhoodAttention2d
 from ..pixel_keys import fitted_to_reduced, on_pixels
 from ..published import (
+    adapter_between,
     attention_map,
-    layout,
     note_of_keys,
     published_attention,
     require_no_dropout,
@@ -27,13 +24,11 @@ from ..published import (
 )
 from ..site_geometry import (
     bias_entries,
-    dropped_mass,
     grid_of_site,
     is_whole_map,
     relative_bias,
     require_one_of,
     require_positive,
-    seen_neighbours,
     text_of,
     window_bias_entries,
 )
@@ -107,15 +102,20 @@ class Neighborhood(Target):
         core = NeighborhoodAttention(self._wanted(), dilation, grid, site.scale_of_operands, site.dropout, entries)
         settings = {"kernel_size": kernel, "dilation": dilation}
         if covers(kernel, dilation, grid):
-            return Conversion(
-                Exactness.EXACT, f"kernel {text_of(kernel)} covers the {grid} map{clamped}", core, settings,
-                "none at this size: every query still sees every key",
-            )  # fmt: skip
-        return Conversion(
+            return BetweenProjections(
+                Exactness.EXACT,
+                f"kernel {text_of(kernel)} covers the {grid} map{clamped}",
+                core,
+                settings=settings,
+                benefit="none at this size: every query still sees every key",
+            )
+        return BetweenProjections(
             Exactness.PROJECTED,
-            f"keys outside kernel {text_of(kernel)} dilation {text_of(dilation)} are dropped{clamped}", core, settings,
-            f"{kernel[0] * kernel[1] + grid.prefix_tokens} of {grid.tokens} keys a query",
-        )  # fmt: skip
+            f"keys outside kernel {text_of(kernel)} dilation {text_of(dilation)} are dropped{clamped}",
+            core,
+            settings=settings,
+            benefit=f"{kernel[0] * kernel[1] + grid.prefix_tokens} of {grid.tokens} keys a query",
+        )
 
     def _sliding_windows(self, site: AttentionSite, window: Window, dilation: Pair) -> Conversion:
         """A kernel that follows the query, in the place of windows; their bias table is read at its offsets."""
@@ -124,27 +124,32 @@ class Neighborhood(Target):
         core = SlidingAttention(self._wanted(), dilation, window.size, site.scale, window_bias_entries(site, window))
         settings = {"kernel_size": kernel, "dilation": dilation}
         if covers(kernel, dilation, grid) and window.size == (grid.height, grid.width):
-            return Conversion(
-                Exactness.EXACT, f"the window and kernel {text_of(kernel)} both cover the {grid} map{clamped}", core,
-                settings, "none at this size: every query still sees every key",
-            )  # fmt: skip
+            return BetweenProjections(
+                Exactness.EXACT,
+                f"the window and kernel {text_of(kernel)} both cover the {grid} map{clamped}",
+                core,
+                settings=settings,
+                benefit="none at this size: every query still sees every key",
+            )
         reached = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
         untrained = site.bias is not None and any(r >= size for r, size in zip(reached, window.size, strict=True))
-        return Conversion(
+        return BetweenProjections(
             Exactness.PROJECTED,
             f"{window} becomes a kernel of {text_of(kernel)} around every query{clamped}"
             + ("; offsets beyond the window take the bias of its edge" if untrained else ""),
-            core, settings, f"{kernel[0] * kernel[1]} keys a query",
-        )  # fmt: skip
+            core,
+            settings=settings,
+            benefit=f"{kernel[0] * kernel[1]} keys a query",
+        )
 
     def _interleaved(self, site: AttentionSite, groups: Interleaved, dilation: Pair) -> Conversion:
         """A dilated kernel sees tokens of its own residues alone, all of them where it is as long as their group."""
         if site.dropout:
-            raise NotConvertible("it drops attention weights in training, which this core cannot; leave it with `keep`")
+            raise Refusal("it drops attention weights in training, which this core cannot")
         if site.bias is not None and dilation != groups.interval:
-            raise NotConvertible(
-                f"its bias is learned for tokens {text_of(groups.interval)} apart; use "
-                f"dilation={groups.interval}, or to='dilated_neighborhood', which takes it from there"
+            raise Refusal(
+                f"its bias is learned for tokens {text_of(groups.interval)} apart",
+                f"use dilation={groups.interval}, or to='dilated_neighborhood', which takes it from there",
             )
         grid, group = site.map_grid, groups.group
         kernel, clamped = self._kernel(site, grid, dilation, group)
@@ -153,34 +158,43 @@ class Neighborhood(Target):
         settings = {"kernel_size": kernel, "dilation": dilation}
         form = f"kernel {text_of(kernel)} with dilation {text_of(dilation)}"
         if kernel == group and dilation == groups.interval and groups.is_one_region(grid):
-            return Conversion(
-                Exactness.EXACT, f"{groups} on the {grid} map is {form}", core, settings, "the same keys"
-            )  # fmt: skip
+            why = f"{groups} on the {grid} map is {form}"
+            return BetweenProjections(Exactness.EXACT, why, core, settings=settings, benefit="the same keys")
         untrained = site.bias is not None and any(k > g for k, g in zip(kernel, group, strict=True))
-        return Conversion(
-            Exactness.PROJECTED, f"{groups} becomes {form} around every query{clamped}"
+        return BetweenProjections(
+            Exactness.PROJECTED,
+            f"{groups} becomes {form} around every query{clamped}"
             + ("; offsets beyond the group take the bias of its edge" if untrained else ""),
-            core, settings, f"{kernel[0] * kernel[1]} keys a query",
-        )  # fmt: skip
+            core,
+            settings=settings,
+            benefit=f"{kernel[0] * kernel[1]} keys a query",
+        )
 
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         if as_pair(self.dilation) != (1, 1):
-            raise NotConvertible(
-                "a reduced key map has no dilation; use to='neighborhood' for this site, or reduced_keys='refit'"
+            raise Refusal(
+                "a reduced key map has no dilation",
+                "use to='neighborhood' for this site, or reduced_keys='refit'",
             )
         grid, reduced = grid_of_site(site), keys.grid
         kernel, clamped = self._kernel(site, reduced, (1, 1))
         core = ReducedNeighborhoodAttention(self._wanted(), grid, reduced, site.scale_of_operands, site.dropout)
         settings = {"kernel_size": kernel, "reduced": str(reduced)}
         if covers(kernel, (1, 1), reduced):
-            return Conversion(
-                Exactness.EXACT, f"kernel {text_of(kernel)} covers the reduced {reduced} map{clamped}", core, settings,
-                "none at this size: every query still sees every reduced key",
-            )  # fmt: skip
-        return Conversion(
-            Exactness.PROJECTED, f"reduced keys outside kernel {text_of(kernel)} are dropped", core, settings,
-            f"{kernel[0] * kernel[1]} of {reduced.tokens} keys a query",
-        )  # fmt: skip
+            return BetweenProjections(
+                Exactness.EXACT,
+                f"kernel {text_of(kernel)} covers the reduced {reduced} map{clamped}",
+                core,
+                settings=settings,
+                benefit="none at this size: every query still sees every reduced key",
+            )
+        return BetweenProjections(
+            Exactness.PROJECTED,
+            f"reduced keys outside kernel {text_of(kernel)} are dropped",
+            core,
+            settings=settings,
+            benefit=f"{kernel[0] * kernel[1]} of {reduced.tokens} keys a query",
+        )
 
     def _published(self, site: AttentionSite, dilation: int, weights: Weights) -> Conversion:
         """NAT's layer; without a bias to take over its table starts at zero."""
@@ -198,9 +212,10 @@ class Neighborhood(Target):
         return made.conversion(
             Exactness.CONTINUOUS if same else Exactness.PROJECTED,
             f"keys in kernel {text_of(kernel)} dilation {dilation} of the {grid} map{clamped}{note_of_keys(site)}",
-            {"kernel_size": size[0], "dilation": dilation}, f"{seen} of {grid.tokens} keys a query",
-            **layout(site.nodes.source, site.nodes.result, grid),
-        )  # fmt: skip
+            settings={"kernel_size": size[0], "dilation": dilation},
+            benefit=f"{seen} of {grid.tokens} keys a query",
+            adapter=adapter_between(site.source, site.result, grid),
+        )
 
     def _wanted(self, default: Pair = (7, 7)) -> Pair:
         """What a core is given: on every map it takes the largest kernel up to this one that the map holds."""
@@ -212,22 +227,11 @@ class Neighborhood(Target):
         if kernel == wanted:
             return kernel, ""
         if self.oversize == "error":
-            raise NotConvertible(
-                f"kernel {text_of(wanted)} with dilation {text_of(dilation)} does not fit the {grid} map; "
-                f"use kernel_size={kernel} or oversize='clamp'"
+            raise Refusal(
+                f"kernel {text_of(wanted)} with dilation {text_of(dilation)} does not fit the {grid} map",
+                f"use kernel_size={kernel} or oversize='clamp'",
             )
         return kernel, f" (clamped from {text_of(wanted)})"
-
-    def measure(
-        self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor
-    ) -> dict[str, Any]:
-        """Dropped softmax mass of every head."""
-        assert isinstance(site, AttentionSite)
-        core = conversion.core
-        reduced = isinstance(core, ReducedNeighborhoodAttention)
-        keys, dilation = (core.reduced, (1, 1)) if reduced else (core.grid, core.dilation)
-        kernel = clamped_kernel(core.kernel_size, dilation, keys)
-        return dropped_mass(site, operands, queries, seen_neighbours(queries, core.grid, keys, kernel, dilation))
 
 
 @dataclass(frozen=True)
@@ -255,9 +259,7 @@ class DilatedNeighborhood(Neighborhood):
             steps = site.keys.interval if self.dilation is None else as_pair(self.dilation)
             return self._interleaved(site, site.keys, steps)
         if not isinstance(site.keys, Global | Interleaved):
-            raise NotConvertible(
-                f"dilation over {site.keys} keys is not defined here; use to='neighborhood' for this site"
-            )
+            raise Refusal(f"dilation over {site.keys} keys is not defined here", "use to='neighborhood' for this site")
         dilation = self._dilation(site, index)
         if self.official:
             return self._published(site, min(dilation), weights)
@@ -278,4 +280,5 @@ def _blocks(site: AttentionSite, window: Window) -> Conversion:
     form = f"{window} is neighborhood attention with stride = kernel = {text_of(window.size)}"
     offset = f", offset {text_of(window.shift)} and truncated border blocks" if any(window.shift) else ""
     settings = {"kernel_size": window.size, "stride": window.size, "offset": window.shift}
-    return Conversion(Exactness.EXACT, form + offset, core, settings, "no roll, no mask; the same keys")
+    benefit = "no roll, no mask; the same keys"
+    return BetweenProjections(Exactness.EXACT, form + offset, core, settings=settings, benefit=benefit)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor
-
-from ...ir.contract import Conversion, NothingToDo, Target, Weights
+from ...errors import NothingToDo
+from ...ir.contract import Conversion, Target, Weights
 from ...ir.sites import AttentionSite, Global, Interleaved, MapGroups, Site
 from ..published import require_unset
 from ..site_geometry import require_one_of
@@ -46,11 +44,6 @@ class Recipe(Target):
 
     def fit(self, conversion: Conversion, site: Site, weights: Weights, values: Weights) -> Conversion:
         return self.choose(site).fit(conversion, site, weights, values)
-
-    def measure(
-        self, conversion: Conversion, site: Site, operands: tuple[Tensor, Tensor, Tensor], queries: Tensor
-    ) -> dict[str, Any]:
-        return self.choose(site).measure(conversion, site, operands, queries)
 
 
 def _as_in_paper(part: str) -> NothingToDo:

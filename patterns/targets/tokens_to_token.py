@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...cores.tokens_to_token import TokensToTokenBranch, TokensToTokenStem
-from ...errors import ArgumentError
-from ...ir.contract import Conversion, Exactness, NotConvertible, Target, Weights
+from ...errors import ArgumentError, Refusal
+from ...ir.contract import BesideStem, Conversion, Exactness, Target, Weights, WholeSite
 from ...ir.sites import Site, StemSite
 from ...modules.token_layers import TokenLayer
 from ...modules.tokens_to_token import KINDS
@@ -75,22 +75,20 @@ class TokensToToken(Target):
         assert isinstance(site, StemSite)
         side = TokensToTokenStem.STRIDE
         if site.patches is not None or site.stride != (side, side):
-            raise NotConvertible(
+            raise Refusal(
                 f"a tokens-to-token stem makes one token of {side}x{side} pixels, and this has stride "
-                f"{site.stride[0]}: the number of tokens would change; use to='cross_scale' for this site"
+                f"{site.stride[0]}: the number of tokens would change",
+                "use to='cross_scale' for this site",
             )
         if site.kernel != (side, side) or site.padding != (0, 0):
-            raise NotConvertible(
-                f"its patches are no plain {side}x{side} ones (kernel {site.kernel}, padding {site.padding}); "
-                "leave it with `keep`"
-            )
+            raise Refusal(f"its patches are no plain {side}x{side} ones (kernel {site.kernel}, padding {site.padding})")
         settings: dict[str, Any] = {"mode": self.mode, "kind": self.kind}
         if self.mode == "branch":
             return self._branch(site, settings)
         if self.mode == "fresh":
             core = TokensToTokenStem(site.in_channels, site.out_channels, self.kind, self._token_dims())
             official = {"official": True} if self.official else {}
-            return Conversion(Exactness.FRESH, "the published stem, untrained", core, settings | official, whole=True)
+            return WholeSite(Exactness.FRESH, "the published stem, untrained", core, settings=settings | official)
         return self._exact(site, weights, settings) if self.mode == "exact" else self._fit(site, weights, settings)
 
     def _token_dims(self) -> tuple[int, int]:
@@ -99,10 +97,13 @@ class TokensToToken(Target):
     def _branch(self, site: StemSite, settings: dict[str, Any]) -> Conversion:
         core = TokensToTokenBranch(site.in_channels, site.out_channels, self.kind, self._token_dims())
         _silence(core.project)
-        return Conversion(
-            Exactness.CONTINUOUS, "beside the convolution, with a last map that starts at zero", core, settings,
-            "none: it costs beside the convolution", ("source",),
-        )  # fmt: skip
+        return BesideStem(
+            Exactness.CONTINUOUS,
+            "beside the convolution, with a last map that starts at zero",
+            core,
+            settings=settings,
+            benefit="none: it costs beside the convolution",
+        )
 
     def _exact(self, site: StemSite, weights: Weights, settings: dict[str, Any]) -> Conversion:
         weight = weights(site.weight).detach()
@@ -110,27 +111,33 @@ class TokensToToken(Target):
         core = self._stem(site, (pixels // 4, pixels), weight)
         hand_on = torch.eye(pixels, dtype=weight.dtype, device=weight.device)
         _fill(core, hand_on, _quadrants(weight), site, weights)
-        return Conversion(
-            Exactness.EXACT, f"every pixel handed on through {pixels // 4} and {pixels} channels, no norm of patches",
-            core, settings, "none at once", whole=True,
-        )  # fmt: skip
+        return WholeSite(
+            Exactness.EXACT,
+            f"every pixel handed on through {pixels // 4} and {pixels} channels, no norm of patches",
+            core,
+            settings=settings,
+            benefit="none at once",
+        )
 
     def _fit(self, site: StemSite, weights: Weights, settings: dict[str, Any]) -> Conversion:
         dims = self._token_dims()
         if dims[0] < site.in_channels * 16:
-            raise NotConvertible(
-                f"{dims[0]} channels cannot hand on the {site.in_channels * 16} pixels between two tokens; "
-                f"use token_dim={site.in_channels * 16} or more"
+            raise Refusal(
+                f"{dims[0]} channels cannot hand on the {site.in_channels * 16} pixels between two tokens",
+                f"use token_dim={site.in_channels * 16} or more",
             )
         weight = weights(site.weight).detach()
         narrow, last, residual = nearest_stem(weight.double(), dims[1], self._covariance(site))
         core = self._stem(site, dims, weight)
         _fill(core, narrow, last, site, weights)
-        return Conversion(
-            Exactness.PROJECTED, f"the nearest stem of {dims[1]} channels, error {residual:.2g} on patches of "
+        return WholeSite(
+            Exactness.PROJECTED,
+            f"the nearest stem of {dims[1]} channels, error {residual:.2g} on patches of "
             f"{'white noise' if self.covariance is None else 'the given covariance'}, no norm of patches",
-            core, {**settings, "residual": residual}, "none at once", whole=True,
-        )  # fmt: skip
+            core,
+            settings={**settings, "residual": residual},
+            benefit="none at once",
+        )
 
     def _stem(self, site: StemSite, dims: tuple[int, int], like: Tensor) -> TokensToTokenStem:
         return TokensToTokenStem(site.in_channels, site.out_channels, self.kind, dims, normalize=False).to(like)

@@ -16,7 +16,8 @@ from attnrewrite.costs.count.size_tracer import SizeTracer
 from attnrewrite.costs.report.what_if import converted_cost
 from attnrewrite.errors import ArgumentError, ConversionError
 from attnrewrite.hosts.loading import load_model
-from attnrewrite.ir.contract import Conversion, Exactness, Target
+from attnrewrite.ir.contract import BetweenProjections, Exactness, Target
+from attnrewrite.ir.core import AttentionCore
 from attnrewrite.planning.registry import known_targets, target_of
 
 VIT = {"depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
@@ -184,7 +185,7 @@ def test_sites_that_stay_say_why():
         analyze(donor("vit"), image("vit"), to="tokens_to_token", mode="fresh")
 
 
-class Unheardof(nn.Module):
+class Unheardof(AttentionCore):
     """A core that no table knows."""
 
     def forward(self, query, key, value):
@@ -195,7 +196,7 @@ class Strange(Target):
     name = "strange"
 
     def convert(self, site, index, weights):
-        return Conversion(Exactness.PROJECTED, "for a test", Unheardof())
+        return BetweenProjections(Exactness.PROJECTED, "for a test", Unheardof())
 
 
 def test_a_core_without_a_formula_is_counted_and_said_so():

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 from attnrewrite.patterns.targets.neighborhood import Neighborhood
-from torch import nn
 from untouched import assert_untouched, values_of
 
 import attnrewrite
 from attnrewrite.errors import ConversionError
-from attnrewrite.ir.contract import Conversion, Exactness, Target
+from attnrewrite.ir.contract import BetweenProjections, Exactness, Target
+from attnrewrite.ir.core import AttentionCore
 
 
-class Wrong(nn.Module):
+class Wrong(AttentionCore):
     def forward(self, query, key, value, bias=None):
         return 2 * value
 
 
-class Raising(nn.Module):
+class Raising(AttentionCore):
     def forward(self, query, key, value, bias=None):
         raise ValueError("no kernel for this")
 
@@ -31,7 +31,7 @@ class Lying(Target):
         self.core = core
 
     def convert(self, site, index, weights):
-        return Conversion(Exactness.EXACT, "it says", self.core())
+        return BetweenProjections(Exactness.EXACT, "it says", self.core())
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -46,6 +46,9 @@ def attention_of(model, example):
     return site
 
 
+UNPROJECTED = "query, key and value do not come from linear maps; project tokens to them by linear maps"
+
+
 def reasons(model, example):
     return [refused.reason for refused in lifted(model, example)[0].refused]
 
@@ -217,14 +220,14 @@ def test_a_convolution_that_is_no_linear_map_of_channels_is_none(options):
     mixer = MapAttention()
     mixer.inputs[0] = nn.Conv2d(WIDTH, 3 * WIDTH, **options)
     (reason,) = reasons(map_model(mixer), map_images())
-    assert reason == "query, key and value do not come from linear maps"
+    assert reason == UNPROJECTED
 
 
 def test_a_strided_convolution_is_none():
     mixer = nn.Sequential(MapAttention(), nn.Upsample(scale_factor=2))
     mixer[0].inputs[0] = nn.Conv2d(WIDTH, 3 * WIDTH, 1, stride=2)
     mixer[0].forward = lambda x: mixer[0].proj(mixer[0].mix(*mixer[0].split(x)).reshape(len(x), WIDTH, 3, 5))
-    assert "query, key and value do not come from linear maps" in reasons(map_model(mixer), map_images())
+    assert UNPROJECTED in reasons(map_model(mixer), map_images())
 
 
 def rolled(part, axis=0):

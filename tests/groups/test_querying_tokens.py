@@ -45,7 +45,7 @@ def test_learned_queries_are_refused_by_name_and_their_mlp_is_converted(name: st
     rows = attnrewrite.report(converted).sites
     refused = [row.why for row in rows if row.kind == "attention" and row.status == "refused"]
     assert len(refused) == 1
-    assert refused[0].startswith("its queries are learned, not made of tokens")
+    assert refused[0].startswith("its queries are learned parameters (attention pooling)")
     assert {row.status for row in rows if row.kind == "mlp"} == {"converted"}
 
 
@@ -55,7 +55,7 @@ def test_learned_queries_are_refused_by_name_and_their_mlp_is_converted(name: st
 )  # fmt: skip
 @pytest.mark.parametrize("official", [False, True])
 def test_other_targets_refuse_a_read_out(target: str, official: bool) -> None:
-    with pytest.raises(ConversionError, match="only 2 of its 18 tokens query: it reads them out"):
+    with pytest.raises(ConversionError, match="only 2 of its 18 tokens query: it is a readout"):
         attnrewrite.convert(
             query_donor("two queries"), target, query_images("two queries"), official=official, fidelity="fresh"
         )

@@ -210,7 +210,7 @@ class Faulty(ConvGlu):
 
     def convert(self, site, index, weights):
         conversion = super().convert(site, index, weights)
-        FAULTS[self.fault](conversion.core[0])
+        FAULTS[self.fault](conversion.cores[0])
         return conversion
 
 
@@ -262,7 +262,7 @@ def test_what_has_no_place_in_a_gated_unit_is_refused(model, reason):
     (mlp,) = [planned for planned in plan.sites if planned.site.kind == "mlp"]
     assert mlp.status == "refused"
     assert reason in mlp.why
-    assert "leave it with `keep`" in mlp.why
+    assert f'leave it out with keep="{mlp.site.name}"' in str(plan)
 
 
 def test_an_inner_norm_is_refused_with_its_reason():

@@ -13,7 +13,8 @@ from target_donors import attention_rows, donor, images, timm_vit
 from torch import Tensor, nn
 
 import attnrewrite
-from attnrewrite.ir.contract import Conversion, Exactness, Target
+from attnrewrite.ir.contract import BetweenProjections, Conversion, Exactness, Target
+from attnrewrite.ir.core import AttentionCore
 from attnrewrite.planning.reading import read_tokens
 from attnrewrite.planning.stages import lifted
 
@@ -173,9 +174,7 @@ def test_plan_and_explain_say_so() -> None:
     assert explained.count(told) == 1
 
 
-class Doubling(nn.Module):
-    grid = None
-
+class Doubling(AttentionCore):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return 2.0 * torch.nn.functional.scaled_dot_product_attention(
             *(part.transpose(1, 2) for part in (query, key, value))
@@ -188,7 +187,7 @@ class Doubled(Target):
     name = "doubled"
 
     def convert(self, site: object, index: int, weights: object) -> Conversion:
-        return Conversion(Exactness.PROJECTED, "twice", Doubling())
+        return BetweenProjections(Exactness.PROJECTED, "twice", Doubling())
 
 
 def test_a_target_that_changes_prefix_tokens_is_not_dead() -> None:

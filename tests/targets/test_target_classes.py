@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from target_donors import donor, images
 
-from attnrewrite.ir.contract import NotConvertible
+from attnrewrite.errors import Refusal
 from attnrewrite.ir.sites import AttentionSite
 from attnrewrite.planning.registry import target_of
 from attnrewrite.planning.stages import lifted
 
 E, C, P = "EXACT", "CONTINUOUS", "PROJECTED"
 OVER_REDUCED = "one key for every token; use reduced_keys='keep' .* or to='aggregated'"
+NO_OUTSIDE = "inside the softmax.*; leave it out with keep="
 NO_LINES = "no rows and columns of tokens; use to='aggregated'"
 NO_GROUPS = "key for every token.*; use to='aggregated' or to='neighborhood'"
 WINDOWED = "it attends inside window.*; use to='neighborhood' or to='long_short_distance'"
@@ -66,7 +67,7 @@ CELLS: list[tuple[tuple[str, ...], str, dict[str, Any], list[str]]] = [
     (("pvt v2", "pvt v1, twins"), "manhattan", {}, [OVER_REDUCED] * 3 + [C]),
     (("pvt v2, linear",), "manhattan", {}, [OVER_REDUCED] * 4),
     (("pvt v2", "pvt v2, linear", "pvt v1, twins"), "manhattan", KEEP, [C, C, C, C]),
-    (("pvt v2, linear",), "manhattan", KEEP | {"placement": "outside"}, ["inside the softmax.*; leave it with"] * 4),
+    (("pvt v2, linear",), "manhattan", KEEP | {"placement": "outside"}, [NO_OUTSIDE] * 4),
     (("pvt v2", "pvt v1, twins"), "manhattan_decomposed", {}, [NO_LINES] * 3 + [P]),
     (("pvt v2, linear",), "manhattan_decomposed", {}, [NO_LINES] * 4),
     (("pvt v2", "pvt v1, twins"), "long_short_distance", {}, [NO_GROUPS] * 3 + [E]),
@@ -91,8 +92,8 @@ def sites_of(name: str) -> tuple[list[AttentionSite], Any]:
 def fate(site: AttentionSite, index: int, weights: Any, target: str, options: dict[str, Any]) -> str:
     try:
         return target_of(target, options).convert(site, index, weights).exactness.name
-    except NotConvertible as reason:
-        return str(reason)
+    except Refusal as reason:
+        return reason.told(site.name)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from sympy import Expr
 from torch import nn
 from torch.fx import Node
 
-from ...cores import Activation, GatherPatches, MapToTokens, WindowAttention
+from ...cores import Activation, GatherPatches, MapToTokens
 from ...cores.conv_gate import ConvGate, ConvGatedMlp
 from ...cores.cross_scale import CrossScaleConv, CrossScalePatches
 from ...cores.tokens_to_token import TokensToTokenBranch, TokensToTokenStem
 from ...graph.values import shape_of
-from ...ir.contract import Conversion
+from ...ir.contract import BetweenProjections, Conversion, WholeSite
+from ...ir.core import Operands
 from ...ir.sites import AttentionSite, MapGroups, MlpSite, Projection, Site, StemSite
 from ...modules.conv_glu import ConvGLU
 from ...modules.cross_scale import CrossScaleMerge, CrossScaleStem
@@ -41,8 +42,9 @@ def _attention(
     """The new core between the site's own projections, which act on the map itself where they acted on windows."""
     values = before.values
     windowed = isinstance(site.keys, MapGroups)
-    if conversion.whole:
+    if isinstance(conversion, WholeSite):
         return _published(counted, site, conversion.core)
+    assert isinstance(conversion, BetweenProjections)
     if windowed and counted.sides is None:
         return None
     queries = counted.sides[0] * counted.sides[1] if windowed and counted.sides else values[N]
@@ -55,9 +57,9 @@ def _attention(
     parts = {name: getattr(before, name).subs(PADDED, N) for name in ("dense", "streams", "weights")}
     known = {name: value for name, value in values.items() if name is not PADDED and name not in core.values}
     made = core.plus(known, saved=C * N, **parts)
-    if isinstance(conversion.core, WindowAttention) and conversion.core.window.phantom:
+    if conversion.core.padded is not None:
         made = made.plus(once=_projections(site, site.key, site.value))
-    if conversion.extras:
+    if conversion.core.operands is not Operands.KEYS:
         made = made.plus(dense=N * _projections(site, site.key, site.value))
     return made
 
@@ -78,7 +80,7 @@ def _projections(site: AttentionSite, *parts: Projection | None) -> Expr:
 
 
 def _mlp(counted: CountedSite, site: MlpSite, before: SiteFormula, conversion: Conversion) -> SiteFormula | None:
-    core, out = conversion.core, shape_of(site.second)[-1]
+    core, out = conversion.core if isinstance(conversion, WholeSite) else None, shape_of(site.second)[-1]
     if type(core) is ConvGLU:
         hidden = core.fc1.out_features // 2
         return formulas.mlp(before.values[N], site.width, hidden, out, gated=True, depthwise=3)
@@ -86,7 +88,7 @@ def _mlp(counted: CountedSite, site: MlpSite, before: SiteFormula, conversion: C
         return formulas.mlp(
             before.values[N], site.width, core.fc1.out_features, out, gated=True, depthwise=_side_of(core.gate)
         )
-    parts = [part for part in core if part is not None] if isinstance(core, list) else [core]
+    parts = conversion.modules
     if not all(type(part) in (Activation, ConvGate) for part in parts):
         return None
     gated, kernel = mlp_form(site)
@@ -100,7 +102,7 @@ def _side_of(gate: ConvGate) -> int:
 
 
 def _stem(counted: CountedSite, site: StemSite, before: SiteFormula, conversion: Conversion) -> SiteFormula | None:
-    core = conversion.core
+    (core,) = conversion.modules
     if type(core) in (MapToTokens, GatherPatches):
         return before
     if type(core) in (CrossScaleConv, CrossScalePatches, CrossScaleStem):
@@ -111,7 +113,7 @@ def _stem(counted: CountedSite, site: StemSite, before: SiteFormula, conversion:
         definition = definition_of(core)
         assert definition is not None
         made = definition.formula(core, H, W)
-        return made if made is None or conversion.whole else _beside(made, before)
+        return made if made is None or isinstance(conversion, WholeSite) else _beside(made, before)
     return None
 
 
@@ -147,5 +149,4 @@ _KINDS: dict[type, Callable[[CountedSite, Any, SiteFormula, Conversion], SiteFor
 
 def core_name(conversion: Conversion) -> str:
     """Of what takes a site's place, for notes."""
-    cores: list[nn.Module | None] = conversion.core if isinstance(conversion.core, list) else [conversion.core]
-    return ", ".join(sorted({type(core).__name__ for core in cores if core is not None})) or "nothing"
+    return ", ".join(sorted({type(core).__name__ for core in conversion.modules})) or "nothing"
