@@ -212,16 +212,15 @@ class _Restating:
         return formed
 
     def _simple_form(self, vector: Vector) -> Any:
-        told = len(set(vector)) > 2  # a form has a constant that fits one look: one other look is no evidence
         if any(isinstance(value, float) for value in vector):
-            return real_form(self.graph, [*self.known.items(), *self._whole_donors()], vector) if told else None
+            return real_form(self.graph, [*self.known.items(), *self._whole_donors()], vector)
         batches = tuple(each.capture.batch for each in self.outlined)
         # few samples make small numbers, of which much is a multiple: they come last
         known = sorted(self.known.items(), key=lambda entry: entry[0] == batches)
         formed = product_form(self.graph, known, vector)
         if formed is None:
             formed = self.from_image(vector)
-        return whole_form(self.graph, known, vector) if formed is None and told else formed
+        return whole_form(self.graph, known, vector) if formed is None else formed
 
     def _whole_donors(self) -> Iterator[tuple[Vector, Emit]]:
         """Whole numbers that the model computed and the graph can compute, too."""

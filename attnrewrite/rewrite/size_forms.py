@@ -26,14 +26,20 @@ _FACTORS = 40
 
 def whole_form(graph: fx.Graph, known: Iterable[tuple[Vector, Emit]], wanted: Vector) -> Any:
     """Of one known number: its sum or product with a constant, its whole root, its quotient by a constant, rounded
-    either way, the next multiple of a constant, and what is missing to that."""
+    either way, the next multiple of a constant, and what is missing to that.
+
+    Two values alone are evidence for a multiple only: something of the other forms fits any two.
+    """
+    two = len(set(wanted)) < 3
     for numbers, emit in known:
         pairs = [(int(extent), int(value)) for extent, value in zip(numbers, wanted, strict=True)]
         (extent, value), *_ = pairs
-        if all(v - e == value - extent for e, v in pairs):
-            return graph.call_function(operator.add, (emit(), value - extent))
         if extent and value % extent == 0 and all(e * (value // extent) == v for e, v in pairs):
             return graph.call_function(operator.mul, (emit(), value // extent))
+        if two:
+            continue
+        if all(v - e == value - extent for e, v in pairs):
+            return graph.call_function(operator.add, (emit(), value - extent))
         if all(e > 0 and math.isqrt(e) == v for e, v in pairs):
             return graph.call_function(_whole_root, (emit(),))
         for unit in range(2, 65):
@@ -65,7 +71,12 @@ def product_form(graph: fx.Graph, known: Iterable[tuple[Vector, Emit]], wanted: 
 
 
 def real_form(graph: fx.Graph, known: Iterable[tuple[Vector, Emit]], wanted: Vector) -> Any:
-    """Of one known number: a constant times it, its root, its logarithm or the reciprocal of either of the first."""
+    """Of one known number: a constant times it, its root, its logarithm or the reciprocal of either of the first.
+
+    The constant fits one value and one of the forms fits many a second: two values alone are no evidence.
+    """
+    if len(set(wanted)) < 3:
+        return None
     for numbers, emit in known:
         if min(numbers) <= 0:
             continue
