@@ -32,6 +32,12 @@ rounding. On the first such look these numbers are odd for patches of 4 and 16, 
 """
 
 
+_BATCHES = (4, 6, 17)
+"""What the batch grows by, look by look. The largest is also that of the only other look where the model takes no other
+size: an odd and large step tells a batch from what little numbers have in common with it, such as their roots, digits
+and halves, which a forward may make of ``len(x)`` without a trace."""
+
+
 def other_looks(first: Capture) -> list[Capture]:
     """Captures at other sizes, each of another aspect and batch: one that has the divisors of the captured sides, and
     two that nothing divides, or one that is as the first if the model takes no such; none where it takes no other size.
@@ -40,11 +46,11 @@ def other_looks(first: Capture) -> list[Capture]:
     if sides is None:
         return []
     for step in (_STEP, *([max(sides)] if max(sides) <= _LARGEST else [])):
-        grown = _look(first, _grown(sides, step, 1, 3), batch + 4)
+        grown = _look(first, _grown(sides, step, 1, 3), batch + _BATCHES[0])
         if grown is not None:
-            odd = _look(first, _added(sides, _ODD[0]), batch + 6)
+            odd = _look(first, _added(sides, _ODD[0]), batch + _BATCHES[1])
             last = _added(sides, _ODD[1]) if odd is not None else _grown(sides, step, 4, 2)
-            return [look for look in (grown, odd, _look(first, last, batch + 2)) if look is not None]
+            return [look for look in (grown, odd, _look(first, last, batch + _BATCHES[2])) if look is not None]
     return []
 
 
@@ -59,7 +65,7 @@ def one_sided_looks(first: Capture) -> list[Capture]:
 
 def same_size_look(first: Capture) -> Capture | None:
     """The captured size with another batch; None if the model takes no other."""
-    return _look(first, image_sides(first), first.batch + 1)
+    return _look(first, image_sides(first), first.batch + _BATCHES[2])
 
 
 def training_look(first: Capture) -> Capture | None:
@@ -123,4 +129,4 @@ def _resized(leaf: Any, first: Capture, sides: Sides | None, batch: int) -> Any:
         shape[-2:] = sides
     if shape == list(leaf.shape):
         return leaf
-    return leaf.new_zeros(shape)  # it is traced by its shape alone
+    return leaf.new_empty(shape)  # it is traced by its shape alone, and so takes no memory

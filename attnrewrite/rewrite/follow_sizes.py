@@ -59,9 +59,13 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
             return outlined
         outlined = again(looks.itself)  # the other was restated in part
     batches = _at_other_batch(outlined, looks, again)
-    same_batch = [] if batches or looks.other_batch is None or not agreeing else [again(looks.other_batch)]
-    tied += _restate(outlined, own, batches or agreeing, looks)
-    outlined.fixed = _fixed(outlined, batches or same_batch)
+    free = list(batches)
+    if not batches and agreeing and looks.other_batch is not None:
+        guarded = _decides_otherwise(own, outlined.call, live, looks.other_batch, looks)
+        free = [again(looks.other_batch)] if guarded else []
+    unexplained = _restate(outlined, own, batches or agreeing, looks)
+    tied += unexplained
+    outlined.fixed = _fixed(outlined, [] if unexplained else free)  # what is not explained may come from the batch
     outlined.tied = list(dict.fromkeys(tied))
     _hold_to_image(outlined, looks.size)
     return outlined
