@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,8 @@ from ..calibration.keep import Budget, keep_the_worst, require_budget
 from ..calibration.measure import measured
 from ..capture.ambient import plain_modes
 from ..errors import ArgumentError, ConversionError
-from ..ir.contract import Target
 from ..planning.plan import Plan
-from ..planning.stages import Selector, planned
+from ..planning.stages import Selector, To, planned
 from ..reports.conversion import ConversionReport
 from ..rewrite.image_sides import forget_images
 from ..rewrite.rewritten import RewrittenModule, restore_module
@@ -26,7 +25,7 @@ from ..rewrite.saved_state import forget_loading
 @plain_modes()
 def plan(
     model: nn.Module,
-    to: str | Target | Mapping[str, str | Target],
+    to: To,
     example_inputs: Any | None = None,
     *,
     sites: Selector | None = None,
@@ -45,8 +44,8 @@ def plan(
     automatic = keep == "auto"
     require_budget(automatic, budget)
     made = planned(
-        model, to, example_inputs, sites=sites, keep=None if automatic else keep, fidelity=fidelity,
-        max_rewrites=max_rewrites, progress=progress, **options,
+        model, example_inputs, to, options, sites=sites, keep=None if automatic else keep, fidelity=fidelity,
+        max_rewrites=max_rewrites, progress=progress,
     )  # fmt: skip
     if automatic:
         keep_the_worst(made, budget, measure)
@@ -55,7 +54,7 @@ def plan(
 
 def convert(
     model: nn.Module,
-    to: str | Target | Mapping[str, str | Target],
+    to: To,
     example_inputs: Any | None = None,
     *,
     sites: Selector | None = None,

@@ -58,7 +58,8 @@ class Plan:
     """What ``apply`` will do to ``model``; ``drop`` and ``limit`` edit it. ``print`` shows it.
 
     ``refused`` are places that looked like sites and could not be lifted; ``looks`` what the model is at other sizes;
-    ``values`` what the example input gave.
+    ``values`` what the example input gave; ``keeps`` by the path of a rewritten module the attributes that its own
+    forward sets for others to read, and the new one does not.
     """
 
     model: nn.Module
@@ -68,6 +69,7 @@ class Plan:
     looks: Looks | None = None
     programs: list[OwnerProgram] = field(default_factory=list)
     values: Values = field(repr=False, default_factory=dict)
+    keeps: dict[str, list[str]] = field(default_factory=dict)
     _weights: list[tuple[int, int]] = field(repr=False, init=False)
 
     def __post_init__(self) -> None:
@@ -179,11 +181,12 @@ class Plan:
                 planned.refuse(reasons[id(planned.site)])
 
     def _tell_of_kept_values(self) -> None:
-        keeping = [f"{owner.path or '(root)'} ({', '.join(owner.keeps)})" for owner in self.programs if owner.keeps]
+        paths = [owner.path for owner in self.programs if owner.path in self.keeps]
+        keeping = [f"{path or '(root)'} ({', '.join(self.keeps[path])})" for path in paths]
         if keeping:
             warnings.warn(
                 "rewritten modules do not set the attributes in which their originals keep what they computed: "
-                f"{', '.join(keeping)}; what is there now is of an earlier run. Leave these sites out with `keep`, or "
+                f"{', '.join(keeping)}; what is there now is of an earlier run. Exclude these sites with keep=, or "
                 "read the values with a hook on a module that is still called",
                 ConversionWarning,
                 stacklevel=3,

@@ -46,20 +46,16 @@ from .product_cost import count_products
 from .registry import recognise_all, target_of
 
 Selector = str | Iterable[str] | Callable[[Site], bool]
+"""Sites by a glob of their names, by several, or by a predicate."""
+
+To = str | Target | Mapping[str, str | Target]
+"""A target by its name, a target object, or a mapping from globs of sites' names to either."""
 
 
 def planned(
-    model: nn.Module,
-    to: str | Target | Mapping[str, str | Target],
-    example_inputs: Any | None = None,
-    *,
-    sites: Selector | None = None,
-    keep: Selector | None = None,
-    fidelity: str = "projected",
-    max_rewrites: int | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> Plan:
+    model: nn.Module, example_inputs: Any | None, to: To, options: dict[str, Any], *, sites: Selector | None,
+    keep: Selector | None, fidelity: str, max_rewrites: int | None, progress: bool,
+) -> Plan:  # fmt: skip
     """Decide, certify and measure a conversion without changing the model; arguments and errors as for ``convert``."""
     least, targets = exactness_of(fidelity, "fidelity"), _targets(to, options)
     made, flow = lifted(model, example_inputs)
@@ -309,7 +305,6 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
     inputs = {node: made.capture.tensors[node] for node in made.capture.inputs}
     given = (made.capture.root, made.values | inputs, flow.constants, made.capture.batch)
     verdicts: dict[Hashable, str | None] = {}
-    keeps: dict[Hashable, list[str]] = {}
     unrun: list[tuple[OwnerProgram, OwnerProgram]] = []
     for owner in made.programs:
         structure, owned = structures[owner.path], [planned[id(site)] for site in owner.sites]
@@ -318,8 +313,9 @@ def _check_behaviour(made: Plan, flow: Dataflow) -> None:
         if structure not in verdicts or verdicts[structure] is None:
             twin = owner if kept else _with_own_function(owner, made)
         if structure not in verdicts:
-            verdicts[structure], keeps[structure] = misbehaviour(twin, *given) if twin else ("", [])
-        owner.keeps = keeps[structure]
+            verdicts[structure], keeps = misbehaviour(twin, *given) if twin else ("", [])
+            alike = [path for path, other in structures.items() if keeps and other == structure]
+            made.keeps |= dict.fromkeys(alike, keeps)
         if verdicts[structure] is None and twin is not None:
             unrun.append((owner, twin))
         for each in owned if verdicts[structure] else ():

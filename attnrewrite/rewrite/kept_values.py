@@ -25,7 +25,10 @@ def kept_values(donor: nn.Module, arguments: dict[str, Any], live: Collection[st
     first = _kept(donor, arguments, live)
     if not first:
         return []
-    again = _kept(donor, tree_map(_another, arguments), live)
+    try:
+        again = _kept(donor, tree_map(_another, arguments), live)
+    except Exception:  # it does not take other values, so nothing tells what is the same for all
+        return list(first)
     return [name for name, values in first.items() if not _equal(values, again.get(name, []))]
 
 

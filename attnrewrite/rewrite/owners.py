@@ -40,8 +40,7 @@ class OwnerProgram:
     identity. ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its
     own hands its input on in eval mode; ``passes_over`` whether it is given a constant that it no longer uses, and
     ``reads_image`` whether it asks for the image that the model was given. ``live`` are the paths of children that are
-    still called as they were, and ``dissolved`` those, below the module's own, of the modules that are not called;
-    ``keeps`` are attributes that the module's own forward sets for others to read, and the new one does not.
+    still called as they were, and ``dissolved`` those, below the module's own, of the modules that are not called.
     """
 
     call: ModuleCall
@@ -56,7 +55,6 @@ class OwnerProgram:
     reads_image: bool = False
     live: frozenset[str] = frozenset()
     dissolved: list[str] = field(default_factory=list)
-    keeps: list[str] = field(default_factory=list)
     donor_class: type = field(init=False)
     lost: dict[int, int] = field(init=False)
 

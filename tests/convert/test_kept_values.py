@@ -8,9 +8,11 @@ import warnings
 import pytest
 import torch
 from small_models import difference, images, small_model
+from torch import nn
 
 import attnrewrite
 from attnrewrite.errors import ConversionWarning
+from attnrewrite.rewrite.kept_values import kept_values
 
 NAME = "timm_vit"
 
@@ -68,6 +70,22 @@ def test_they_are_named(keep, name, to):
         assert difference(converted(x), model(x)) < 1e-9
     with pytest.warns(ConversionWarning, match=r"computed: blocks\.1\.attn"):
         attnrewrite.convert(model, to, x, keep="blocks.0.*", progress=False)
+
+
+def test_they_are_named_after_a_plan_was_edited():
+    plan = attnrewrite.plan(model_that(plainly), "neighborhood", images(NAME, 1)).drop("blocks.0.*")
+    with pytest.warns(ConversionWarning, match=r"computed: blocks\.1\.attn \(last\);"):
+        plan.apply()
+
+
+def test_they_are_named_where_the_original_takes_no_other_values():
+    class Picky(nn.Module):
+        def forward(self, x):
+            assert float(x[0]) == 1.0
+            self.last = 2 * x
+            return x
+
+    assert kept_values(Picky(), {"x": torch.tensor([1.0, 2.0])}, live=()) == ["last"]
 
 
 def test_a_warning_that_is_an_error_leaves_the_model():

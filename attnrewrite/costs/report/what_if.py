@@ -13,19 +13,16 @@ from typing import Any
 from sympy import Integer
 
 from ...errors import ConversionError
-from ...ir.contract import Target
 from ...ir.sites import AttentionSite
 from ...planning.plan import PlannedSite
 from ...planning.product_cost import macs_after, macs_before
-from ...planning.stages import decided
+from ...planning.stages import To, decided
 from ...reports.names import folded_name, numberless
 from ..sites.converted_sites import converted_formula, core_name
 from ..sites.counted_site import CountedSite
 from ..sites.model_formula import ModelFormula, lifted_without_hooks
 from .comparison import ComparedSite, Comparison
 from .model_costs import ModelCosts
-
-To = str | Target | Mapping[str, str | Target]
 
 
 def converted_cost(costs: ModelCosts, to: To, options: dict[str, Any], fidelity: str = "projected") -> Comparison:
