@@ -11,11 +11,13 @@ from importlib import invalidate_caches
 import pytest
 import torch
 from plugins import install, run
+from torch import nn
 
+import attnrewrite
 import attnrewrite.operators.dispatch as backends
 import attnrewrite.planning.registry as patterns
 from attnrewrite.errors import ArgumentError, BackendError
-from attnrewrite.ir.contract import Target
+from attnrewrite.ir.contract import BetweenLinears, BetweenProjections, Exactness, Target
 from attnrewrite.operators.dispatch import Request
 
 TARGET = '''
@@ -269,6 +271,28 @@ def test_the_name_of_a_target_is_taken_once():
     with pytest.raises(ArgumentError, match=r"takes the name 'neighborhood', which Neighborhood has; choose another"):
         patterns.register_target(Mine)
     assert patterns.known_targets()["neighborhood"] is not Mine
+
+
+def test_a_target_that_gives_something_else_than_a_conversion_says_so():
+    class Bare(nn.Module):
+        pass
+
+    with pytest.raises(ArgumentError, match=r"expected an attnrewrite\.ir\.core\.AttentionCore, got Bare; make it"):
+        BetweenProjections(Exactness.FRESH, "", Bare())
+    with pytest.raises(ArgumentError, match=r"expected an attnrewrite\.ir\.core\.StageCore, got Bare"):
+        BetweenLinears(Exactness.FRESH, "", [None, Bare()])
+
+    class Nothing(Target):
+        name = "nothing"
+
+        def convert(self, site, index, weights):
+            return None
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 16)).eval()
+    target = Nothing()
+    target.kinds = ("mlp",)
+    with pytest.raises(ArgumentError, match="target nothing gave None"):
+        attnrewrite.convert(model, target, torch.randn(1, 3, 16, 16), progress=False)
 
 
 def test_whatever_lies_in_the_folders_is_found():

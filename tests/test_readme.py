@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+from plugins import ROOT, run
 
-
-def run(code: str, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(README.parent)},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+README = ROOT / "README.md"
 
 
 def test_the_code_runs_top_to_bottom(tmp_path):

@@ -66,11 +66,21 @@ class Conversion(ABC):
         """The new modules."""
 
 
+def _require(core: nn.Module, kind: type[AttentionCore] | type[StageCore]) -> None:
+    if not isinstance(core, kind):
+        raise ArgumentError(
+            f"core: expected an attnrewrite.ir.core.{kind.__name__}, got {type(core).__name__}; make it a subclass"
+        )
+
+
 @dataclass(frozen=True)
 class BetweenProjections(Conversion):
     """The ``core`` mixes the values of an attention site, whose projections stay."""
 
     core: AttentionCore
+
+    def __post_init__(self) -> None:
+        _require(self.core, AttentionCore)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -83,6 +93,10 @@ class BetweenLinears(Conversion):
 
     cores: Sequence[StageCore | None]
 
+    def __post_init__(self) -> None:
+        for core in self.modules:
+            _require(core, StageCore)
+
     @property
     def modules(self) -> list[nn.Module]:
         return [core for core in self.cores if core is not None]
@@ -94,6 +108,9 @@ class BesideStem(Conversion):
     before the map of gathered patches."""
 
     core: StageCore
+
+    def __post_init__(self) -> None:
+        _require(self.core, StageCore)
 
     @property
     def modules(self) -> list[nn.Module]:

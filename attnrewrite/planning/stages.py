@@ -240,6 +240,8 @@ def _classify(planned: PlannedSite, least: Exactness, flow: Dataflow, indices: C
     except Refusal as reason:
         planned.refuse(reason)
         return
+    if not isinstance(conversion, Conversion):
+        raise ArgumentError(f"to: target {planned.target} gave {conversion!r}; its convert has to return a Conversion")
     if conversion.exactness < least:
         planned.keep(f"{conversion.exactness.name} is below fidelity={least.name.lower()!r}: {conversion.why}")
         return

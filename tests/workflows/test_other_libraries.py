@@ -18,6 +18,11 @@ TARGETS = [
 ]
 
 
+def extra(name):
+    """A library of the extra ``workflows``, which `make workflows` installs; without it the test is skipped."""
+    return pytest.importorskip(name, reason=f"{name} is in the extra `workflows`")
+
+
 class Images(torch.utils.data.Dataset):
     def __len__(self):
         return 8
@@ -30,7 +35,7 @@ class Images(torch.utils.data.Dataset):
 @pytest.mark.parametrize(("to", "options"), TARGETS)
 @pytest.mark.parametrize("labelled", [False, True])
 def test_transformers_trainer(to, options, labelled, tmp_path):
-    pytest.importorskip("accelerate")
+    extra("accelerate")
     from transformers import Trainer, TrainingArguments
 
     donor = transformers_vit().eval()
@@ -50,7 +55,7 @@ def test_transformers_trainer(to, options, labelled, tmp_path):
 
 
 def test_accelerate(model):
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = extra("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(model.train(), torch.optim.SGD(model.parameters(), lr=0.1))
     for images, labels in batches():
@@ -63,7 +68,7 @@ def test_accelerate(model):
 
 
 def test_lightning(model, tmp_path):
-    lightning = pytest.importorskip("lightning")
+    lightning = extra("lightning")
 
     class Classifier(lightning.LightningModule):
         def __init__(self):
@@ -89,7 +94,7 @@ def test_lightning(model, tmp_path):
 @pytest.mark.parametrize("make", [vit, swin, transformers_vit])
 @pytest.mark.parametrize("to", ["identity", "neighborhood"])
 def test_low_rank_adapters_before_and_after(make, to):
-    peft = pytest.importorskip("peft")
+    peft = extra("peft")
     options = {"kernel_size": 3} if to == "neighborhood" else {}
     names = ["q_proj", "v_proj", "fc1"] if make is transformers_vit else ["qkv", "fc1", "proj"]
     config = peft.LoraConfig(target_modules=names, r=4, lora_alpha=8, lora_dropout=0.1, init_lora_weights=False)
@@ -115,8 +120,8 @@ def test_low_rank_adapters_before_and_after(make, to):
 
 
 def test_low_rank_adapters_on_a_converted_multihead_attention():
-    peft = pytest.importorskip("peft")
-    torchvision = pytest.importorskip("torchvision")
+    peft = extra("peft")
+    torchvision = extra("torchvision")
     donor = torchvision.models.VisionTransformer(32, 4, 2, 2, 32, 64, num_classes=5).eval()
     nn.init.normal_(donor.heads.head.weight)
     images, _ = next(batches(1))
@@ -136,7 +141,7 @@ def test_low_rank_adapters_on_a_converted_multihead_attention():
 
 
 def test_grad_cam():
-    pytest.importorskip("pytorch_grad_cam")
+    extra("pytorch_grad_cam")
     from pytorch_grad_cam import GradCAM
 
     model = converted_model(swin, "neighborhood", {"kernel_size": 3})
@@ -147,7 +152,7 @@ def test_grad_cam():
 
 
 def test_captum(model):
-    captum = pytest.importorskip("captum")
+    captum = extra("captum")
     images, labels = next(batches(1))
 
     class Logits(nn.Module):
