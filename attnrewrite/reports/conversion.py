@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..errors import ConversionError, nearest
 from ..ir.contract import Exactness, exactness_of
-from .names import folded_name, numberless
+from .names import folded_name, folded_names, numberless
 from .numbers import error_text, short
 from .page import page
 from .tables import markdown_table
@@ -210,7 +210,7 @@ class ConversionReport:
         if dead:
             notes.append(f"{dead} DEAD: no output of the captured call reads what is converted there")
         if self.fixed_to:
-            notes.append(f"tied to this input size: {', '.join(self.fixed_to)}")
+            notes.append(f"tied to this input size: {', '.join(folded_names(self.fixed_to))}")
         if self.new_parameters:
             notes.append(f"new parameters, not in an optimizer made before: {', '.join(self.new_parameters)}")
         return notes

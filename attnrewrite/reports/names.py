@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 
@@ -18,6 +18,14 @@ def folded_name(names: Sequence[str]) -> str:
         return names[0] or "(root)"
     columns = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
     return "".join(parts[0] if len(set(parts)) == 1 else f"{{{_ranges(parts)}}}" for parts in columns)
+
+
+def folded_names(names: Iterable[str]) -> list[str]:
+    """Those that differ only in their numbers as one, in the order in which they come first."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(numberless(name), []).append(name)
+    return [folded_name(alike) for alike in groups.values()]
 
 
 def _ranges(parts: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from attnrewrite.reports.charts import LogLogChart
-from attnrewrite.reports.names import folded_name, numberless
+from attnrewrite.reports.names import folded_name, folded_names, numberless
 from attnrewrite.reports.numbers import error_text, scaled, short
 from attnrewrite.reports.tables import aligned
 
@@ -61,3 +61,9 @@ def test_a_chart_places_its_ranges_on_its_frame():
     assert [label for _, label in chart.x_ticks] == ["10", "100"]
     assert [label for _, label in chart.y_ticks] == ["1", "10", "100"]
     assert chart.rule is None
+
+
+def test_names_are_folded_in_the_order_in_which_they_come():
+    tied = ["blocks.0.attn (a branch)", "stem (another)", "blocks.1.attn (a branch)", "blocks.2.mlp (a branch)"]
+    folded = ["blocks.{0...1}.attn (a branch)", "stem (another)", "blocks.2.mlp (a branch)"]
+    assert folded_names(tied) == folded
