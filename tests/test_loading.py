@@ -8,7 +8,7 @@ from attnrewrite.hosts.loading import load_model
 
 OWN_FILE = """
 from torch import nn
-from neighbour import WIDTH
+from neighbor import WIDTH
 
 class Own(nn.Module):
     def __init__(self, width=WIDTH, pretrained=False):
@@ -23,7 +23,7 @@ instance = Own()
 
 @pytest.fixture
 def own_file(tmp_path):
-    (tmp_path / "neighbour.py").write_text("WIDTH = 5\n")
+    (tmp_path / "neighbor.py").write_text("WIDTH = 5\n")
     (tmp_path / "types.py").write_text(OWN_FILE)  # the name of a standard module, on purpose
     return tmp_path / "types.py"
 

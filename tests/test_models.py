@@ -170,7 +170,7 @@ def test_keys_are_classified() -> None:
 
 @pytest.mark.parametrize("kernel", [3, (5, 3)])
 def test_a_small_kernel_equals_masked_attention(kernel: int | tuple[int, int]) -> None:
-    """Converted attention against the original with every key outside the neighbourhood masked, prefix tokens kept."""
+    """Converted attention against the original with every key outside the neighborhood masked, prefix tokens kept."""
     model, image = build("timm vit, registers")
     converted, report = attnrewrite.convert(model, "neighborhood", image, kernel_size=kernel, return_report=True)
     attention = [site for site in report.sites if site.kind == "attention"]

@@ -128,7 +128,7 @@ class Explanation:
         return self.plan.read[id(planned.site)], *_alike(*said)
 
     def _choices(self) -> list[_Choice]:
-        """The targets that convert anything: attention first, the cheaper before the dearer."""
+        """The targets that convert anything: attention first, the cheaper before the more expensive."""
         by_target = _grouped((option for options in self.options for option in options), lambda option: option.target)
         found = (_Choice(name, options) for name, options in by_target.items())
         return sorted((choice for choice in found if choice.converting), key=lambda choice: choice.order)

@@ -117,7 +117,7 @@ def certify_running(
 
 
 def _norm_error(norm: HeadNorm, flow: Dataflow) -> float:
-    """A norm alone on head vectors of all magnitudes: on Gaussian ones nothing tells its eps."""
+    """A norm alone on head vectors of all magnitudes: eps is invisible at Gaussian magnitudes."""
     given = probe_vectors(norm.vectors, shape_of(norm.source), (-16.0, 3.0)).to(norm.source.meta["val"].device)
     made = evaluate([norm.node], {norm.source: given}, flow.capture, flow.constants, torch.float64)[norm.node]
     actual = forms.normalised(given.flatten()[norm.vectors], norm, lambda node: flow.constants[node].double())

@@ -18,7 +18,7 @@ class ConvGate(StageCore):
     """``activation(conv(hidden)) * value(source)``, which starts as ``activation(hidden)``.
 
     The convolution starts as the identity, 3 x 3 depthwise, and the value as one everywhere; both train from there on.
-    Prefix tokens are maps of one pixel: the centre of the convolution acts on them.
+    Prefix tokens are maps of one pixel: the center of the convolution acts on them.
 
     Args:
         activation: name of the activation.
@@ -114,7 +114,7 @@ def on_map(operator: Callable[[Tensor], Tensor], value: Tensor, grid: Grid | Non
 
 
 def identity_convolution(channels: int) -> DepthwiseConv:
-    """A 3 x 3 depthwise convolution that hands its input on."""
+    """A 3 x 3 depthwise convolution that starts as the identity."""
     made = DepthwiseConv(channels, 3)
     with torch.no_grad():
         nn.init.zeros_(made.conv.weight)[:, :, 1, 1] = 1.0

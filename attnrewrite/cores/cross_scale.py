@@ -15,7 +15,7 @@ from .stem import GatherPatches
 
 
 class CrossScaleConv(nn.Module):
-    """Convolutions of several sizes about one centre, with as many results as the one convolution that they replace.
+    """Convolutions of several sizes about one center, with as many results as the one convolution that they replace.
 
     Args:
         channels, dim: channels in and out.

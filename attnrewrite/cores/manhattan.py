@@ -106,7 +106,7 @@ class DecomposedManhattanCore(AttentionCore):
 
 
 class ReducedManhattanCore(AttentionCore):
-    """Manhattan decay towards the centres of a reduced key map's cells: PVT's spatial reduction and its cost are kept.
+    """Manhattan decay towards the centers of a reduced key map's cells: PVT's spatial reduction and its cost are kept.
 
     Args:
         log_decay: of each head, a step of the query map.

@@ -1,4 +1,4 @@
-"""Attention of every token to its neighbourhood, and to the prefix tokens."""
+"""Attention of every token to its neighborhood, and to the prefix tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pair = tuple[int, int]
 class NeighborhoodAttention(ExactWhereHeld):
     """Neighborhood attention (Hassani et al. 2023; dilated: Hassani and Shi 2022) for ``[prefix, map]`` sequences.
 
-    Map tokens see their neighbourhood and all prefix tokens; prefix tokens see everything. Where the kernel covers the
+    Map tokens see their neighborhood and all prefix tokens; prefix tokens see everything. Where the kernel covers the
     whole map this is dense attention. A kernel that does not fit a map (``kernel_size * dilation`` above its side) is
     clamped to the largest that does.
 
@@ -135,7 +135,7 @@ class SlidingAttention(ExactWhereHeld):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` by slots of a window.
 
-        What windows hold in padded slots is not attended to: a neighbourhood never leaves the map.
+        What windows hold in padded slots is not attended to: a neighborhood never leaves the map.
         """
         grid = Grid(query.shape[1], query.shape[2])
         kernel = clamped_kernel(self.kernel_size, self.dilation, grid)

@@ -112,7 +112,7 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where pickle looks for the classes of the model
     folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # as for a script, so that the file can import its neighbours
+    sys.path.insert(0, folder)  # as for a script, so that the file can import its neighbors
     try:
         spec.loader.exec_module(module)
     finally:

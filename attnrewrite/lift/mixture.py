@@ -59,7 +59,7 @@ class Core:
 
 
 def find_cores(flow: Dataflow) -> tuple[list[Core], list[tuple[Node, str]]]:
-    """Every core in graph order, and the anchors that are none with the reason."""
+    """Every core in graph order, and the softmax nodes that are not attention, each with the reason."""
     cores, refused = [], []
     for anchor in flow.capture.graph.nodes:
         softmax = softmax_at(anchor)

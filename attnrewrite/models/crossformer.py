@@ -78,7 +78,7 @@ class CrossFormer(VisionModel):
         patch_kernels: kernel sizes of the stem; the smallest is its stride.
         merge_kernels: kernel sizes of each merge.
         patch_norm: whether a layer norm follows the stem.
-        position_bias, padding, centred, small_map, qkv_bias, scale: as in `LongShortDistanceAttention`. The official
+        position_bias, padding, centered, small_map, qkv_bias, scale: as in `LongShortDistanceAttention`. The official
             dense backbones are ``small_map="global"``.
         drop_path_rate: of the last block.
         global_pool: ``"avg"``, or ``""`` for none.
@@ -104,7 +104,7 @@ class CrossFormer(VisionModel):
         patch_norm: bool = True,
         position_bias: str = "dpb",
         padding: str = "mask",
-        centred: bool = False,
+        centered: bool = False,
         small_map: str = "shrink",
         qkv_bias: bool = True,
         scale: float | None = None,
@@ -115,7 +115,7 @@ class CrossFormer(VisionModel):
         steps: Sequence[int | str] = [intervals] * len(depths) if isinstance(intervals, str) else intervals
         _check(depths, num_heads, mlp_ratios, group_sizes, steps, merge_kernels)
         options: dict[str, Any] = {
-            "position_bias": position_bias, "padding": padding, "centred": centred, "small_map": small_map,
+            "position_bias": position_bias, "padding": padding, "centered": centered, "small_map": small_map,
             "qkv_bias": qkv_bias, "scale": scale,
         }  # fmt: skip
         self.patch_embed = CrossScaleStem(in_chans, embed_dim, patch_kernels, norm=patch_norm)

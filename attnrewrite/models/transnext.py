@@ -87,7 +87,7 @@ class TransNeXt(VisionModel):
             ``mlp_ratio * embed_dim`` wide.
         sr_ratios: per stage, pixels a side that a cell of the pooled map stands for; 1 is `CosineAttention` to the
             whole map instead of `AggregatedAttention`.
-        window_size: of `AggregatedAttention`, one for all stages or one a stage (unused where the ratio is 1).
+        window_size: of `AggregatedAttention`, one for all stages or one per stage (unused where the ratio is 1).
         fixed_pool_size: side of the pooled map for images of any size, instead of ``sr_ratios`` ("linear mode").
         patch_size: pixels between the first patches, whose kernel is ``2 * patch_size - 1``.
         pretrain_size: of the image in pretraining, a side or (height, width), the unit of the position bias.

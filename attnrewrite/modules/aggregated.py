@@ -67,7 +67,7 @@ class AggregatedAttention(LengthScaledAttention):
     ) -> None:
         super().__init__(dim, num_heads, position_bias=position_bias and pool, **options)
         if window_size < 1 or window_size % 2 == 0:
-            raise ArgumentError(f"window_size: must be odd, so that the window has a centre, got {window_size}")
+            raise ArgumentError(f"window_size: must be odd, so that the window has a center, got {window_size}")
         if self.interpolate_bias and reducer is not None:
             raise ArgumentError("interpolate_bias: the reducer's map at the pretraining size is unknown; leave it out")
         self.window_size, self.pool = window_size, pool

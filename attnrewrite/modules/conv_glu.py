@@ -24,7 +24,7 @@ class GateConv(nn.Module):
 class ConvGLU(nn.Module):
     """``fc2(activation(DWConv3x3(gate)) * value)`` with ``gate, value = fc1(x)``, for maps of any size.
 
-    Tokens that lie on no map are maps of one pixel: the convolution's centre acts on them.
+    Tokens that lie on no map are maps of one pixel: the convolution's center acts on them.
 
     Args:
         dim: channels in.

@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 
 
 class CrossScaleStem(nn.Module):
-    """An image to a map of tokens, each of which saw patches of all ``kernel_sizes`` around one centre.
+    """An image to a map of tokens, each of which saw patches of all ``kernel_sizes`` around one center.
 
     Args:
         in_chans: channels of the image.
@@ -22,7 +22,7 @@ class CrossScaleStem(nn.Module):
         norm: whether a layer norm follows.
 
     Raises:
-        ArgumentError: for kernels that have no common centre, or a width that cannot be shared out.
+        ArgumentError: for kernels that have no common center, or a width that cannot be shared out.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class CrossScaleMerge(nn.Module):
 
 
 def cross_scale_convs(channels: int, dim: int, kernel_sizes: Sequence[int], stride: int) -> nn.ModuleList:
-    """Convolutions of one stride and one centre, whose outputs make ``dim`` channels together."""
+    """Convolutions of one stride and one center, whose outputs make ``dim`` channels together."""
     kernels = list(kernel_sizes)
     if not kernels or kernels != sorted(kernels) or any(size < stride or (size - stride) % 2 for size in kernels):
         raise ArgumentError(
-            f"kernel_sizes: must ascend from stride={stride}, by even differences to share its centre, got {kernels}"
+            f"kernel_sizes: must ascend from stride={stride}, by even differences to share its center, got {kernels}"
         )
     return nn.ModuleList(
         nn.Conv2d(channels, width, size, stride, padding=(size - stride) // 2)

@@ -51,15 +51,15 @@ def resample_bias(bias: Tensor, pixels: Size, cells: Size, new_pixels: Size, new
 
 def _bilinear(old: int, new: int, like: Tensor) -> Tensor:
     """``[new, old]``: how much of each old sample goes to each new one; the outermost ones reach to the border."""
-    centre = (torch.arange(new, device=like.device, dtype=torch.float64) + 0.5) * old / new - 0.5
-    distance = centre.clamp(0, old - 1)[:, None] - torch.arange(old, device=like.device)
+    center = (torch.arange(new, device=like.device, dtype=torch.float64) + 0.5) * old / new - 0.5
+    distance = center.clamp(0, old - 1)[:, None] - torch.arange(old, device=like.device)
     return (1 - distance.abs()).clamp_min(0).to(like.dtype)
 
 
 def _axis(side: int, cells: int, pretrain: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Log-spaced offsets ``[offsets]``, and which of them each pixel has to each cell, ``[side, cells]``."""
     start, end = cell_bounds(side, cells, like.device)
-    # In half pixels, as the centre of a cell may lie between two.
+    # In half pixels, as the center of a cell may lie between two.
     half_pixels = 2 * torch.arange(side, device=like.device)[:, None] - (start + end - 1)
     furthest, step = _offset_range(side, cells)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -75,9 +75,9 @@ def _offset_range(side: int, cells: int) -> tuple[int, int]:
         return 2 * side - 1 - side // cells, 2
     if not (isinstance(side, int) and isinstance(cells, int)):
         return 2 * side - 2, 1  # not all of them occur, but these are sizes that can be reasoned about symbolically
-    doubled_centres = [cell * side // cells - (-(cell + 1) * side // cells) - 1 for cell in range(cells)]
-    alike = len({centre % 2 for centre in doubled_centres}) == 1
-    return doubled_centres[-1], 2 if alike else 1
+    doubled_centers = [cell * side // cells - (-(cell + 1) * side // cells) - 1 for cell in range(cells)]
+    alike = len({center % 2 for center in doubled_centers}) == 1
+    return doubled_centers[-1], 2 if alike else 1
 
 
 class _Kept(NamedTuple):

@@ -17,7 +17,7 @@ SMALL_MAPS = ("shrink", "global")
 
 
 class LongShortDistanceAttention(nn.Module):
-    """Attention inside groups of a map of any size: of neighbours (short), or of tokens ``interval`` apart (long).
+    """Attention inside groups of a map of any size: of neighbors (short), or of tokens ``interval`` apart (long).
 
     The map is cut into regions of ``group_size * interval`` tokens a side (short: an interval of 1). Tokens at the same
     place modulo the interval in the same region form a group. What the size of the map decides is decided at each
@@ -34,7 +34,7 @@ class LongShortDistanceAttention(nn.Module):
             sum; ``"none"``.
         padding: at sides that regions do not divide. ``"mask"`` hides the padded keys (CrossFormer); ``"phantom"``
             leaves them, with the biases of the key and value projection as key and value (Swin).
-        centred: pad half in front, instead of all behind.
+        centered: pad half in front, instead of all behind.
         small_map: for maps that a group covers on an axis; attention is then short. ``"shrink"`` cuts groups down to
             the shorter side (CrossFormer's classification models), ``"global"`` attends to the whole map (its dense
             backbones). On a square map these are the same.
@@ -54,7 +54,7 @@ class LongShortDistanceAttention(nn.Module):
         *,
         position_bias: str = "dpb",
         padding: str = "mask",
-        centred: bool = False,
+        centered: bool = False,
         small_map: str = "shrink",
         qkv_bias: bool = True,
         scale: float | None = None,
@@ -66,7 +66,7 @@ class LongShortDistanceAttention(nn.Module):
         check_choice("padding", padding, PADDINGS)
         check_choice("small_map", small_map, SMALL_MAPS)
         self.num_heads, self.interval = num_heads, interval
-        self.position_bias, self.padding, self.centred, self.small_map = position_bias, padding, centred, small_map
+        self.position_bias, self.padding, self.centered, self.small_map = position_bias, padding, centered, small_map
         self.scale = (dim // num_heads) ** -0.5 if scale is None else scale
         self.pos = DynamicPositionBias(dim // 16, num_heads) if position_bias in ("dpb", "both") else None
         self.relative_position_bias_table: Tensor | None = None
@@ -112,7 +112,7 @@ class LongShortDistanceAttention(nn.Module):
             steps = (-(-side // group[0]), -(-side // group[1]))
         else:
             steps = as_pair(1 if interval is None else int(interval))
-        return Grouping.covering(sides, group, steps, self.centred)
+        return Grouping.covering(sides, group, steps, self.centered)
 
     def bias(self, rows: int, columns: int) -> Tensor | None:
         """``[1, num_heads, n, n]`` of the ``n = rows * columns`` queries and keys of a group."""

@@ -77,7 +77,7 @@ class NeighborhoodAttention2d(nn.Module):
         return min(self.kernel_size, side // dilation), dilation
 
     def _bias(self, kernel_size: tuple[int, int]) -> Tensor | None:
-        """``[heads, 2k - 1, 2k - 1]``, the centre of the table that these kernels reach."""
+        """``[heads, 2k - 1, 2k - 1]``, the center of the table that these kernels reach."""
         table: Tensor | None = self.rpb
         if table is None:
             return None

@@ -55,7 +55,8 @@ class ModelErrors:
 @dataclass(frozen=True)
 class CalibrationReport:
     """What a calibration did: its settings, the model on held-out images ``before`` and ``after``, what was done by
-    site. ``reverted``: all of it was taken back, for it won nothing. ``floor``: the same training of an exact copy.
+    site. ``reverted``: taken back, as held-out images showed no improvement. ``floor``: the same training of an exact
+    copy.
     """
 
     settings: dict[str, Any]
@@ -68,7 +69,7 @@ class CalibrationReport:
     def __str__(self) -> str:
         held = f"on {self.after.images} held-out images"
         text = f"calibrated by {self.settings['method']}: {self.before} -> {self.after} {held}"
-        text += "; taken back, for it won nothing" if self.reverted else ""
+        text += "; reverted: no improvement on held-out images" if self.reverted else ""
         return text + (f"; the same training of an exact copy: {self.floor}" if self.floor else "")
 
 
@@ -217,7 +218,8 @@ class ConversionReport:
 
 
 _COLUMNS = (
-    "site", "status", "class", "source", "moved/new/dropped", "product MACs", "error", "mass kept", "only this", "why",
+    "site", "status", "class", "source", "moved/new/dropped", "product MACs", "error", "attention mass kept",
+    "only this", "why",
 )  # fmt: skip
 
 

@@ -34,8 +34,8 @@ def misbehaviour(
 ) -> tuple[str | None, list[str]]:
     """Compare donor and twin on two different samples, in training where that tells more, else in eval mode.
 
-    It does where a child hands its input on in eval mode (an inactive DropPath), because the graph does not show for
-    sure which later use takes the child's result, and where nothing is random by element. ``owner`` must hold cores
+    Training mode is used when a child is an identity in eval mode (an inactive DropPath), as the graph does not show
+    for sure which later use takes the child's result, and where nothing is random by element. ``owner`` must hold cores
     that keep the function; ``root`` is the call of the model. Returns the reason, an empty string, or None where the
     donor does not run alone on two samples: then nothing was compared. And the names of the attributes in which the
     donor keeps what it computed.

@@ -38,7 +38,7 @@ class OwnerProgram:
 
     ``dropped`` are children and parameters that nothing uses any more, and ``lost`` the sizes of those parameters by
     identity. ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its
-    own hands its input on in eval mode; ``passes_over`` whether it is given a constant that it no longer uses, and
+    own is an identity in eval mode; ``passes_over`` whether it is given a constant that it no longer uses, and
     ``reads_image`` whether it asks for the image that the model was given. ``live`` are the paths of children that are
     still called as they were, and ``dissolved`` those, below the module's own, of the modules that are not called.
     """

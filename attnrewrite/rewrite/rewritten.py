@@ -125,12 +125,12 @@ def _take_out(module: nn.Module, path: str, done: Rewriting) -> None:
     holder = module.get_submodule(parent)
     kind = "_parameters" if name in holder._parameters else "_modules"
     parts = getattr(holder, kind)
-    left = None if kind == "_parameters" else TakenOut(module.get_submodule(path))
+    left = None if kind == "_parameters" else RemovedModule(module.get_submodule(path))
     done.dropped.append((parent, kind, dict(parts)))
     parts[name] = left
 
 
-class TakenOut(nn.Module):
+class RemovedModule(nn.Module):
     """Stands where a child was whose work a core does now.
 
     It holds no parameter; its empty ``weight`` tells dtype and device, which models ask of their first convolution.

@@ -57,7 +57,7 @@ class Windows(nn.Module):
 
 
 class Unfolded(nn.Module):
-    """Windows, or with ``reach`` overlapping neighbourhoods, cut by ``unfold``."""
+    """Windows, or with ``reach`` overlapping neighborhoods, cut by ``unfold``."""
 
     def __init__(self, size: int, reach: int = 0) -> None:
         super().__init__()

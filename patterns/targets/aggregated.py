@@ -116,12 +116,12 @@ class Aggregated(Target):
         if keeps_all:
             benefit = "none: every query still sees every key"
             return BetweenProjections(*_kept(bias), core, settings=settings, benefit=benefit)
-        why, benefit = self._why(site, grid, cells), f"{seen} of {grid.tokens} keys a query"
+        why, benefit = self._why(site, grid, cells), f"{seen} of {grid.tokens} keys per query"
         return BetweenProjections(Exactness.PROJECTED, why, core, settings=settings, benefit=benefit)
 
     def _why(self, site: AttentionSite, grid: Grid, cells: Pair) -> str:
         lost = "" if site.bias is None else "; its bias serves the window alone"
-        lost += "; windows='mask' is exact, and dearer" if isinstance(site.keys, Window) else ""
+        lost += "; windows='mask' is exact but more expensive" if isinstance(site.keys, Window) else ""
         return (
             f"keys beyond a window of {self.window_size} are means over a pooled {text_of(cells)} map of the {grid} one"
             + lost
@@ -190,7 +190,7 @@ class Aggregated(Target):
             Exactness.PROJECTED,
             f"cosine similarity with a window of {self.window_size} and a pooled {text_of(cells)} map",
             settings={"window_size": self.window_size, **pooling},
-            benefit=f"{keys} of {grid.tokens} keys a query",
+            benefit=f"{keys} of {grid.tokens} keys per query",
             adapter=MapAdapter.on(beside_prefix, grid) if grid.prefix_tokens else adapter,
         )
 

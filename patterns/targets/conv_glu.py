@@ -292,7 +292,7 @@ def _dropout(site: MlpSite) -> float:
 
 
 def _taps(stage: Stage, weights: Weights) -> Tensor:
-    """``[channels, 1, 3, 3]`` of a ConvFFN's convolution; one that is added to its operand holds that in its centre."""
+    """``[channels, 1, 3, 3]`` of a ConvFFN's convolution; one that is added to its operand holds that in its center."""
     taps = weights(input_of(stage.call, 1))
     if taps.shape[-2:] != (3, 3) or shape_of(stage.node) != shape_of(stage.before):
         raise Refusal(

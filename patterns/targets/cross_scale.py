@@ -30,7 +30,7 @@ KERNEL_SIZES = {2: (2, 4), 4: (4, 8, 16, 32), 16: (16, 32)}
 
 @dataclass(frozen=True)
 class CrossScale(Target):
-    """Cross-scale embedding (Wang et al. 2022, CrossFormer): patches of several sizes about one centre.
+    """Cross-scale embedding (Wang et al. 2022, CrossFormer): patches of several sizes about one center.
 
     A filter goes into the middle of a larger kernel, where it does the same. Where a kernel is too small for it, the
     channels that lose least are cut to that kernel.
@@ -74,7 +74,7 @@ class CrossScale(Target):
             raise Refusal(f"no kernels are known for stride {stride}", f"give kernel_sizes=({stride}, {2 * stride})")
         if any(size < stride or (size - stride) % 2 for size in kernels):
             raise Refusal(
-                f"kernels {kernels} do not share the centre of a {stride}x{stride} patch",
+                f"kernels {kernels} do not share the center of a {stride}x{stride} patch",
                 f"take sizes from {stride} on, by even differences",
             )
         if site.out_channels % 2 ** (len(kernels) - 1):
@@ -141,7 +141,7 @@ def _shares(weight: Tensor, kernels: tuple[int, ...], stride: int, padding: int)
     rest = torch.arange(len(weight), device=weight.device)
     shares = []
     for size, width in zip(kernels, scale_widths(len(weight), len(kernels)), strict=True):
-        filters, lost = _centred(weight, size, (size - stride) // 2 - padding)
+        filters, lost = _centered(weight, size, (size - stride) // 2 - padding)
         taken = lost[rest].argsort(stable=True)[:width].sort().values
         channels = rest[taken]
         shares.append(_Share(channels, filters[channels], float(lost[channels].sum())))
@@ -149,7 +149,7 @@ def _shares(weight: Tensor, kernels: tuple[int, ...], stride: int, padding: int)
     return shares
 
 
-def _centred(weight: Tensor, size: int, offset: int) -> tuple[Tensor, Tensor]:
+def _centered(weight: Tensor, size: int, offset: int) -> tuple[Tensor, Tensor]:
     """``[channels, in, size, size]`` filters, begun at place ``offset``, and the squared weight that each loses."""
     first, last = max(0, -offset), min(weight.shape[-1], size - offset)
     inside, place = slice(first, last), slice(first + offset, last + offset)
@@ -243,7 +243,7 @@ def _carry_filters(
     start, lost = 0, 0.0
     for number, (size, width) in enumerate(zip(kernels, scale_widths(len(weight), len(kernels)), strict=True)):
         chosen = slice(start, start + width)
-        filters, outside = _centred(weight[chosen], size, (size - stride) // 2 - padding)
+        filters, outside = _centered(weight[chosen], size, (size - stride) // 2 - padding)
         made.carry(f"{name}.{number}.weight", filters, int((filters != 0).sum()))
         made.carry(f"{name}.{number}.bias", bias[chosen])
         start, lost = start + width, lost + float(outside.sum())

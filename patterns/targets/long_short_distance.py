@@ -29,7 +29,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class LongShortDistance(Target):
-    """Attention inside groups of neighbouring tokens (short), and of tokens an interval apart (long), by turns.
+    """Attention inside groups of neighboring tokens (short), and of tokens an interval apart (long), by turns.
 
     Args:
         group_size: tokens of a group, per axis or for both. None is the window of a windowed site, and 7 elsewhere.
@@ -166,9 +166,9 @@ class LongShortDistance(Target):
 
 def _why(group: Pair, interval: Pair) -> str:
     if interval == (1, 1):
-        return f"keys outside groups of {text_of(group)} neighbours are dropped"
+        return f"keys outside groups of {text_of(group)} neighbors are dropped"
     return f"only keys in groups of {text_of(group)}, {text_of(interval)} apart, are kept"
 
 
 def _benefit(group: Pair, grid: Grid) -> str:
-    return f"{group[0] * group[1] + grid.prefix_tokens} of {grid.tokens} keys a query"
+    return f"{group[0] * group[1] + grid.prefix_tokens} of {grid.tokens} keys per query"

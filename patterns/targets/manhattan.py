@@ -41,7 +41,7 @@ class Manhattan(Target):
             RMT's, ``1 - 2 ** -(2 + 4 n / heads)`` for head ``n``.
         placement: of the decay, ``"inside"`` the softmax (all released code) or ``"outside"`` (the paper's equation).
         lce: whether there is a local context enhancement; it starts at zero.
-        reduced_keys: for spatial reduction, ``"refuse"``, or ``"keep"`` the reduced keys and decay towards the centres
+        reduced_keys: for spatial reduction, ``"refuse"``, or ``"keep"`` the reduced keys and decay towards the centers
             of their cells, or ``"refit"`` keys and values of every token to them on the example input; then the reducer
             is dropped.
         official: take the layer as published, ``q_proj``, ``k_proj``, ``v_proj``, ``lepe``, ``out_proj``, for the whole
@@ -117,7 +117,7 @@ class Manhattan(Target):
 
 @dataclass(frozen=True)
 class DecomposedManhattan(Target):
-    """Manhattan attention along rows, then along columns: cheaper, and of no neutral decay.
+    """Manhattan attention along rows, then along columns: cheaper; no decay value reproduces dense attention.
 
     Args:
         decay: as for ``Manhattan``.

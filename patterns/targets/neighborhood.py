@@ -114,7 +114,7 @@ class Neighborhood(Target):
             f"keys outside kernel {text_of(kernel)} dilation {text_of(dilation)} are dropped{clamped}",
             core,
             settings=settings,
-            benefit=f"{kernel[0] * kernel[1] + grid.prefix_tokens} of {grid.tokens} keys a query",
+            benefit=f"{kernel[0] * kernel[1] + grid.prefix_tokens} of {grid.tokens} keys per query",
         )
 
     def _sliding_windows(self, site: AttentionSite, window: Window, dilation: Pair) -> Conversion:
@@ -139,7 +139,7 @@ class Neighborhood(Target):
             + ("; offsets beyond the window take the bias of its edge" if untrained else ""),
             core,
             settings=settings,
-            benefit=f"{kernel[0] * kernel[1]} keys a query",
+            benefit=f"{kernel[0] * kernel[1]} keys per query",
         )
 
     def _interleaved(self, site: AttentionSite, groups: Interleaved, dilation: Pair) -> Conversion:
@@ -167,7 +167,7 @@ class Neighborhood(Target):
             + ("; offsets beyond the group take the bias of its edge" if untrained else ""),
             core,
             settings=settings,
-            benefit=f"{kernel[0] * kernel[1]} keys a query",
+            benefit=f"{kernel[0] * kernel[1]} keys per query",
         )
 
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
@@ -193,7 +193,7 @@ class Neighborhood(Target):
             f"reduced keys outside kernel {text_of(kernel)} are dropped",
             core,
             settings=settings,
-            benefit=f"{kernel[0] * kernel[1]} of {reduced.tokens} keys a query",
+            benefit=f"{kernel[0] * kernel[1]} of {reduced.tokens} keys per query",
         )
 
     def _published(self, site: AttentionSite, dilation: int, weights: Weights) -> Conversion:
@@ -213,7 +213,7 @@ class Neighborhood(Target):
             Exactness.CONTINUOUS if same else Exactness.PROJECTED,
             f"keys in kernel {text_of(kernel)} dilation {dilation} of the {grid} map{clamped}{note_of_keys(site)}",
             settings={"kernel_size": size[0], "dilation": dilation},
-            benefit=f"{seen} of {grid.tokens} keys a query",
+            benefit=f"{seen} of {grid.tokens} keys per query",
             adapter=adapter_between(site.source, site.result, grid),
         )
 

@@ -151,7 +151,7 @@ def test_text_and_markdown_state_unit_size_checks_and_what_is_missing(compared):
     text = str(compared)
     for part in (
         "at 224x224, batch 1, float32: 4.599 GMAC", "22,050,664 parameters", "blocks.{0...11}.attn", "4·C²·N + 2·C·N²",
-        "9·H²·W²/64 + 84168·H·W + 21626880 MAC an image on multiples of 16 px, Θ(n²)",
+        "9·H²·W²/64 + 84168·H·W + 21626880 MACs per image on multiples of 16 px, Θ(n²)",
         "check 224x224: equal (4 598 882 304 MAC)", "not counted: nothing", "assumptions: none",
     ):  # fmt: skip
         assert part in text
@@ -195,7 +195,7 @@ def test_the_page_is_whole_and_loads_nothing(compared, tmp_path):
     assert compared._repr_html_() in text
 
 
-def test_windows_and_neighbourhoods_are_bound_by_memory(vit):
+def test_windows_and_neighborhoods_are_bound_by_memory(vit):
     roof = vit.roofline("h200")
     core = next(point for point in roof.points if point.name == "blocks.0.attn attention")
     assert core.intensity == pytest.approx(197 / 2)  # half the tokens, each operand moved once in 16 bits

@@ -126,7 +126,7 @@ def test_layers_of_several_linear_maps_are_one(name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_windows_of_adapted_layers_become_neighbourhoods(kind):
+def test_windows_of_adapted_layers_become_neighborhoods(kind):
     converted = converted_from(replaced("timm_swin", kind), "timm_swin", "neighborhood")
     assert all(site.status == "converted" for site in attnrewrite.report(converted).sites if site.kind == "attention")
 

@@ -138,7 +138,7 @@ def test_batch_norms_behind_the_convolutions_stay_in_the_graph():
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_a_map_flattened_by_columns_has_no_neighbourhoods(normed):
+def test_a_map_flattened_by_columns_has_no_neighborhoods(normed):
     donor, images = map_model(packing="h3d", normed=normed, turned=True), map_images()
     assert isinstance(attention_of(donor, images).keys, Tokens)
     converted = attnrewrite.convert(donor, "identity", images, progress=False)
@@ -172,7 +172,7 @@ def test_sequences_with_channels_first_are_read_too(packing):
 
 
 @pytest.mark.parametrize("to", ["identity", "neighborhood", "long_short_distance"])
-def test_windows_of_a_map_are_neighbourhoods_with_a_stride(to):
+def test_windows_of_a_map_are_neighborhoods_with_a_stride(to):
     donor, images = map_model(MapWindows()), map_images(size=(24, 36))
     assert attention_of(donor, images).keys == Window((3, 3))
     converted, report = attnrewrite.convert(donor, to, images, progress=False, return_report=True)

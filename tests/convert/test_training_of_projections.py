@@ -19,7 +19,7 @@ class Rolling(nn.Linear):
         return y + y.roll(1, -2) if self.training else y
 
 
-class Centred(nn.Module):
+class Centered(nn.Module):
     """An adapter that looks at all tokens of a window in training."""
 
     def __init__(self, given, made):
@@ -63,7 +63,7 @@ def swin(projection, child):
 
 
 @pytest.mark.parametrize("child", ["qkv", "proj"])
-@pytest.mark.parametrize("projection", [Rolling, Centred, Deciding])
+@pytest.mark.parametrize("projection", [Rolling, Centered, Deciding])
 def test_it_is_refused_where_it_is_not(projection, child):
     model = swin(projection, child)
     plan = attnrewrite.plan(model, "identity", torch.randn(1, 3, 32, 32, dtype=torch.float64))

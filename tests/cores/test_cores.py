@@ -95,7 +95,7 @@ def test_a_relative_bias_follows_the_kernel() -> None:
     torch.testing.assert_close(core(query, key, value, bias[None]), expected, rtol=0, atol=1e-12)
 
 
-def test_the_neighbourhood_rule_on_a_small_case() -> None:
+def test_the_neighborhood_rule_on_a_small_case() -> None:
     """Five tokens, kernel 3: windows slide inward at the border."""
     seen = neighborhood_mask((1, 3), (1, 1), Grid(1, 5)).int().tolist()
     assert seen == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]]

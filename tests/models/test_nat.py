@@ -107,13 +107,13 @@ def written_out(attention, source):
     for side in (height, width):
         dilation = min(attention.dilation, side)
         rules.append(AxisRule(side, min(attention.kernel_size, side // dilation), dilation=dilation))
-    output, centre = torch.empty_like(query), attention.kernel_size - 1
+    output, center = torch.empty_like(query), attention.kernel_size - 1
     for row in range(height):
         for column in range(width):
             keys = [(r, c) for r in rules[0].window(row) for c in rules[1].window(column)]
             scores = torch.stack([
                 (query[:, row, column] * key[:, r, c]).sum(-1) * query.shape[-1] ** -0.5
-                + attention.rpb[:, centre + (r - row) // rules[0].dilation, centre + (c - column) // rules[1].dilation]
+                + attention.rpb[:, center + (r - row) // rules[0].dilation, center + (c - column) // rules[1].dilation]
                 for r, c in keys
             ])  # fmt: skip
             values = torch.stack([value[:, r, c] for r, c in keys])

@@ -175,9 +175,9 @@ def test_pooling_and_position_bias_at_any_size(height, width, data):
     assert (adaptive_average(source, cells) - expected).abs().max() < 1e-12
     fc1, fc2 = nn.Linear(2, 8).double(), nn.Linear(8, 2).double()
     places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), -1).double()
-    centres = F.adaptive_avg_pool2d(places.permute(2, 0, 1), cells).permute(1, 2, 0)
+    centers = F.adaptive_avg_pool2d(places.permute(2, 0, 1), cells).permute(1, 2, 0)
     unit = torch.tensor([max(5 - 1, 1), max(1 - 1, 1)])  # a side of 1 in pretraining divides by 1, not by 0
-    offset = 8 * (places.flatten(0, 1)[:, None] - centres.flatten(0, 1)) / unit
+    offset = 8 * (places.flatten(0, 1)[:, None] - centers.flatten(0, 1)) / unit
     pairs = fc2(fc1(offset.sign() * (1 + offset.abs()).log2() / 3).relu()).permute(2, 0, 1)
     assert (log_cpb(fc1, fc2, (height, width), cells, (5, 1)) - pairs).abs().max() < 1e-12
     new = (height + 3, max(width - 2, 1)), (cells[0], cells[1] + 2)

@@ -16,7 +16,7 @@ def test_channels_halve_and_the_last_two_are_equal():
     assert scale_widths(8, 1) == [8]
 
 
-def test_a_small_filter_in_the_centre_of_each_kernel_is_that_filter():
+def test_a_small_filter_in_the_center_of_each_kernel_is_that_filter():
     stem = CrossScaleStem(dim=16, norm=False).double()
     small = torch.randn(16, 3, 4, 4, dtype=torch.float64)
     start = 0
@@ -49,7 +49,7 @@ def test_export_for_any_size():
 
 
 @pytest.mark.parametrize("kernels", [(), (8, 4), (4, 7), (2, 4)])
-def test_kernels_without_a_common_centre_are_refused(kernels):
+def test_kernels_without_a_common_center_are_refused(kernels):
     with pytest.raises(ArgumentError, match="kernel_sizes"):
         CrossScaleStem(dim=16, kernel_sizes=kernels, stride=4)
 

@@ -73,11 +73,11 @@ def test_phantom_keys_are_zero_tokens():
     assert (phantom(source) - masked(source)).abs().max() > 1e-3
 
 
-def test_centred_padding_moves_the_groups():
+def test_centered_padding_moves_the_groups():
     source = torch.randn(1, 6, 6, DIM, dtype=torch.float64)
     padded = attention(4)
     shifted = padded(nn.functional.pad(source, (0, 0, 1, 1, 1, 1)))[:, 1:7, 1:7]
-    phantom = attention(4, centred=True, padding="phantom")
+    phantom = attention(4, centered=True, padding="phantom")
     torch.testing.assert_close(phantom(source), shifted, atol=1e-12, rtol=1e-10)
 
 

@@ -223,7 +223,7 @@ def test_resampled_positions_of_the_same_map_keep_every_bit():
 
 
 def test_resampled_positions_lie_on_the_map():
-    """Row and column as codes say where a token is read: at its centre, but near the border and for the small ripple
+    """Row and column as codes say where a token is read: at its center, but near the border and for the small ripple
     of the cubic. The class token keeps its own."""
     rows, columns = torch.arange(8.0)[:, None], torch.arange(12.0)
     codes = torch.stack([rows + 0 * columns, columns + 0 * rows], dim=-1).flatten(0, 1)

@@ -51,7 +51,7 @@ def _attention_options(options):
     """The arguments of official blocks and models that go to attention."""
     return {
         "padding": "phantom" if options.pop("no_mask", False) else "mask",
-        "centred": options.pop("pad_type", 0) != 0,
+        "centered": options.pop("pad_type", 0) != 0,
         "qkv_bias": options.pop("qkv_bias", True),
         "scale": options.pop("qk_scale", None) or None,
     }

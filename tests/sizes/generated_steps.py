@@ -114,11 +114,11 @@ def rolled(self, x, b, h, w):
     return torch.roll(x, (-(h // 2), w // 3), (2, 3)) + 0.5 * x
 
 
-def centred_by_hand(self, x, b, h, w):
+def centered_by_hand(self, x, b, h, w):
     return x - x.sum((2, 3), keepdim=True) / (h * w)
 
 
-def centred_by_factor(self, x, b, h, w):
+def centered_by_factor(self, x, b, h, w):
     return x - x.sum((2, 3), keepdim=True) * (1 / x.shape[-2:].numel())
 
 
@@ -232,8 +232,8 @@ def channels_by_chance(self, x, b, h, w):
 MAP_STEPS = {step.__name__: step for step in (
     sincos, linspace_coordinates, kept_positions, remembered_positions, table_interpolated, table_interpolated_if_other,
     table_scaled, table_cut, table_repeated, table_cut_from_the_middle, grid_sampled, padded, padded_to_three,
-    padded_if_needed, cut_to_even, upper_half, lower_right, square_from_the_middle, rolled, centred_by_hand,
-    centred_by_factor, rows_by_hand, rows_split, rows_joined_pairwise, columns_running, shrunk_and_back,
+    padded_if_needed, cut_to_even, upper_half, lower_right, square_from_the_middle, rolled, centered_by_hand,
+    centered_by_factor, rows_by_hand, rows_split, rows_joined_pairwise, columns_running, shrunk_and_back,
     pooled_and_back, grown_by_factor, pooled_to_fixed, pooled_by_ratio, pooled_while_large, to_shuffled_pixels,
     constant_rows, border_added, diagonal_added, convolved, transposed_if_wide, batch_normed, scaled_in_training,
     noise_in_training, squares_hidden_in_training, channels_by_chance,

@@ -77,7 +77,7 @@ def table_at(table: Tensor, down: Tensor, across: Tensor) -> Tensor:
     return table[:, down.clamp(-reach[0], reach[0]) + reach[0], across.clamp(-reach[1], reach[1]) + reach[1]]
 
 
-def axis_neighbours(side: int, kernel: int, dilation: int) -> Tensor:
+def axis_neighbors(side: int, kernel: int, dilation: int) -> Tensor:
     """Hassani and Shi 2022: the ``kernel`` nearest places of the query's residue, sliding inward at the ends."""
     kernel = max(1, min(kernel, side // dilation))
     seen = torch.zeros(side, side, dtype=torch.bool)
@@ -93,28 +93,28 @@ def on_both_axes(rows: Tensor, columns: Tensor) -> Tensor:
     return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2, 3).flatten(0, 1)
 
 
-def neighbours(op: Operands, kernel: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> Tensor:
-    axes = [axis_neighbours(*axis) for axis in zip(op.sides, kernel, dilation, strict=True)]
+def neighbors(op: Operands, kernel: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> Tensor:
+    axes = [axis_neighbors(*axis) for axis in zip(op.sides, kernel, dilation, strict=True)]
     return after_prefix(on_both_axes(*axes), op.prefix, True)
 
 
 def neighborhood(op: Operands, kernel: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> Tensor:
     bias = 0.0 if op.table is None else table_at(op.table, *offsets(op.sides))
-    return dense(op, masked(neighbours(op, kernel, dilation)) + bias)
+    return dense(op, masked(neighbors(op, kernel, dilation)) + bias)
 
 
-def reduced_neighbours(op: Operands, kernel: tuple[int, int]) -> Tensor:
+def reduced_neighbors(op: Operands, kernel: tuple[int, int]) -> Tensor:
     """``[tokens, cells]``: the ``kernel`` cells nearest to the one above each token."""
     assert op.reduced is not None
     axes = []
     for side, cells, size in zip(op.sides, op.reduced, kernel, strict=True):
         above = [place * cells // side for place in range(side)]
-        axes.append(axis_neighbours(cells, size, 1)[above])
+        axes.append(axis_neighbors(cells, size, 1)[above])
     return on_both_axes(*axes)
 
 
 def reduced_neighborhood(op: Operands, kernel: tuple[int, int]) -> Tensor:
-    return dense(op, masked(reduced_neighbours(op, kernel)))
+    return dense(op, masked(reduced_neighbors(op, kernel)))
 
 
 def axis_group(side: int, group: int, interval: int) -> Tensor:
@@ -167,13 +167,13 @@ def decomposed_manhattan(op: Operands, decay: Tensor) -> Tensor:
 
 
 def reduced_manhattan(op: Operands, decay: Tensor) -> Tensor:
-    """Decay by the distance to the centre of each reduced key's cell, in tokens of the queries' map."""
+    """Decay by the distance to the center of each reduced key's cell, in tokens of the queries' map."""
     assert op.reduced is not None
     axes = []
     for side, cells in zip(op.sides, op.reduced, strict=True):
         width = side / cells
-        centres = torch.tensor([(cell + 0.5) * width - 0.5 for cell in range(cells)], dtype=torch.float64)
-        axes.append((torch.arange(side)[:, None] - centres[None]).abs())
+        centers = torch.tensor([(cell + 0.5) * width - 0.5 for cell in range(cells)], dtype=torch.float64)
+        axes.append((torch.arange(side)[:, None] - centers[None]).abs())
     distance = (axes[0][:, None, :, None] + axes[1][None, :, None, :]).flatten(2, 3).flatten(0, 1)
     return dense(op, decay.log()[:, None, None] * distance)
 

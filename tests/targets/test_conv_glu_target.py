@@ -124,7 +124,7 @@ class Unfitted(ConvGlu):
 
 
 class Biased(ConvGlu):
-    """A refit without a constant, on values that are not centred."""
+    """A refit without a constant, on values that are not centered."""
 
     def fit(self, conversion, site, weights, values):
         fitted = super().fit(conversion, site, weights, values)
@@ -198,7 +198,7 @@ def test_an_mlp_that_is_called_twice_stays_one():
 
 
 FAULTS = {
-    "the kernel's centre moved": lambda core: core.conv.conv.weight.data.copy_(core.conv.conv.weight.roll(1, -1)),
+    "the kernel's center moved": lambda core: core.conv.conv.weight.data.copy_(core.conv.conv.weight.roll(1, -1)),
     "a bias on the convolution": lambda core: core.conv.conv.bias.data.add_(0.1),
     "no bias on the value": lambda core: core.value.bias.data.zero_(),
     "another activation": lambda core: setattr(core, "geometry", ConvGluGeometry("silu")),

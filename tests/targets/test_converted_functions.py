@@ -209,12 +209,12 @@ def test_reported_errors_are_what_an_independent_measurement_gives(case: Case, d
 @pytest.mark.parametrize(
     ("case", "seen"),
     [
-        (("vit", "neighborhood", {"kernel_size": 3}), lambda op: define.neighbours(op, (3, 3))),
+        (("vit", "neighborhood", {"kernel_size": 3}), lambda op: define.neighbors(op, (3, 3))),
         (
             ("vit, large map", "neighborhood", {"kernel_size": 3, "dilation": (2, 3)}),
-            lambda op: define.neighbours(op, (3, 3), (2, 3)),
+            lambda op: define.neighbors(op, (3, 3), (2, 3)),
         ),
-        (("pvt v2", "neighborhood", {"kernel_size": (1, 2)}), lambda op: define.reduced_neighbours(op, (1, 2))),
+        (("pvt v2", "neighborhood", {"kernel_size": (1, 2)}), lambda op: define.reduced_neighbors(op, (1, 2))),
         (
             ("vit", "long_short_distance", {"group_size": 3}),
             lambda op: define.grouped(op, (3, 3), (2, 2) if op.index else (1, 1)),

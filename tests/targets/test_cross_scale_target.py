@@ -118,7 +118,7 @@ def test_any_convolution_keeps_its_count_of_tokens(kernel, stride, padding, size
 
 FAULTS = {
     "a flipped kernel": lambda core: core.projs[1].weight.data.copy_(core.projs[1].weight.flip(-1)),
-    "a filter off the centre": lambda core: core.projs[1].weight.data.copy_(core.projs[1].weight.roll(1, -1)),
+    "a filter off the center": lambda core: core.projs[1].weight.data.copy_(core.projs[1].weight.roll(1, -1)),
     "a wrong pad": lambda core: setattr(core.projs[1], "padding", (9, 9)),
     "a dropped bias": lambda core: core.projs[0].bias.data.zero_(),
     "channels in another order": lambda core: setattr(core, "order", torch.arange(24).flip(0)),
@@ -149,9 +149,9 @@ def test_a_wrong_core_is_not_installed(fault):
         (
             "vit",
             {"kernel_sizes": (4, 8)},
-            r"kernels \(4, 8\) do not share the centre of a 16x16 patch; take sizes",
+            r"kernels \(4, 8\) do not share the center of a 16x16 patch; take sizes",
         ),
-        ("vit", {"kernel_sizes": (16, 19)}, r"do not share the centre"),
+        ("vit", {"kernel_sizes": (16, 19)}, r"do not share the center"),
         ("vit", {"kernel_sizes": (16, 18, 20, 22, 24)}, r"24 channels cannot be shared out by halves among 5 kernels"),
     ],
 )

@@ -17,7 +17,7 @@ from torch import nn
 
 import attnrewrite
 from attnrewrite.errors import ConversionError
-from attnrewrite.rewrite.rewritten import TakenOut
+from attnrewrite.rewrite.rewritten import RemovedModule
 
 CASES = [
     ("vit, torchvision", "aggregated", {"pool": 2}),
@@ -122,7 +122,7 @@ def test_what_is_taken_out_leaves_no_weight():
     }
     block = published("swin", "aggregated", pool=2).layers[0].blocks[0]
     assert block.attn.relative_position_bias_table is None
-    assert isinstance(block.attn.qkv, TakenOut)
+    assert isinstance(block.attn.qkv, RemovedModule)
 
 
 def test_inplace_takes_the_same_weights_out():
@@ -156,7 +156,7 @@ def test_recipes_hand_it_on(recipe):
 
 
 FAULTS = {
-    "the kernel's centre moved": lambda core: core.dwconv.dwconv.weight.data.copy_(
+    "the kernel's center moved": lambda core: core.dwconv.dwconv.weight.data.copy_(
         core.dwconv.dwconv.weight.roll(1, -1)
     ),
     "values before gates": lambda core: core.fc1.weight.data.copy_(core.fc1.weight.roll(len(core.fc1.weight) // 2, 0)),

@@ -144,8 +144,8 @@ def test_aggregated_takes_the_ratio_of_spatial_reduction_and_the_bias_of_windows
     assert {core.pool_size for core in new_cores(pooled, "attention")} == {(7, 7)}
     core = new_cores(published("swin", "aggregated", pool=2), "attention")[0]
     table = donor("swin").layers[0].blocks[0].attn.relative_position_bias_table  # query minus key, 7 x 7
-    centre = table.unflatten(0, (7, 7))[2:5, 2:5].flip(0, 1).permute(2, 0, 1).flatten(1)
-    assert torch.equal(core.relative_pos_bias_local, centre)
+    center = table.unflatten(0, (7, 7))[2:5, 2:5].flip(0, 1).permute(2, 0, 1).flatten(1)
+    assert torch.equal(core.relative_pos_bias_local, center)
 
 
 def test_class_tokens_are_carried_by_the_layer_that_has_a_place_for_them():

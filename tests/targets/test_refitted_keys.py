@@ -36,9 +36,9 @@ def solved(op: Operands, name: str) -> tuple[Tensor, Tensor]:
     reduced = getattr(op, name).flatten(2)
     cell = [y * rows // height * columns + x * columns // width for y in range(height) for x in range(width)]
     x, y = op.tokens.flatten(0, 1), reduced[:, cell].flatten(0, 1)
-    centred, wanted = x - x.mean(0), y - y.mean(0)
-    damping = (1e-3 * centred.square().sum() / x.shape[1]).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
-    augmented = torch.cat([centred, damping]), torch.cat([wanted, torch.zeros(x.shape[1], y.shape[1])])
+    centered, wanted = x - x.mean(0), y - y.mean(0)
+    damping = (1e-3 * centered.square().sum() / x.shape[1]).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
+    augmented = torch.cat([centered, damping]), torch.cat([wanted, torch.zeros(x.shape[1], y.shape[1])])
     slope = torch.linalg.lstsq(*augmented, driver="gelsd").solution
     return slope.T, y.mean(0) - x.mean(0) @ slope
 

@@ -152,7 +152,7 @@ def fitting(side: Extent, dilation: int) -> Expr:
 def aggregated_attention(
     tokens: Extent, pooled: Extent, window_size: int, widths: Widths, *, learnable: bool = True
 ) -> SiteFormula:
-    """TransNeXt's aggregated attention (Shi 2024): k² neighbours and P pooled cells in one softmax, and with
+    """TransNeXt's aggregated attention (Shi 2024): k² neighbors and P pooled cells in one softmax, and with
     ``learnable`` tokens a third ``Nk²C``: ``5NC² + 2PC² + 2NPC + 3Nk²C``. Without them it is pixel-focused attention,
     ``2Nk²C``. The position MLP is separate (``with_position_mlp``)."""
     a, local = widths.inner, (3 if learnable else 2)
@@ -199,7 +199,7 @@ def manhattan_attention(
 def long_short_attention(
     height: Extent, width: Extent, group: int, interval: int, widths: Widths, *, position_bias: bool = True
 ) -> SiteFormula:
-    """CrossFormer's groups (Wang et al. 2022) of G x G neighbours (``interval`` 1, SDA) or of cells ``interval`` apart
+    """CrossFormer's groups (Wang et al. 2022) of G x G neighbors (``interval`` 1, SDA) or of cells ``interval`` apart
     (LDA), on a map padded to N̂ cells, a multiple of ``G · interval`` a side: ``3N̂C² + NC² + 2N̂G²C``. Maps that a group
     covers are one group, cut down to the shorter side. The position MLP of width E = C/16 runs once on ``(2G-1)²``
     offsets. (CrossFormer's own code projects the padding too: ``4N̂C²``.)"""

@@ -94,7 +94,7 @@ class block_pairs(Function):
 
 
 class offsets(Function):
-    """Distinct distances, along an axis, from its pixels to the centres of the ``cells`` they are pooled to."""
+    """Distinct distances, along an axis, from its pixels to the centers of the ``cells`` they are pooled to."""
 
     nargs = 2
     is_integer = True
@@ -116,7 +116,7 @@ class offsets(Function):
 
 @cache
 def count_offsets(side: int, cells: int) -> int:
-    """The number that ``offsets`` stands for, in half pixels as a cell's centre may lie between two."""
+    """The number that ``offsets`` stands for, in half pixels as a cell's center may lie between two."""
     bounds = ((cell * side // cells, -(-(cell + 1) * side // cells)) for cell in range(cells))
     return len({2 * pixel - (start + end - 1) for start, end in bounds for pixel in range(side)})
 

@@ -17,7 +17,7 @@ from .model_costs import ModelCosts
 
 def site_table(costs: ModelCosts) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows: sites that differ only in numbers of their names and cost the same share a row."""
-    columns = ("site", "×", "kind", "MAC", "%", "attn elements", "order", "formula (MAC an image)", "with")
+    columns = ("site", "×", "kind", "MAC", "%", "attn elements", "order", "formula (MACs per image)", "with")
     groups: dict[tuple[object, ...], list[CountedSite]] = {}
     for site in costs.sites:
         formula = None if site.formula is None else site.formula.total
@@ -60,7 +60,7 @@ def footer(costs: ModelCosts) -> list[str]:
     """What is true of the whole model, and what is not counted: an empty list is a statement too."""
     cost = costs.cost
     lines = [
-        f"model: {plain(costs.polynomial)} MAC an image on multiples of {costs.lattice} px, {costs.order}",
+        f"model: {plain(costs.polynomial)} MACs per image on multiples of {costs.lattice} px, {costs.order}",
         *(f"check {check}" for check in costs.checks),
         f"forward: {cost.macs:,} MAC, {cost.elementwise:,} elementwise operations, {cost.bytes_read:,} bytes read, "
         f"{cost.bytes_written:,} bytes written (unfused)",
