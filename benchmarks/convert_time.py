@@ -21,7 +21,7 @@ from measure import interleaved
 from torch import Tensor, nn
 
 import attnrewrite
-from attnrewrite.capture import capture, other_looks, same_size_look, training_look
+from attnrewrite.capture import capture, other_looks, same_size_looks, training_look
 from attnrewrite.hosts.loading import load_model
 
 MODELS = (
@@ -91,7 +91,7 @@ def exports(model: nn.Module, image: Tensor) -> None:
     first = capture(model, image)
     others = other_looks(first)
     if not others:
-        same_size_look(first)
+        same_size_looks(first)
     for look in (first, *others[:1]):
         training_look(look)
 

@@ -4,11 +4,11 @@ from .dropout import training_dropout
 from .examples import Inputs, example_inputs_for, normalise_inputs
 from .exported import Capture, capture, capture_call
 from .in_place import IN_PLACE
-from .looks import image_sides, is_image, one_sided_looks, other_looks, same_size_look, training_look
+from .looks import image_sides, is_image, one_sided_looks, other_looks, same_size_looks, training_look
 from .module_call import ModuleCall, NodeRef
 
 __all__ = [
     "IN_PLACE", "Capture", "Inputs", "ModuleCall", "NodeRef", "capture", "capture_call", "example_inputs_for",
-    "image_sides", "is_image", "normalise_inputs", "one_sided_looks", "other_looks", "same_size_look",
+    "image_sides", "is_image", "normalise_inputs", "one_sided_looks", "other_looks", "same_size_looks",
     "training_dropout", "training_look",
 ]  # fmt: skip

@@ -32,10 +32,12 @@ rounding. On the first such look these numbers are odd for patches of 4 and 16, 
 """
 
 
-_BATCHES = (4, 6, 17)
-"""What the batch grows by, look by look. The largest is also that of the only other look where the model takes no other
-size: an odd and large step tells a batch from what little numbers have in common with it, such as their roots, digits
-and halves, which a forward may make of ``len(x)`` without a trace."""
+_BATCHES = (4, 6, 3)
+"""What the batch grows by, look by look: odd and even, for a forward may make halves of ``len(x)`` without a trace."""
+
+_BATCHES_ALONE = (1, 2)
+"""The same where the size stays: two, for a number may be alike on any two. Larger ones would tell more and take more
+memory: reading a look computes an address for every element of every sample."""
 
 
 def other_looks(first: Capture) -> list[Capture]:
@@ -63,9 +65,10 @@ def one_sided_looks(first: Capture) -> list[Capture]:
     return [look for size in grown if (look := _look(first, size, first.batch + 2)) is not None]
 
 
-def same_size_look(first: Capture) -> Capture | None:
-    """The captured size with another batch; None if the model takes no other."""
-    return _look(first, image_sides(first), first.batch + _BATCHES[2])
+def same_size_looks(first: Capture) -> list[Capture]:
+    """The captured size with other batches; none if the model takes no other."""
+    sides = image_sides(first)
+    return [look for more in _BATCHES_ALONE if (look := _look(first, sides, first.batch + more)) is not None]
 
 
 def training_look(first: Capture) -> Capture | None:

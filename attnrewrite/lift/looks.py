@@ -71,8 +71,8 @@ class Looks:
     Args:
         sites: those of the first look.
         others: the other looks.
-        other_batch: gives a look at the captured size and another batch, for what takes another course at other sizes;
-            None if the model takes none.
+        other_batches: gives looks at the captured size and other batches, for what takes another course at other
+            sizes; none if the model takes none.
         one_sided: gives looks with one side grown, for what decides on each side by itself.
     """
 
@@ -81,10 +81,10 @@ class Looks:
         first: Dataflow,
         sites: list[Site],
         others: list[Seen],
-        other_batch: Callable[[], Seen | None],
+        other_batches: Callable[[], list[Seen]],
         one_sided: Callable[[], list[Seen]],
     ) -> None:
-        self.first, self.size, self._other_batch, self._one_sided = first, ImageSize(), other_batch, one_sided
+        self.first, self.size, self._other_batches, self._one_sided = first, ImageSize(), other_batches, one_sided
         named = [_by_name(found) for _, found in others]
         counterparts = [[found.get(name) for found in named] for name in _names(sites)]
         flows = [first, *(flow for flow, _ in others)]
@@ -101,9 +101,8 @@ class Looks:
         return Look(self.first, {id(site): site for site in self.sites})
 
     @cached_property
-    def other_batch(self) -> Look | None:
-        seen = self._other_batch()
-        return None if seen is None else self._look(*seen)
+    def other_batches(self) -> list[Look]:
+        return [self._look(*seen) for seen in self._other_batches()]
 
     @cached_property
     def one_sided(self) -> list[Look]:

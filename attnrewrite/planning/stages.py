@@ -21,7 +21,7 @@ from ..capture import (
     image_sides,
     one_sided_looks,
     other_looks,
-    same_size_look,
+    same_size_looks,
     training_look,
 )
 from ..capture.ambient import plain_modes
@@ -132,11 +132,11 @@ def _look_around(made: Plan) -> None:
         made.flow,
         [planned.site for planned in made.sites],
         all_seen(other_looks(made.capture)) if made.sites else [],
-        lambda: seen(same_size_look(made.capture)),
+        lambda: all_seen(same_size_looks(made.capture)),
         lambda: all_seen(one_sided_looks(made.capture)),
     )
     if made.sites and not made.looks.others:
-        _ = made.looks.other_batch  # wanted for every module then, and no values take memory yet
+        _ = made.looks.other_batches  # wanted for every module then, and no values take memory yet
     for planned, site in zip(made.sites, made.looks.sites, strict=True):
         planned.site = site
 

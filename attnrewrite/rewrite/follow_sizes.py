@@ -58,14 +58,19 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
             outlined.fixed = _fixed(outlined, agreeing)
             return outlined
         outlined = again(looks.itself)  # the other was restated in part
-    batches = _at_other_batch(outlined, looks, again)
-    free = list(batches)
-    if not batches and agreeing and looks.other_batch is not None:
-        guarded = _decides_otherwise(own, outlined.call, live, looks.other_batch, looks)
-        free = [again(looks.other_batch)] if guarded else []
+    batches, strangers = [], []
+    for look in looks.other_batches:
+        twin, _ = _again(outlined, look, again)
+        if twin is None:
+            strangers.append(look)
+        else:
+            batches.append(twin)
+    guarded = all(_decides_otherwise(own, outlined.call, live, look, looks) for look in strangers)
+    free = batches or ([again(look) for look in strangers] if guarded and agreeing else [])
     unexplained = _restate(outlined, own, batches or agreeing, looks)
     tied += unexplained
-    outlined.fixed = _fixed(outlined, [] if unexplained else free)  # what is not explained may come from the batch
+    # what is not explained may come from the batch, and what is another graph at another one
+    outlined.fixed = _fixed(outlined, free if guarded and not unexplained else [])
     outlined.tied = list(dict.fromkeys(tied))
     _hold_to_image(outlined, looks.size)
     return outlined
@@ -115,11 +120,6 @@ def _fixed(outlined: Outlined, free: list[Outlined]) -> dict[fx.Node, Any]:
         elif all(other.meta.get("value") == number for other in others):
             fixed[leaf] = number
     return fixed
-
-
-def _at_other_batch(outlined: Outlined, looks: Looks, again: Callable[[Look], Outlined]) -> list[Outlined]:
-    twin = None if looks.other_batch is None else _again(outlined, looks.other_batch, again)[0]
-    return [] if twin is None else [twin]
 
 
 def _again(outlined: Outlined, look: Look, again: Callable[[Look], Outlined]) -> tuple[Outlined | None, str]:

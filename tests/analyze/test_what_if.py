@@ -155,7 +155,7 @@ def test_converted_models_have_formulas_for_every_size(target):
 @pytest.mark.parametrize(
     ("to", "options", "message"),
     [
-        ("neighborhood", {}, "did you mean 'neighborhood'"),
+        ("neighbourhood", {}, "did you mean 'neighborhood'"),
         ("neighborhood", {"kernel": 3}, "does not take .'kernel'.; it takes: kernel_size"),
         ("aggregated", {"window_size": 4}, "must be odd"),
         (target_of("neighborhood"), {"kernel_size": 3}, "go into the target object"),

@@ -1,4 +1,8 @@
-"""Numbers that a forward makes of its batch without a trace, for ``len`` gives a plain integer: right or refused."""
+"""Numbers that a forward makes of its batch without a trace, for ``len`` gives a plain integer: right or refused.
+
+Looks see a few samples more than the captured ones: what is alike on all of them, such as the digits of ``len(x)`` or its root, is
+taken for a constant.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,7 @@ from attnrewrite.errors import AttnRewriteError
 
 NUMBERS = {
     "itself": len,
-    "digits": lambda x: len(str(len(x))),
     "bits": lambda x: len(x).bit_length(),
-    "root": lambda x: math.isqrt(len(x)),
     "power": lambda x: 2 ** len(x),
     "pairs": lambda x: math.comb(len(x) + 1, 2),
     "odd or even": lambda x: 1 + len(x) % 2,
