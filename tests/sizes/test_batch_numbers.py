@@ -1,7 +1,7 @@
 """Numbers that a forward makes of its batch without a trace, for ``len`` gives a plain integer: right or refused.
 
-Looks see a few samples more than the captured ones: what is alike on all of them, such as the digits of ``len(x)`` or its root, is
-taken for a constant.
+Looks see a few samples more than the captured ones: what is alike on all of them, such as the digits of ``len(x)`` or
+its root, is taken for a constant.
 """
 
 from __future__ import annotations
