@@ -9,6 +9,8 @@ from attnrewrite.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 
+pytest_plugins = ["converted_models"]
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -26,6 +26,14 @@ PLUGGED_INTO = {
 }
 """The registries, and what each looks through; by this way alone something below reaches up, and it knows no names."""
 
+ACROSS_ROOMS = {
+    "shared": "models and oracles that tests of several rooms use",
+    "sizes": "a model at another size, batch or mode goes through capture, lift and rewrite together",
+    "parity": "stored results of the official implementations, for layers, models and operators alike",
+    "workflows": "other people's trainers and explainers around a model that is converted already",
+}
+"""Folders of tests that no single room could have."""
+
 
 def source_files() -> dict[str, Path]:
     """Paths by names of modules."""
@@ -79,6 +87,11 @@ def test_the_order_is_the_one_that_is_written_down():
     text = (ROOT / "docs" / "architecture.md").read_text()
     (listed,) = re.findall(r"^    errors ·[^\n]*\n(?:    [^\n]+\n)*", text, flags=re.MULTILINE)
     assert [name.strip(" \n/") for name in listed.split("·")] == ROOMS[: ROOMS.index("__main__")]
+
+
+def test_folders_of_tests_are_rooms_or_cross_them_for_a_reason():
+    folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("*.py"))}
+    assert folders - {*ROOMS, "recognise", "targets"} == set(ACROSS_ROOMS)
 
 
 def test_no_room_knows_one_behind_it():

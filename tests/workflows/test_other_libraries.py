@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IMAGE, batches, converted_model, logits, swin, transformers_vit, vit
+from small_conversions import IMAGE, batches, converted_model, logits, swin, transformers_vit, vit
 from torch import nn
 
 import attnrewrite

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import batches, converted_model, logits, swin, transformers_vit, vit
+from small_conversions import batches, converted_model, logits, swin, transformers_vit, vit
 from spawned import serve
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
