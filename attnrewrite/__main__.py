@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backends.native.build import build, cache_folder
 from .capture.examples import example_inputs_for
 from .costs import analyze
 from .costs.count.cost import CONVENTIONS
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m attnrewrite", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_analyze(commands)
+    _add_build(commands)
     given = parser.parse_args(arguments)
     try:
         given.run(given)
@@ -62,6 +64,11 @@ def _analyze(given: argparse.Namespace) -> None:
         report.to_json(given.json)
     if given.html:
         report.to_html(given.html)
+
+
+def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("build", help="compile the native kernels for this user; it takes a C++ compiler")
+    parser.set_defaults(run=lambda given: print(build(cache_folder())))
 
 
 def _model_and_image(spec: str, sides: tuple[int, int] | None, batch: int) -> tuple[nn.Module, Tensor]:

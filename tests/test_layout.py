@@ -27,14 +27,15 @@ print(attnrewrite.patterns.__file__)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel of a copy of the tree, so that no earlier build can hide a missing file."""
+    """The wheel of a copy of the tree, so that no earlier build can hide a missing file; without native kernels."""
     scratch = tmp_path_factory.mktemp("wheel")
     for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, scratch / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, scratch / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, scratch)
     build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
-    subprocess.run([sys.executable, "-c", build], cwd=scratch, check=True, capture_output=True)
+    environment = os.environ | {"ATTNREWRITE_NATIVE": "0"}
+    subprocess.run([sys.executable, "-c", build], cwd=scratch, env=environment, check=True, capture_output=True)
     (built,) = scratch.glob("*.whl")
     return built
 

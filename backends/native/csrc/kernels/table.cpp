@@ -1,0 +1,11 @@
+// The kernels of one instruction set.
+#include "declarations.h"
+#include "kernels.h"
+#include "vectors.h"
+
+namespace attnrewrite::ISA {
+
+extern const Kernels table;
+const Kernels table = {NAME_OF(ISA), kLanes, exponential};
+
+}  // namespace attnrewrite::ISA
