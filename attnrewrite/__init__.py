@@ -11,26 +11,31 @@ if not (_here / "patterns").exists() and (_here.parent / "patterns" / "__init__.
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from .api.conversion import convert, plan, report, revert
+    from .api.conversion import convert, plan, record, replay, report, revert
     from .api.explanation import explain
     from .calibration import Calibration, calibrate
     from .costs import analyze
     from .errors import AttnRewriteError
+    from .planning.record import Record
+    from .version import __version__
 
 __all__ = [
-    "AttnRewriteError", "Calibration", "__version__", "analyze", "calibrate", "convert", "explain", "plan", "report",
-    "revert",
+    "AttnRewriteError", "Calibration", "Record", "__version__", "analyze", "calibrate", "convert", "explain", "plan",
+    "record", "replay", "report", "revert",
 ]  # fmt: skip
-__version__ = "0.1.0"
 
 _PLACES = {
+    "__version__": "version",
     "AttnRewriteError": "errors",
     "Calibration": "calibration",
+    "Record": "planning.record",
     "analyze": "costs",
     "calibrate": "calibration",
     "convert": "api.conversion",
     "explain": "api.explanation",
     "plan": "api.conversion",
+    "record": "api.conversion",
+    "replay": "api.conversion",
     "report": "api.conversion",
     "revert": "api.conversion",
 }

@@ -11,9 +11,9 @@ from pathlib import Path
 from plugins import ROOT, run
 
 ROOMS = [
-    "errors", "torchvision_compat", "hosts", "numerics", "capture", "operators", "functional", "lowering", "backends",
-    "graph", "ir", "modules", "models", "cores", "lift", "certify", "patterns", "reports", "rewrite", "planning",
-    "calibration", "costs", "api", "__main__", "",
+    "errors", "version", "torchvision_compat", "hosts", "numerics", "capture", "operators", "functional", "lowering",
+    "backends", "graph", "ir", "modules", "models", "cores", "lift", "certify", "patterns", "reports", "rewrite",
+    "planning", "calibration", "costs", "api", "__main__", "",
 ]  # fmt: skip
 """A room knows those before it, never those behind it; the last is the package itself, which shows what is public."""
 

@@ -1,4 +1,4 @@
-"""The calls a user makes to convert a model: plan, convert, report, revert."""
+"""The calls a user makes to convert a model: plan, convert, replay, revert, and what was done: report, record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from ..calibration.keep import Budget, keep_the_worst, require_budget
 from ..calibration.measure import measured
 from ..capture.ambient import plain_modes
 from ..errors import ArgumentError, ConversionError
-from ..planning.plan import Plan
+from ..planning.plan import ATTRIBUTES, Plan, all_or_nothing
+from ..planning.record import Record
+from ..planning.replaying import replanned
 from ..planning.stages import Selector, To, planned
 from ..reports.conversion import ConversionReport
 from ..rewrite.image_sides import forget_images
@@ -39,7 +41,7 @@ def plan(
 ) -> Plan:
     """Decide, certify and measure a conversion without changing the model; arguments and errors as for ``convert``.
 
-    The plan prints, can be edited (``drop``, ``limit``) and applied later.
+    The plan is data: it prints, ``drop`` and ``limit`` give edited ones, and it can be applied later.
     """
     automatic = keep == "auto"
     require_budget(automatic, budget)
@@ -47,9 +49,7 @@ def plan(
         model, example_inputs, to, options, sites=sites, keep=None if automatic else keep, fidelity=fidelity,
         max_rewrites=max_rewrites, progress=progress,
     )  # fmt: skip
-    if automatic:
-        keep_the_worst(made, budget, measure)
-    return made
+    return keep_the_worst(made, budget, measure) if automatic else made
 
 
 def convert(
@@ -124,7 +124,7 @@ def _require_all(made: Plan) -> None:
     left = [each for each in made.sites if each.target is not None and each.status in ("refused", "kept")]
     if left:
         reasons = "".join(f"\n  {each.site.name or '(root)'}: {each.told}" for each in left)
-        name = type(made.model).__name__
+        name = made.donor.name
         raise ConversionError(f"strict: {len(left)} sites of {name} would not be converted:{reasons}")
 
 
@@ -158,8 +158,8 @@ def revert(model: nn.Module) -> nn.Module:
             restore_module(module)
     forget_images(model)
     forget_loading(model)
-    model.__dict__.pop("attnrewrite_report", None)
-    model.__dict__.pop("attnrewrite_places", None)
+    for name in ATTRIBUTES:
+        model.__dict__.pop(name, None)
     return model
 
 
@@ -173,3 +173,50 @@ def report(model: nn.Module) -> ConversionReport:
     if not isinstance(found, ConversionReport):
         raise ArgumentError(f"model: {type(model).__name__} was not made by attnrewrite.convert")
     return found
+
+
+def record(model: nn.Module) -> Record:
+    """What ``convert`` did to ``model``, as data for ``replay``: ``to_json`` writes it, ``Record.from_json`` reads it.
+
+    Raises:
+        ArgumentError: it was not converted.
+    """
+    found = getattr(model, "attnrewrite_record", None)
+    if not isinstance(found, Record):
+        raise ArgumentError(f"model: {type(model).__name__} was not made by attnrewrite.convert")
+    return found
+
+
+def replay(
+    model: nn.Module,
+    record: Record,
+    example_inputs: Any | None = None,
+    *,
+    inplace: bool = False,
+    progress: bool = True,
+) -> nn.Module:
+    """Do to ``model`` what was done to another of its architecture. Nothing is searched, chosen or measured, but every
+    site is proved and checked again.
+
+    Weights are carried from ``model``; those of the converted model, which may have been trained or refitted, come with
+    its ``state_dict()``, which the result takes.
+
+    Args:
+        record: ``attnrewrite.record(converted)``, or ``attnrewrite.Record.from_json(text)``.
+        example_inputs: of the recorded shapes; by default an image of the recorded shape, if the model took one image.
+        inplace, progress: as for ``convert``.
+
+    Raises:
+        ArgumentError: no record, inputs of other shapes, or a target that is not known here.
+        CaptureError: the model cannot be exported.
+        ConversionError: a site is not what it was, or cannot become what it became. The model is left untouched.
+    """
+    if not isinstance(record, Record):
+        raise ArgumentError(
+            f"record: expected a Record, got {type(record).__name__}; read one with attnrewrite.Record.from_json"
+        )
+    with all_or_nothing(model):
+        if record.earlier is not None:
+            model = replay(model, record.earlier, example_inputs, inplace=inplace, progress=progress)
+            inplace = True  # what is now converted again is a copy already, unless it was asked for in place
+        return replanned(model, record, example_inputs, progress).apply(inplace)

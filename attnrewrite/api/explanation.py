@@ -189,13 +189,13 @@ def explain(model: nn.Module, example_inputs: Any | None = None) -> Explanation:
         ArgumentError: not a module, or example inputs that it does not take.
         CaptureError: the model cannot be exported.
     """
-    made, flow = lifted(model, example_inputs)
-    prove(made, made.sites, flow, progress=False)
+    found = lifted(model, example_inputs)
+    made = prove(found, range(len(found.sites)), progress=False)
     counted: dict[Any, Any] = {}
     targets = [kind() for name, kind in sorted(known_targets().items()) if name != "identity"]
 
     def options(site: Site) -> list[Option]:
-        return [_option(site, target, flow, counted) for target in targets if site.kind in target.kinds]
+        return [_option(site, target, made.flow, counted) for target in targets if site.kind in target.kinds]
 
     with Stream().drawn_from():
         return Explanation(made, [options(planned.site) for planned in made.sites])

@@ -51,15 +51,15 @@ def require_budget(automatic: bool, budget: Budget | None) -> None:
         raise ArgumentError('budget: goes with keep="auto" only')
 
 
-def keep_the_worst(plan: Plan, budget: Budget | None, data: Any | None) -> None:
-    """Take sites off ``plan``, those with the largest error alone first, until the converted model is in ``budget``.
+def keep_the_worst(plan: Plan, budget: Budget | None, data: Any | None) -> Plan:
+    """The plan without the sites that have the largest error alone, as many as it takes to hold ``budget``.
 
     The model is measured as converted, before any calibration, on ``data`` or the example input. Sites of one module go
     together.
     """
     limits = checked_budget(budget)
     if not plan.converting:
-        return
+        return plan
     images = images_for(plan, data)
     converted = plan.apply()
     alone = measure_sites(converted, plan.model, plan.places, images)
@@ -69,14 +69,16 @@ def keep_the_worst(plan: Plan, budget: Budget | None, data: Any | None) -> None:
         owner = next(
             (o for name in order for o in plan.programs if name in {site.name for site in o.sites}), plan.programs[0]
         )
-        gone = {id(site) for site in owner.sites}
-        for planned in plan.converting:
-            if id(planned.site) in gone:
-                error = alone[planned.site.name].logits if planned.site.name in alone else None
-                planned.keep(f'keep="auto": its conversion alone moves the outputs by {error_text(error)}')
-        plan.build()
+        moved = {id(site): alone[site.name].logits if site.name in alone else None for site in owner.sites}
+        plan = plan.keeping(
+            {
+                site: f'keep="auto": its conversion alone moves the outputs by {error_text(error)}'
+                for site, error in moved.items()
+            }
+        )
         if plan.converting:
             errors = measure_model(plan.apply(), plan.model, images)
+    return plan
 
 
 def _within(errors: ModelErrors, limits: dict[str, Any]) -> bool:

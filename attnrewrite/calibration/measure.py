@@ -81,7 +81,6 @@ def null_rewrite(plan: Plan) -> nn.Module | None:
             except NothingToDo:
                 return None
     sites = [site for owner in plan.programs for site in owner.sites]
-    assert plan.looks is not None, "a plan with programs has them"
     programs, failed = build_programs(sites, plan.looks, lambda site: conversions[id(site)])
     if failed:
         return None

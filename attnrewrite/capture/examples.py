@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,9 +44,13 @@ def example_inputs_for(model: nn.Module) -> Tensor:
             f"example_inputs: {type(model).__name__} does not say which image size it takes; "
             "pass example_inputs, e.g. torch.randn(1, 3, 224, 224)"
         )
+    return image_for(model, (1, *size))
+
+
+def image_for(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """Always the same random numbers of this ``shape``, on the model's device and in its dtype."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, *size, generator=generator)
+    image = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     return image.to(device=parameter.device, dtype=parameter.dtype)
 
 

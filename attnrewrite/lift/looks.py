@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Looks:
     ) -> None:
         self.first, self.size, self._other_batches, self._one_sided = first, ImageSize(), other_batches, one_sided
         named = [_by_name(found) for _, found in others]
-        counterparts = [[found.get(name) for found in named] for name in _names(sites)]
+        counterparts = [[found.get(name) for found in named] for name in numbered_names(sites)]
         flows = [first, *(flow for flow, _ in others)]
         images = [sides for sides in (image_sides(flow.capture) for flow in flows) if sides]
         self.sites = [
@@ -110,7 +110,7 @@ class Looks:
 
     def _look(self, flow: Dataflow, found: list[Site]) -> Look:
         look, named = Look(flow), _by_name(found)
-        for name, site in zip(_names(self.sites), self.sites, strict=True):
+        for name, site in zip(numbered_names(self.sites), self.sites, strict=True):
             other = named.get(name)
             reason = "the site is not seen there" if other is None else _otherwise(site, other, self.first, flow)
             if reason:
@@ -139,7 +139,18 @@ def _settled(site: Site, flow: Dataflow) -> Site:
     return replace(site, nodes=replace(site.nodes, result=result))
 
 
-def _names(sites: Iterable[Site]) -> list[tuple[str, str, int]]:
+class Named(Protocol):
+    """A site, or what is known of one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+def numbered_names(sites: Iterable[Named]) -> list[tuple[str, str, int]]:
+    """The module, the kind, and the number among those of one kind in one module."""
     counted: dict[tuple[str, str], int] = defaultdict(int)
     names = []
     for site in sites:
@@ -149,7 +160,7 @@ def _names(sites: Iterable[Site]) -> list[tuple[str, str, int]]:
 
 
 def _by_name(sites: list[Site]) -> dict[tuple[str, str, int], Site]:
-    return dict(zip(_names(sites), sites, strict=True))
+    return dict(zip(numbered_names(sites), sites, strict=True))
 
 
 def _with_maps(site: Site, others: list[Site | None], images: list[Sides], size: ImageSize) -> Site:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -20,20 +22,20 @@ from ..numerics.head_norm import scale_heads
 from .planned_site import PlannedSite
 
 
-def measure(planned: PlannedSite, flow: Dataflow, values: Values) -> None:
-    """The local error of the new modules on the example input, of which ``values`` are known, and the share of
+def measure(planned: PlannedSite, flow: Dataflow, values: Values) -> PlannedSite:
+    """With the local error of the new modules on the example input, of which ``values`` are known, and the share of
     attention that is lost; an exact conversion has none."""
     site, conversion = planned.site, planned.conversion
     assert conversion is not None
-    planned.keeps_prefix = conversion.keeps_function
     if conversion.exactness is Exactness.EXACT:
-        return
+        return planned
     if isinstance(site, AttentionSite):
         if isinstance(conversion, BetweenProjections) and isinstance(site.keys, Global | Reduced):
-            _measure_attention(planned, site, conversion.core.eval(), flow, values)
+            return _measure_attention(planned, site, conversion.core.eval(), flow, values)
     elif isinstance(conversion, WholeSite) and conversion.until is None:
         conversion.core.eval()
-        planned.measured["error"] = relative_error(conversion.run(values[site.source]), values[site.result])
+        return planned.measured_as(error=relative_error(conversion.run(values[site.source]), values[site.result]))
+    return planned
 
 
 def value_of(node: Node, flow: Dataflow, values: Values) -> Tensor:
@@ -44,10 +46,10 @@ def value_of(node: Node, flow: Dataflow, values: Values) -> Tensor:
 
 def _measure_attention(
     planned: PlannedSite, site: AttentionSite, core: AttentionCore, flow: Dataflow, values: Values
-) -> None:
+) -> PlannedSite:
     """On all queries, or on those that certification looks at, and the prefix tokens."""
     if core.operands is Operands.OWN_MAP_TOO:
-        return
+        return planned
     nodes = site.nodes
     operands = {node: value_of(node, flow, values) for node in operands_of(site)}
     parts = [operand_heads_last(operands[o.node], o, site) for o in (nodes.query, nodes.key, nodes.value)]
@@ -61,17 +63,18 @@ def _measure_attention(
     expected = operand_heads_last(captured_mixture(site, flow, operands, rows, exact), nodes.output, site)
     if core.operands is Operands.TOKENS:
         actual = core(parts[0], pixels=values[site.source])
-        planned.measured["error"] = relative_error(actual[:, places], expected)
-        return
+        return planned.measured_as(error=relative_error(actual[:, places], expected))
     bias = () if site.bias is None else (site.bias.values[None].to(parts[0].dtype),)
     actual = core(*parts, *bias)[:, places]
-    planned.measured["error"] = relative_error(actual, expected)
+    measured = planned.measured_as(error=relative_error(actual, expected))
     if prefix:
         moved = relative_error(actual[:, :prefix], expected[:, :prefix])
-        planned.keeps_prefix = moved <= TOLERANCE.get(expected.dtype, 8 * torch.finfo(expected.dtype).eps)
+        keeps = moved <= TOLERANCE.get(expected.dtype, 8 * torch.finfo(expected.dtype).eps)
+        measured = replace(measured, keeps_prefix=keeps)
     seen = core.seen(places)
-    if seen is not None:
-        planned.measured["dropped_mass"] = _dropped_mass(site, parts[0][:, places], parts[1], places, seen)
+    if seen is None:
+        return measured
+    return measured.measured_as(dropped_mass=_dropped_mass(site, parts[0][:, places], parts[1], places, seen))
 
 
 def _dropped_mass(site: AttentionSite, query: Tensor, key: Tensor, places: Tensor, seen: Tensor) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..certify import Certificate
@@ -11,11 +12,12 @@ from ..ir.contract import Conversion, Target
 from ..ir.sites import Site
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlannedSite:
     """One site and what becomes of it: ``status`` is convert, kept, refused or untouched, ``why`` says why.
 
-    ``keeps_prefix``: what prefix tokens attend to stays as it was, as far as the example input shows.
+    ``index`` counts the sites that the same target converts. ``keeps_prefix``: what prefix tokens attend to stays as it
+    was, as far as the example input shows.
     """
 
     site: Site
@@ -23,18 +25,26 @@ class PlannedSite:
     why: str = ""
     refusal: Refusal | None = None
     target: Target | None = None
+    index: int = 0
     conversion: Conversion | None = None
     certificate: Certificate | None = None
-    measured: dict[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
     keeps_prefix: bool = False
+
+    @property
+    def converting(self) -> bool:
+        return self.status == "convert"
 
     @property
     def told(self) -> str:
         """``why``, and for a refused site what to do: to leave it out by its name, where nothing else helps."""
         return self.why if self.refusal is None else self.refusal.told(self.site.name)
 
-    def refuse(self, reason: Refusal) -> None:
-        self.status, self.why, self.refusal = "refused", str(reason), reason
+    def refused(self, reason: Refusal) -> PlannedSite:
+        return replace(self, status="refused", why=str(reason), refusal=reason)
 
-    def keep(self, reason: str) -> None:
-        self.status, self.why, self.refusal = "kept", reason, None
+    def kept(self, reason: str) -> PlannedSite:
+        return replace(self, status="kept", why=reason, refusal=None)
+
+    def measured_as(self, **figures: Any) -> PlannedSite:
+        return replace(self, measured={**self.measured, **figures})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..graph.values import shape_of
 from ..ir.contract import BetweenProjections, Conversion
 from ..ir.core import AttentionCore, Operands
 from ..ir.sites import AttentionSite, MapGroups
+from .plan import Plan
 from .planned_site import PlannedSite
 
 
@@ -46,13 +47,16 @@ def macs_after(site: AttentionSite, conversion: Conversion) -> int | None:
     return counter.get_total_flops() // 2
 
 
-def count_products(sites: Iterable[PlannedSite]) -> None:
-    """Note of every site what its new core costs beside the old products."""
-    for planned in sites:
-        if isinstance(planned.site, AttentionSite) and planned.conversion is not None:
-            after = macs_after(planned.site, planned.conversion)
-            if after is not None:
-                planned.measured["macs"] = (macs_before(planned.site), after)
+def count_products(plan: Plan) -> Plan:
+    """Note of every site that is converted what its new core costs beside the old products."""
+    return replace(plan, sites=tuple(_counted(each) if each.converting else each for each in plan.sites))
+
+
+def _counted(planned: PlannedSite) -> PlannedSite:
+    if not isinstance(planned.site, AttentionSite) or planned.conversion is None:
+        return planned
+    after = macs_after(planned.site, planned.conversion)
+    return planned if after is None else planned.measured_as(macs=(macs_before(planned.site), after))
 
 
 def _operands(site: AttentionSite, core: AttentionCore) -> list[Tensor | None]:

@@ -1,46 +1,33 @@
-"""Make a plan: capture, lift, choose, certify, classify, build, check, measure. The model is not changed."""
+"""The stages of a plan, each a function from a plan to the next: look around, choose, prove. Others are the plan's own
+``build`` and ``limit``, ``checks`` and ``count_products``. The model is not changed."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from ..capture import (
-    Capture,
-    ModuleCall,
-    NodeRef,
-    capture,
-    image_sides,
-    one_sided_looks,
-    other_looks,
-    same_size_looks,
-    training_look,
-)
+from ..capture import Capture, capture, one_sided_looks, other_looks, same_size_looks
 from ..capture.ambient import plain_modes
-from ..certify import Certificate, certify_running, collect_values
+from ..certify import Certificate, certify_running
 from ..cores.exactness import hold_exact
 from ..errors import UNFORESEEN, ArgumentError, ConversionError, NothingToDo, Refusal
 from ..graph.dataflow import Dataflow
-from ..graph.restating import restate
 from ..graph.values import Values
 from ..ir.contract import Conversion, Exactness, Target, exactness_of
 from ..ir.sites import AttentionSite, Refused, Site
 from ..lift.looks import Looks, Seen
 from ..numerics.draws import Stream
-from ..rewrite.check import misbehaviour, misbehaviour_in_model
-from ..rewrite.owners import OwnerProgram, build_program
-from ..rewrite.structure import structure_of
-from ..rewrite.training import same_place, steps_of_training
+from .checks import check_behaviour, check_training
+from .donor import Donor, nodes_of
 from .measurement import measure, value_of
-from .plan import Plan, matching
+from .plan import Plan, Wish, matching
 from .planned_site import PlannedSite
 from .product_cost import count_products
 from .registry import recognise_all, target_of
@@ -51,74 +38,67 @@ Selector = str | Iterable[str] | Callable[[Site], bool]
 To = str | Target | Mapping[str, str | Target]
 """A target by its name, a target object, or a mapping from globs of sites' names to either."""
 
+Settle = Callable[[PlannedSite, Values], PlannedSite]
+"""What is made of a certified site, while the values that it was certified on are there."""
+
 
 def planned(
     model: nn.Module, example_inputs: Any | None, to: To, options: dict[str, Any], *, sites: Selector | None,
     keep: Selector | None, fidelity: str, max_rewrites: int | None, progress: bool,
 ) -> Plan:  # fmt: skip
     """Decide, certify and measure a conversion without changing the model; arguments and errors as for ``convert``."""
-    least, targets = exactness_of(fidelity, "fidelity"), _targets(to, options)
-    made, flow = lifted(model, example_inputs)
-    _look_around(made)
-    _choose(made, targets, sites, keep)
-    chosen = [each for each in made.sites if each.target is not None]
-    indices: Counter[int] = Counter()
-    new_weights = Stream()
+    wish = _wish(to, fidelity, options)
+    plan = choose(look_around(lifted(model, example_inputs)), wish, sites, keep)
+    flow, indices, new_weights = plan.flow, _Indices(), Stream()
 
-    def settle(planned: PlannedSite, values: Values) -> None:
-        """While its values are there: they are memory that is not held for every site at once."""
+    def settle(site: PlannedSite, values: Values) -> PlannedSite:
         with new_weights.drawn_from():
-            _classify(planned, least, flow, indices)
-            if planned.status == "convert":
-                _fit(planned, flow, values)
-                measure(planned, flow, values)
+            site = indices.classify(site, wish.fidelity, flow)
+            return measure(fit(site, flow, values), flow, values) if site.converting else site
 
-    prove(made, chosen, flow, progress, settle)
-    made.build()
-    if max_rewrites is not None:
-        made.limit(max_rewrites)
-    _check_training(made)
-    _check_behaviour(made, flow)
-    count_products(made.converting)
-    made.values = {node: made.values[node] for node in _references(made.capture.root.output)}  # the rest is memory
-    return made
+    plan = prove(plan, targeted(plan), progress, settle).build()
+    return checked(plan if max_rewrites is None else plan.limit(max_rewrites))
 
 
-def decided(made: Plan, to: Any, fidelity: str, options: dict[str, Any]) -> Plan:
-    """What ``plan`` would convert of what was lifted, where nothing is certified, rewritten or run.
+def checked(plan: Plan) -> Plan:
+    """The plan without what is another function once it is rewritten, and without the values that this was seen on."""
+    plan = count_products(check_behaviour(check_training(plan)))
+    return replace(plan, values={node: plan.values[node] for node in plan.donor.output_nodes})  # the rest is memory
 
-    ``made`` is only read. Arguments and errors as for ``convert``.
-    """
-    least, targets = exactness_of(fidelity, "fidelity"), _targets(to, options)
-    chosen = Plan(made.model, made.flow, [PlannedSite(planned.site) for planned in made.sites], made.refused)
-    _choose(chosen, targets, None, None)
-    indices: Counter[int] = Counter()
+
+def decided(plan: Plan, to: Any, fidelity: str, options: dict[str, Any]) -> Plan:
+    """What ``planned`` would convert of what was lifted, where nothing is certified, rewritten or run. Arguments and
+    errors as for ``convert``."""
+    wish = _wish(to, fidelity, options)
+    untouched = replace(plan, sites=tuple(PlannedSite(each.site) for each in plan.sites))
+    chosen, indices = choose(untouched, wish, None, None), _Indices()
     with Stream().drawn_from():
-        for planned in chosen.sites:
-            if planned.target is not None:
-                _classify(planned, least, made.flow, indices)
-    return chosen
+        return replace(
+            chosen,
+            sites=tuple(
+                indices.classify(each, wish.fidelity, plan.flow) if each.target is not None else each
+                for each in chosen.sites
+            ),
+        )
 
 
 @plain_modes()
-def lifted(model: nn.Module, example_inputs: Any | None) -> tuple[Plan, Dataflow]:
+def lifted(model: nn.Module, example_inputs: Any | None) -> Plan:
     """Everything recognised in ``model``, with nothing decided yet."""
     flow = Dataflow(capture(model, example_inputs))
     found = recognise_all(flow)
-    sites = [PlannedSite(site) for site in _sites(found)]
-    return Plan(model, flow, sites, [site for site in found if isinstance(site, Refused)]), flow
+    refused = tuple(site for site in found if isinstance(site, Refused))
+    return Plan(Donor.of(model, flow), tuple(map(PlannedSite, _sites(found))), refused)
 
 
 def _sites(found: list[Site | Refused]) -> list[Site]:
     return [site for site in found if not isinstance(site, Refused)]
 
 
-def _look_around(made: Plan) -> None:
+def look_around(plan: Plan) -> Plan:
     """Look at the model at other sizes; its sites are then what all looks say of them."""
 
-    def seen(look: Capture | None) -> Seen | None:
-        if look is None:
-            return None
+    def seen(look: Capture) -> Seen | None:
         try:
             flow = Dataflow(look)
             return flow, _sites(recognise_all(flow))
@@ -128,64 +108,68 @@ def _look_around(made: Plan) -> None:
     def all_seen(looks: list[Capture]) -> list[Seen]:
         return [found for look in looks if (found := seen(look)) is not None]
 
-    made.looks = Looks(
-        made.flow,
-        [planned.site for planned in made.sites],
-        all_seen(other_looks(made.capture)) if made.sites else [],
-        lambda: all_seen(same_size_looks(made.capture)),
-        lambda: all_seen(one_sided_looks(made.capture)),
+    looks = Looks(
+        plan.flow,
+        [each.site for each in plan.sites],
+        all_seen(other_looks(plan.capture)) if plan.sites else [],
+        lambda: all_seen(same_size_looks(plan.capture)),
+        lambda: all_seen(one_sided_looks(plan.capture)),
     )
-    if made.sites and not made.looks.others:
-        _ = made.looks.other_batches  # wanted for every module then, and no values take memory yet
-    for planned, site in zip(made.sites, made.looks.sites, strict=True):
-        planned.site = site
+    if plan.sites and not looks.others:
+        _ = looks.other_batches  # wanted for every module then, and no values take memory yet
+    sites = tuple(replace(each, site=site) for each, site in zip(plan.sites, looks.sites, strict=True))
+    return replace(plan, donor=replace(plan.donor, looks=looks), sites=sites)
 
 
-def _targets(to: Any, options: dict[str, Any]) -> dict[str, Target]:
+def _wish(to: Any, fidelity: str, options: dict[str, Any]) -> Wish:
     """Targets by site glob; first match wins."""
+    least = exactness_of(fidelity, "fidelity")
     if not isinstance(to, Mapping):
-        return {"*": target_of(to, options)}
+        return Wish({"*": target_of(to, options)}, least)
     if options:
         raise ArgumentError(f"to: options {sorted(options)} belong into the mapping's target objects")
     if not to:
         raise ArgumentError("to: the mapping is empty; give at least one site glob and its target")
-    return {glob: target_of(target) for glob, target in to.items()}
+    return Wish({glob: target_of(target) for glob, target in to.items()}, least)
 
 
-def _choose(made: Plan, targets: dict[str, Target], sites: Selector | None, keep: Selector | None) -> None:
-    if not made.sites:
-        reasons = "".join(f"\n  {r.name or '(root)'}: {r.reason}" for r in made.refused)
+def choose(plan: Plan, wish: Wish, sites: Selector | None, keep: Selector | None) -> Plan:
+    """Give every site that is wanted its target."""
+    _require_sites(plan, wish)
+    wanted, kept = _selector(sites, plan, "sites"), _selector(keep, plan, "keep")
+    for glob in wish.targets:
+        if glob != "*":
+            matching(glob, plan.sites, "to")
+
+    def chosen(planned: PlannedSite) -> PlannedSite:
+        target = next((t for glob, t in wish.targets.items() if fnmatchcase(planned.site.name, glob)), None)
+        if target is None or planned.site.kind not in target.kinds:
+            return planned
+        if sites is not None and not wanted(planned.site):
+            return planned.kept("not in sites")
+        if keep is not None and kept(planned.site):
+            return planned.kept("keep")
+        return replace(planned, target=target)
+
+    return replace(plan, wish=wish, sites=tuple(map(chosen, plan.sites)))
+
+
+def _require_sites(plan: Plan, wish: Wish) -> None:
+    reasons = "".join(f"\n  {r.name or '(root)'}: {r.reason}" for r in plan.refused)
+    if not plan.sites:
         raise ConversionError(
-            f"no attention, MLP or stem was recognised in {type(made.model).__name__}"
+            f"no attention, MLP or stem was recognised in {plan.donor.name}"
             + (f"; what came near:{reasons}" if reasons else "; is it a vision transformer?")
         )
-    if not any(isinstance(planned.site, AttentionSite) for planned in made.sites) and not _covers_kind(made, targets):
-        reasons = (
-            "".join(f"\n  {r.name or '(root)'}: {r.reason}" for r in made.refused) or " it has no softmax attention"
+    kinds = {kind for target in wish.targets.values() for kind in target.kinds}
+    attention = any(isinstance(planned.site, AttentionSite) for planned in plan.sites)
+    if not attention and not any(planned.site.kind in kinds for planned in plan.sites):
+        raise ConversionError(
+            f"no attention was found in {plan.donor.name}:{reasons or ' it has no softmax attention'}"
         )
-        raise ConversionError(f"no attention was found in {type(made.model).__name__}:{reasons}")
-    wanted, kept = _selector(sites, made, "sites"), _selector(keep, made, "keep")
-    for glob in targets:
-        if glob != "*":
-            matching(glob, made.sites, "to")
-    for planned in made.sites:
-        target = next((t for glob, t in targets.items() if fnmatchcase(planned.site.name, glob)), None)
-        if target is None or planned.site.kind not in target.kinds:
-            continue
-        if sites is not None and not wanted(planned.site):
-            planned.keep("not in sites")
-        elif keep is not None and kept(planned.site):
-            planned.keep("keep")
-        else:
-            planned.target = target
 
 
-def _covers_kind(made: Plan, targets: dict[str, Target]) -> bool:
-    kinds = {kind for target in targets.values() for kind in target.kinds}
-    return any(planned.site.kind in kinds for planned in made.sites)
-
-
-def _selector(selector: Selector | None, made: Plan, argument: str) -> Callable[[Site], bool]:
+def _selector(selector: Selector | None, plan: Plan, argument: str) -> Callable[[Site], bool]:
     if selector is None:
         return lambda site: False
     if selector == "auto":
@@ -197,71 +181,87 @@ def _selector(selector: Selector | None, made: Plan, argument: str) -> Callable[
     )
     if not all(isinstance(glob, str) for glob in globs):
         raise ArgumentError(f"{argument}: expected a glob, several globs, or a function of a site, got {selector!r}")
-    names = {id(p.site) for glob in globs for p in matching(glob, made.sites, argument)}
+    names = {id(p.site) for glob in globs for p in matching(glob, plan.sites, argument)}
     return lambda site: id(site) in names
 
 
-def prove(
-    made: Plan,
-    chosen: list[PlannedSite],
-    flow: Dataflow,
-    progress: bool,
-    settle: Callable[[PlannedSite, Values], None] = lambda planned, values: None,
-) -> None:
-    """Certify the chosen sites during one run of the captured graph; sites that fail are refused, those that do not are
-    settled on the values that they were certified on.
+def targeted(plan: Plan) -> list[int]:
+    """The places of the sites that something is asked of."""
+    return [place for place, each in enumerate(plan.sites) if each.target is not None]
 
-    The model's outputs stay in ``made.values``, and what is given to the first module of every kind that is changed.
+
+def prove(
+    plan: Plan, places: Sequence[int], progress: bool, settle: Settle = lambda planned, values: planned
+) -> Plan:
+    """Certify the sites at these ``places`` during one run of the captured graph; those that fail are refused, those
+    that do not are settled.
+
+    The model's outputs stay in the plan's values, and what is given to the first module of every kind that is changed.
     """
-    firsts = {(type(each.site.owner.module), each.site.describe()): each.site.owner for each in reversed(chosen)}
-    kept = {node for owner in firsts.values() for node in _arguments(owner)} | _references(made.capture.root.output)
+    sites = list(plan.sites)
+    chosen = [sites[place].site for place in places]
+    firsts = {(type(site.owner.module), site.describe()): site.owner for site in reversed(chosen)}
+    kept = {*plan.donor.output_nodes, *(node for owner in firsts.values() for node in nodes_of(owner.arguments))}
     with torch.no_grad(), tqdm(total=len(chosen), desc="certify", disable=not progress or None, leave=False) as bar:
 
-        def certified(place: int, certificate: Certificate, values: Values) -> None:
-            planned = chosen[place]
-            planned.certificate = certificate
+        def certified(number: int, certificate: Certificate, values: Values) -> None:
+            proved = replace(sites[places[number]], certificate=certificate)
             if certificate.passed:
-                settle(planned, values)
+                proved = settle(proved, values)
             else:
-                planned.refuse(Refusal(f"{certificate}: its lifted form does not reproduce the model"))
+                proved = proved.refused(Refusal(f"{certificate}: its lifted form does not reproduce the model"))
+            sites[places[number]] = proved
             bar.update()
 
-        made.values = certify_running([planned.site for planned in chosen], flow, kept, certified)
+        values = certify_running(chosen, plan.flow, kept, certified)
+    return replace(plan, sites=tuple(sites), values=values)
 
 
-def _classify(planned: PlannedSite, least: Exactness, flow: Dataflow, indices: Counter[int]) -> None:
-    """Ask the target for the conversion of a site; ``indices`` counts those that it gave, by its identity."""
-    assert planned.target is not None
+class _Indices:
+    """Counts the conversions that every target gave."""
+
+    def __init__(self) -> None:
+        self._given: Counter[int] = Counter()
+
+    def classify(self, planned: PlannedSite, least: Exactness, flow: Dataflow) -> PlannedSite:
+        """As ``classify``, of the next site of its target."""
+        target = id(planned.target)
+        classified = classify(replace(planned, index=self._given[target]), least, flow)
+        self._given[target] += classified.converting
+        return classified
+
+
+def classify(planned: PlannedSite, least: Exactness, flow: Dataflow) -> PlannedSite:
+    """Ask the target for the conversion of a site, at its index."""
+    target, site = planned.target, planned.site
+    assert target is not None
     try:
-        conversion = planned.target.convert(planned.site, indices[id(planned.target)], flow.weights)
+        conversion = target.convert(site, planned.index, flow.weights)
     except NothingToDo as reason:
-        planned.why = str(reason)
-        return
+        return replace(planned, why=str(reason))
     except Refusal as reason:
-        planned.refuse(reason)
-        return
+        return planned.refused(reason)
     if not isinstance(conversion, Conversion):
-        raise ArgumentError(f"to: target {planned.target} gave {conversion!r}; its convert has to return a Conversion")
+        raise ArgumentError(f"to: target {target} gave {conversion!r}; its convert has to return a Conversion")
     if conversion.exactness < least:
-        planned.keep(f"{conversion.exactness.name} is below fidelity={least.name.lower()!r}: {conversion.why}")
-        return
-    _match(conversion, planned.site)
+        return planned.kept(f"{conversion.exactness.name} is below fidelity={least.name.lower()!r}: {conversion.why}")
+    _match(conversion, site)
     if least is Exactness.EXACT:
         for core in conversion.modules:
             hold_exact(core)
-    planned.status, planned.conversion = "convert", conversion
-    indices[id(planned.target)] += 1
+    return replace(planned, status="convert", conversion=conversion, keeps_prefix=conversion.keeps_function)
 
 
-def _fit(planned: PlannedSite, flow: Dataflow, values: Values) -> None:
+def fit(planned: PlannedSite, flow: Dataflow, values: Values) -> PlannedSite:
     """Let the target refit on the example input what only data tell."""
     assert planned.target is not None
     assert planned.conversion is not None
     conversion, site = planned.conversion, planned.site
     fitted = planned.target.fit(conversion, site, flow.weights, lambda node: value_of(node, flow, values))
-    if fitted is not conversion:
-        _match(fitted, site)
-        planned.conversion = fitted
+    if fitted is conversion:
+        return planned
+    _match(fitted, site)
+    return replace(planned, conversion=fitted)
 
 
 def _match(conversion: Conversion, site: Site) -> None:
@@ -269,86 +269,3 @@ def _match(conversion: Conversion, site: Site) -> None:
     value = (site.nodes.output.node if isinstance(site, AttentionSite) else site.result).meta["val"]
     for core in conversion.modules:
         core.to(device=value.device, dtype=value.dtype)
-
-
-def _check_training(made: Plan) -> None:
-    """Refuse what is another function in training mode, or is given what is no map there: at the captured size, and at
-    another, where a branch of training may come to another end."""
-    reasons: dict[int, str] = {}
-    looks = [] if made.looks is None else made.looks.others[:1]
-    for look in (made.capture, *(each.flow.capture for each in looks)) if made.programs else ():
-        training = training_look(look)
-        if training is not None:
-            restate(training)
-        for owner in made.programs:
-            call = owner.call if look is made.capture else same_place(owner.call, made.capture, look)
-            if call is not None and not (look is not made.capture and owner.fixed_to):  # elsewhere that one raises
-                reason = steps_of_training(owner, call, look, training)
-                reasons |= {id(site): reason for site in owner.sites if reason}
-    for planned in made.converting:
-        if id(planned.site) in reasons:
-            planned.refuse(Refusal(reasons[id(planned.site)]))
-    if reasons:
-        made.build()
-
-
-def _check_behaviour(made: Plan, flow: Dataflow) -> None:
-    """Run one rewritten module of every structure beside its donor; an inexact one with cores that change nothing.
-    Those that do not run alone, such as a block whose parent tells it the sides of its map, run inside the model."""
-    planned = {id(p.site): p for p in made.converting}
-    sides = image_sides(made.capture)
-    if made.looks is not None and sides is not None:
-        made.looks.size.note(sides)  # modules run alone, as on the captured image
-    structures = {owner.path: structure_of(owner) for owner in made.programs}
-    firsts = {structures[owner.path]: owner for owner in reversed(made.programs)}
-    unseen = {node for owner in firsts.values() for node in _arguments(owner.call)} - made.values.keys()
-    if unseen:  # of modules around those that were certified
-        made.values |= collect_values(flow, unseen)
-    inputs = {node: made.capture.tensors[node] for node in made.capture.inputs}
-    given = (made.capture.root, made.values | inputs, flow.constants, made.capture.batch)
-    verdicts: dict[Hashable, str | None] = {}
-    unrun: list[tuple[OwnerProgram, OwnerProgram]] = []
-    for owner in made.programs:
-        structure, owned = structures[owner.path], [planned[id(site)] for site in owner.sites]
-        kept = all(p.conversion and p.conversion.keeps_function for p in owned)
-        twin: OwnerProgram | None = None
-        if structure not in verdicts or verdicts[structure] is None:
-            twin = owner if kept else _with_own_function(owner, made)
-        if structure not in verdicts:
-            verdicts[structure], keeps = misbehaviour(twin, *given) if twin else ("", [])
-            alike = [path for path, other in structures.items() if keeps and other == structure]
-            made.keeps |= dict.fromkeys(alike, keeps)
-        if verdicts[structure] is None and twin is not None:
-            unrun.append((owner, twin))
-        for each in owned if verdicts[structure] else ():
-            each.refuse(Refusal(str(verdicts[structure])))
-    reason = ""
-    if unrun:
-        twins = [twin for _, twin in unrun]
-        reason = misbehaviour_in_model(twins, made.model, made.capture.example, made.capture.batch)
-    for owner, _ in unrun if reason else ():
-        for site in owner.sites:
-            planned[id(site)].refuse(Refusal(f"rewritten, the model differs from the original ({reason})"))
-    if made.looks is not None:
-        made.looks.size.forget()
-    if reason or any(verdicts.values()):
-        made.build()
-
-
-def _with_own_function(owner: OwnerProgram, made: Plan) -> OwnerProgram | None:
-    """The same module rewritten at the same sites, with cores that keep its function."""
-    exact = target_of("identity")
-    try:
-        conversions = {id(site): exact.convert(site, 0, made.flow.weights) for site in owner.sites}
-    except NothingToDo:
-        return None
-    assert made.looks is not None
-    return build_program(owner.call, owner.sites, made.looks, lambda site: conversions[id(site)])[0]
-
-
-def _arguments(call: ModuleCall) -> set[Node]:
-    return _references(call.arguments)
-
-
-def _references(tree: Any) -> set[Node]:
-    return {leaf.node for leaf in tree_leaves(tree) if isinstance(leaf, NodeRef) and leaf.node is not None}

@@ -27,7 +27,8 @@ class Lifted:
     """A model's sites with what their certification needs."""
 
     def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
-        plan, self.flow = lifted(model.eval(), example)
+        plan = lifted(model.eval(), example)
+        self.flow = plan.flow
         self.sites: list[Site] = [planned.site for planned in plan.sites]
         self.values = collect_values(self.flow, wanted_nodes(self.sites))
 

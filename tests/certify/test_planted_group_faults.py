@@ -22,7 +22,8 @@ from attnrewrite.planning.stages import lifted
 def sites_of(name: str) -> tuple[list[AttentionSite], Dataflow, Values]:
     queries = name in ("cait", "two queries")
     model, batch = (query_donor(name), query_images(name)) if queries else (donor(name), images(name))
-    plan, flow = lifted(model, batch)
+    plan = lifted(model, batch)
+    flow = plan.flow
     sites = [planned.site for planned in plan.sites]
     wanted = collect_values(flow, wanted_nodes(sites))
     return [site for site in sites if isinstance(site, AttentionSite)], flow, wanted

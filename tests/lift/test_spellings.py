@@ -105,7 +105,7 @@ def spellings() -> list[tuple[str, str, str, str]]:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_roles_are_the_same_in_every_spelling(packing: str, product: str, scale: str, extra: str, batch: int) -> None:
     model = Spelled(packing, product, scale, extra).eval()
-    plan, _ = lifted(model, torch.randn(batch, 7, WIDTH))
+    plan = lifted(model, torch.randn(batch, 7, WIDTH))
     assert [planned.site.kind for planned in plan.sites] == ["attention"], plan
     site = plan.sites[0].site
     assert isinstance(site, AttentionSite)
@@ -142,7 +142,7 @@ class Talking(Spelled):
 
 
 def test_mixed_heads_are_refused_with_the_operator_named() -> None:
-    plan, _ = lifted(Talking().eval(), torch.randn(2, 7, WIDTH))
+    plan = lifted(Talking().eval(), torch.randn(2, 7, WIDTH))
     assert not plan.sites
     assert "linear" in plan.refused[0].reason
     with pytest.raises(attnrewrite.AttnRewriteError, match="linear"):

@@ -87,8 +87,9 @@ def test_a_plan_states_each_kind_once(vit, batch):
 
 
 def test_drop_leaves_a_site_alone(vit, batch):
-    plan = attnrewrite.plan(vit, "identity", batch)
-    assert plan.drop("blocks.1.*") is plan
+    whole = attnrewrite.plan(vit, "identity", batch)
+    plan = whole.drop("blocks.1.*")
+    assert set(fates(whole).values()) == {"convert"}
     assert fates(plan)["blocks.1.attn"] == fates(plan)["blocks.1.mlp"] == "kept"
     converted = plan.apply()
     assert not any(name.startswith("blocks.1") for name in rewritten_names(converted))

@@ -41,7 +41,7 @@ SPELLINGS = list(itertools.product(PACKINGS, PRODUCTS))
 
 def attention_of(model, example):
     """The one attention site of a model."""
-    plan, _ = lifted(model, example)
+    plan = lifted(model, example)
     (site,) = [planned.site for planned in plan.sites if isinstance(planned.site, AttentionSite)]
     return site
 
@@ -50,7 +50,7 @@ UNPROJECTED = "query, key and value do not come from linear maps; project tokens
 
 
 def reasons(model, example):
-    return [refused.reason for refused in lifted(model, example)[0].refused]
+    return [refused.reason for refused in lifted(model, example).refused]
 
 
 def replaced(report):
@@ -247,7 +247,8 @@ FAULTS = {
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_a_corrupted_reading_is_not_certified(fault):
     mixer, corrupt = FAULTS[fault]
-    plan, flow = lifted(map_model(mixer()), map_images(1, (24, 36)))
+    plan = lifted(map_model(mixer()), map_images(1, (24, 36)))
+    flow = plan.flow
     site = next(planned.site for planned in plan.sites if isinstance(planned.site, AttentionSite))
     values = collect_values(flow, wanted_nodes([site]))
     with torch.no_grad():

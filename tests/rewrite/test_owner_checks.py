@@ -13,7 +13,7 @@ import attnrewrite
 from attnrewrite.errors import ConversionError
 from attnrewrite.ir.contract import BetweenProjections, Exactness, Target
 from attnrewrite.ir.core import AttentionCore
-from attnrewrite.planning import stages
+from attnrewrite.planning import checks
 
 HEAD_DIM = 8
 
@@ -69,8 +69,8 @@ def test_a_small_digit_of_a_scale_tells_two_modules_apart(
 ) -> None:
     right = 1 / math.sqrt(HEAD_DIM)
     checked: list[str] = []
-    run = stages.misbehaviour
-    monkeypatch.setattr(stages, "misbehaviour", lambda owner, *given: checked.append(owner.path) or run(owner, *given))
+    run = checks.misbehaviour
+    monkeypatch.setattr(checks, "misbehaviour", lambda owner, *given: checked.append(owner.path) or run(owner, *given))
     attnrewrite.plan(model, ByNumber((right, right * (1 + 1e-6), right), (1.0, 1.0, 1.0)), batch)
     assert checked == ["blocks.0.attn", "blocks.1.attn"]
 

@@ -51,7 +51,8 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 
 
 def read_of(model: nn.Module, batch: Tensor) -> list[str]:
-    made, flow = lifted(model, batch)
+    made = lifted(model, batch)
+    flow = made.flow
     sites = [planned.site for planned in made.sites]
     return [read for site, read in zip(sites, read_tokens(flow, sites), strict=True) if site.kind == "attention"]
 

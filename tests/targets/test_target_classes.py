@@ -85,7 +85,8 @@ CELLS: list[tuple[tuple[str, ...], str, dict[str, Any], list[str]]] = [
 
 @cache
 def sites_of(name: str) -> tuple[list[AttentionSite], Any]:
-    made, flow = lifted(donor(name), images(name))
+    made = lifted(donor(name), images(name))
+    flow = made.flow
     return [planned.site for planned in made.sites if isinstance(planned.site, AttentionSite)], flow.weights
 
 

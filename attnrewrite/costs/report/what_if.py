@@ -14,7 +14,7 @@ from sympy import Integer
 
 from ...errors import ConversionError
 from ...ir.sites import AttentionSite
-from ...planning.plan import PlannedSite
+from ...planning.planned_site import PlannedSite
 from ...planning.product_cost import macs_after, macs_before
 from ...planning.stages import To, decided
 from ...reports.names import folded_name, numberless
@@ -31,7 +31,7 @@ def converted_cost(costs: ModelCosts, to: To, options: dict[str, Any], fidelity:
     Raises:
         ArgumentError, CaptureError, ConversionError: as ``convert`` does.
     """
-    made = costs.formula.lifted or lifted_without_hooks(costs.model, costs.example)[0]
+    made = costs.formula.lifted or lifted_without_hooks(costs.model, costs.example)
     plan = decided(made, to, fidelity, options)
     if not plan.converting:
         raise ConversionError(f"nothing to convert in {costs.name}:\n{plan}")

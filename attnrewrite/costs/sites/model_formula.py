@@ -109,19 +109,19 @@ def derive(model: nn.Module, example: Inputs, tracer: SizeTracer) -> ModelFormul
         note = "no image among the inputs: the cost is a number, of this batch"
         return ModelFormula([], rest_once=Integer(count), assumptions=[note])
     try:
-        plan, flow = lifted_without_hooks(model, example)
+        plan = lifted_without_hooks(model, example)
     except (CaptureError, ArgumentError) as cause:
         found = ModelFormula([])
         found.assumptions.append(f"no sites, the model could not be captured: {first_line(cause)}")
         _complete(found, tracer)
         return found
-    found = _read(flow, [planned.site for planned in plan.sites], tracer)
+    found = _read(plan.flow, [planned.site for planned in plan.sites], tracer)
     found.lifted = plan
     found.refused = [f"{refused.name or '(root)'}: {refused.reason}" for refused in plan.refused]
     return found
 
 
-def lifted_without_hooks(model: nn.Module, example: Inputs) -> tuple[Plan, Dataflow]:
+def lifted_without_hooks(model: nn.Module, example: Inputs) -> Plan:
     """As ``planning.lifted``; like the count, it never runs a hook, and what a hook computes has no cost here.
 
     Raises:
