@@ -81,7 +81,7 @@ def null_rewrite(plan: Plan) -> nn.Module | None:
             except NothingToDo:
                 return None
     sites = [site for owner in plan.programs for site in owner.sites]
-    programs, failed = build_programs(sites, plan.looks, lambda site: conversions[id(site)])
+    programs, failed = build_programs(plan.capture, sites, plan.looks, lambda site: conversions[id(site)])
     if failed:
         return None
     model = copy.deepcopy(plan.model)

@@ -1,6 +1,6 @@
 """Capture: a model in, its ATen graph and the boundary of every module call out."""
 
-from .dropout import training_dropout
+from .captured_graph import CapturedGraph
 from .examples import Inputs, example_inputs_for, normalise_inputs
 from .exported import Capture, capture, capture_call
 from .in_place import IN_PLACE
@@ -8,7 +8,7 @@ from .looks import image_sides, is_image, one_sided_looks, other_looks, same_siz
 from .module_call import ModuleCall, NodeRef
 
 __all__ = [
-    "IN_PLACE", "Capture", "Inputs", "ModuleCall", "NodeRef", "capture", "capture_call", "example_inputs_for",
-    "image_sides", "is_image", "normalise_inputs", "one_sided_looks", "other_looks", "same_size_looks",
-    "training_dropout", "training_look",
+    "IN_PLACE", "Capture", "CapturedGraph", "Inputs", "ModuleCall", "NodeRef", "capture", "capture_call",
+    "example_inputs_for", "image_sides", "is_image", "normalise_inputs", "one_sided_looks", "other_looks",
+    "same_size_looks", "training_look",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .autocast_regions import Interval, idle_regions
-from .module_call import ModuleCall, NodeRef
+from .module_call import ModuleCall, NodeRef, class_name
 from .sizes import plain
 
 _MARK = "attnrewrite_position"
@@ -56,7 +56,8 @@ class BoundaryRecorder:
         def hook(_traced_as: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             arguments = bind_arguments(module, args, kwargs)
             parent = self._open[-1] if self._open else None
-            call = ModuleCall(path, module, trace_length(), tree_map(_traced, arguments), parent=parent)
+            kind = class_name(type(module))
+            call = ModuleCall(path, kind, trace_length(), tree_map(_traced, arguments), parent=parent)
             call.sizes = [getattr(leaf, "term", None) for leaf in tree_leaves(arguments)]
             if parent is None:
                 self.root, self._open = call, []

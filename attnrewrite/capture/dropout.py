@@ -16,14 +16,15 @@ from .module_call import ModuleCall, NodeRef
 from .replica import replica
 
 
-def training_dropout(call: ModuleCall, scale: float) -> float:
-    """The largest rate on attention weights that the module uses in training; 0 if it does not run on its own.
+def training_dropout(module: nn.Module, call: ModuleCall, scale: float) -> float:
+    """The largest rate on attention weights that ``module`` uses in training; 0 if it does not run on its own, as it
+    was called.
 
     ``scale`` is that of its dot products: a number that the module holds and that is no rate.
     """
-    if not _may_drop(call.module, scale):
+    if not _may_drop(module, scale):
         return 0.0
-    module = replica(call.module, training=True, own_buffers=True)
+    module = replica(module, training=True, own_buffers=True)
     with FakeTensorMode(allow_non_fake_inputs=True), _RateRecorder() as recorder, torch.no_grad():
         arguments = tree_map(_stand_in, call.arguments)
         bound = inspect.BoundArguments(inspect.signature(module.forward), OrderedDict(arguments))

@@ -11,71 +11,41 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 from torch.export.graph_signature import InputKind
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError, CaptureError, first_line
 from ..numerics.draws import same_draws
-from .autocast_regions import Interval
 from .boundaries import BoundaryRecorder, final_node, positions
+from .captured_graph import CapturedGraph
+from .dropout import training_dropout
 from .examples import Inputs, normalise_inputs
 from .in_place import restate_in_place
 from .keywords import names_read
 from .module_call import ModuleCall
 from .replica import replica
-from .sizes import SizeRecord, SizeTracker
+from .sizes import SizeTracker
 
 _TRACING = threading.RLock()
 """torch's exporter puts what it needs into Python's and torch's own namespaces: one trace at a time."""
 
 
-@dataclass
-class Capture:
-    """A model's graph at one input size.
-
-    ``tensors`` holds the value of every placeholder: parameters, buffers, constants and the example inputs, which
-    ``inputs`` lists. ``names`` gives the qualified name of those that belong to the model. ``position`` orders the
-    nodes as they were traced, the order in which ``root``'s calls are stated. ``example`` are the arguments of the
-    captured call. ``uncast`` are the positions at which the model's code has autocast turned off. ``sizes`` is what the
-    model computed from the shapes of its values.
-    """
+@dataclass(frozen=True, eq=False)
+class Capture(CapturedGraph):
+    """The graph of a live ``model``, whose modules can be rewritten; ``example`` are the arguments of its call."""
 
     model: nn.Module
-    graph: Graph
-    inputs: list[Node]
-    tensors: dict[Node, Any]
-    names: dict[Node, str]
-    position: dict[Node, int]
-    root: ModuleCall
     example: Inputs
-    uncast: list[Interval]
-    sizes: SizeRecord
 
-    @property
-    def batch(self) -> int:
-        """Samples in the example input."""
-        return int(self.tensors[self.inputs[0]].shape[0])
+    def module_of(self, call: ModuleCall) -> nn.Module:
+        """The live module that was called."""
+        return self.model.get_submodule(call.path)
 
     @cached_property
     def keywords_read(self) -> dict[str, frozenset[str]]:
         """By the path of a module that takes any keyword argument: what its code could read, as ``is_read`` tells."""
         return names_read(self.model, self.example)
-
-    def is_uncast(self, node: Node) -> bool:
-        """Whether the model computes ``node`` with autocast turned off, whatever its surroundings have."""
-        position = self.position.get(node)
-        return position is not None and any(start <= position < stop for start, stop in self.uncast)
-
-    def enclosing_call(self, nodes: list[Node]) -> ModuleCall:
-        """The smallest module call that holds all of ``nodes``."""
-        traced = [self.position[node] for node in nodes if node in self.position]
-        call = self.root
-        while True:
-            inner = next((c for c in call.children if all(c.encloses(p) for p in traced)), None)
-            if inner is None:
-                return call
-            call = inner
 
 
 def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
@@ -127,7 +97,21 @@ def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Ca
     final = {index: node for node, index in reversed(position.items())}
     sizes, resolved = tracker.record.resolve(lambda node: final_node(node, final))
     root = recorder.calls(final, resolved)
-    return Capture(model, graph, placeholders, tensors, names, position, root, inputs, recorder.uncast, sizes)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    return Capture(
+        graph=graph,
+        inputs=placeholders,
+        tensors=tensors,
+        names=names,
+        learned=frozenset(node for node in names if id(tensors[node]) in parameters),
+        position=position,
+        root=root,
+        uncast=recorder.uncast,
+        sizes=sizes,
+        training_dropout=lambda call, scale: training_dropout(model.get_submodule(call.path), call, scale),
+        model=model,
+        example=inputs,
+    )
 
 
 class _Called(nn.Module):
@@ -235,7 +219,7 @@ def _require_finite(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 def _require_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell a wrong example from a model that cannot be exported: only the first fails without the exporter too."""
     try:
-        with torch.no_grad(), same_draws(model):
+        with torch.no_grad(), same_draws(model.parameters()):
             model(*args, **kwargs)
     except Exception as cause:
         leaves = tree_leaves((args, kwargs))

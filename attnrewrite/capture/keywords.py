@@ -54,7 +54,7 @@ def _outputs(model: nn.Module, example: Inputs, seen: _Seen | None, training: bo
     """What the model gives, with strangers among its keyword arguments if it is ``seen``."""
     twin = replica(model, training=training, own_buffers=True)
     args, kwargs = example
-    with torch.no_grad(), same_draws(model), nullcontext() if seen is None else seen.profiling(twin):
+    with torch.no_grad(), same_draws(model.parameters()), nullcontext() if seen is None else seen.profiling(twin):
         output = twin(*args, **kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 

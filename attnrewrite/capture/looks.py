@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .captured_graph import CapturedGraph
 from .exported import Capture, capture_call
 
 Sides = tuple[int, int]
@@ -71,12 +72,13 @@ def same_size_looks(first: Capture) -> list[Capture]:
     return [look for more in _BATCHES_ALONE if (look := _look(first, sides, first.batch + more)) is not None]
 
 
-def training_look(first: Capture) -> Capture | None:
-    """The captured call in training mode; None if it cannot be traced, as where chance decides what is computed."""
-    return _look(first, image_sides(first), first.batch, training=True)
+def training_look(first: Capture, look: CapturedGraph) -> Capture | None:
+    """What ``look`` shows, the ``first`` or another, in training mode; None if it cannot be traced, as where chance
+    decides what is computed."""
+    return _look(first, image_sides(look), look.batch, training=True)
 
 
-def image_sides(look: Capture) -> Sides | None:
+def image_sides(look: CapturedGraph) -> Sides | None:
     """Height and width of the first image ``[batch, ..., height, width]`` that the model is given."""
     image = next((look.tensors[node] for node in look.inputs if is_image(look.tensors[node])), None)
     return None if image is None else (int(image.shape[-2]), int(image.shape[-1]))

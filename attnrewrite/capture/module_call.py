@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
 from torch.fx import Node
 
 from .size_terms import Term
@@ -21,11 +20,12 @@ class NodeRef:
 
 @dataclass
 class ModuleCall:
-    """One call of one module. ``enter`` and ``exit`` bound the trace positions of its nodes, half open. ``sizes`` are,
-    for every leaf of its arguments, where it comes from if it is a number that comes from sizes."""
+    """One call of one module, at ``path``, of the class ``kind``. ``enter`` and ``exit`` bound the trace positions of
+    its nodes, half open. ``sizes`` are, for every leaf of its arguments, where it comes from if it is a number that
+    comes from sizes."""
 
     path: str
-    module: nn.Module
+    kind: str
     enter: int
     arguments: dict[str, Any]
     exit: int = -1
@@ -44,4 +44,9 @@ class ModuleCall:
             yield from child.walk()
 
     def __repr__(self) -> str:
-        return f"ModuleCall({self.path!r}, {type(self.module).__name__}, [{self.enter}, {self.exit}))"
+        return f"ModuleCall({self.path!r}, {self.kind.rpartition('.')[2]}, [{self.enter}, {self.exit}))"
+
+
+def class_name(kind: type) -> str:
+    """What a call says of the class of its module."""
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -105,7 +105,7 @@ def certify_running(
             missing[place].discard(node)
             if missing[place]:
                 continue
-            with same_draws(sites[place].owner.module):  # the run goes on with its own
+            with same_draws(flow.capture.tensors.values()):  # the run goes on with its own
                 certified(place, certify(sites[place], flow, values), values)
             needing.subtract(wanted[place])
             for used in wanted[place]:

@@ -30,7 +30,7 @@ def run_through(flow: Dataflow, wanted: set[Node], found: Callable[[Node, Any], 
     uses = {node: len(node.users) for node in capture.graph.nodes}
     in_place = any(operator_name(n).endswith("_") and n not in flow.constants for n in capture.graph.nodes)
     last = max(wanted, default=None)
-    with torch.no_grad(), same_draws(capture.model):
+    with torch.no_grad(), same_draws(capture.tensors.values()):
         for node in capture.graph.nodes:
             if is_call(node) and node not in flow.constants:
                 values[node] = run_node(node, values)

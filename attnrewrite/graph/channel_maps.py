@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..capture import Capture
+from ..capture import CapturedGraph
 from .values import argument, call_beside, input_of, is_call, operator_name, shape_of
 
 _CONVOLUTIONS = {"aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution"}
@@ -42,7 +42,7 @@ class ChannelMaps:
         return next((value for value, moved in self.moved.items() if moved is node), node)
 
 
-def restate_convolutions(capture: Capture) -> ChannelMaps:
+def restate_convolutions(capture: CapturedGraph) -> ChannelMaps:
     """Restate, in ``capture``'s graph, the convolutions of kernel 1 nearest to attention, before it and behind it.
 
     The node of a convolution stays: it becomes the last step, the one that puts the channels first.
@@ -88,7 +88,7 @@ def _ends(node: Node) -> bool:
     return operator_name(node) in _CONVOLUTIONS or operator_name(node) == "aten::linear" or _is_attention(node)
 
 
-def _restate(node: Node, found: ChannelMaps, capture: Capture) -> None:
+def _restate(node: Node, found: ChannelMaps, capture: CapturedGraph) -> None:
     value, weight = input_of(node), input_of(node, 1)
     bias = argument(node, 2, "bias")
     rank = len(shape_of(node))

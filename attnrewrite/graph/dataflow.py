@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from ..capture import Capture, NodeRef
+from ..capture import CapturedGraph, NodeRef
 from . import movement
 from .movement import Provenance
 from .restating import restate
@@ -27,7 +27,7 @@ class Dataflow:
     ``channel_maps`` says which linear maps are convolutions in the model.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: CapturedGraph) -> None:
         self.capture = capture
         self.channel_maps = restate(capture)
         self.constants: Values = fold_constants(capture)
@@ -117,13 +117,11 @@ class Dataflow:
         return list(seen)
 
 
-def _reached_by_parameters(capture: Capture, constants: Values) -> frozenset[Node]:
-    parameters = {id(p) for p in capture.model.parameters()}
+def _reached_by_parameters(capture: CapturedGraph, constants: Values) -> frozenset[Node]:
     learned: set[Node] = set()
     for node in capture.graph.nodes:
         if node not in constants:
             continue
-        own = node.op == "placeholder" and id(capture.tensors[node]) in parameters
-        if own or (is_call(node) and any(used in learned for used in node.all_input_nodes)):
+        if node in capture.learned or (is_call(node) and any(used in learned for used in node.all_input_nodes)):
             learned.add(node)
     return frozenset(learned)

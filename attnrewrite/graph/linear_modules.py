@@ -13,14 +13,14 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from ..capture import Capture, ModuleCall, NodeRef
+from ..capture import CapturedGraph, ModuleCall, NodeRef
 from .values import argument, call_beside, input_of, needed_nodes, operator_name, shape_of
 
 _ATEN = torch.ops.aten
 _PASSING = {f"aten::{name}" for name in ("alias", "clone", "contiguous", "to", "_to_copy")}
 
 
-def restate_linear_modules(capture: Capture) -> None:
+def restate_linear_modules(capture: CapturedGraph) -> None:
     """Restate, in ``capture``'s graph, every module call that is a linear map of the last axis in several steps.
 
     What it did inside is not part of the graph, nor of the call, any more.
@@ -32,7 +32,7 @@ def restate_linear_modules(capture: Capture) -> None:
             pending += call.children
 
 
-def _restate(call: ModuleCall, capture: Capture) -> bool:
+def _restate(call: ModuleCall, capture: CapturedGraph) -> bool:
     result = call.output.node if isinstance(call.output, NodeRef) else None
     given = [leaf.node for leaf in tree_leaves(call.arguments) if isinstance(leaf, NodeRef)]
     if result is None or len(given) != 1 or given[0] is None or not call.encloses(capture.position.get(result, -1)):
@@ -68,7 +68,7 @@ class _Affine:
 class _Reading:
     """What lies between ``source`` and ``result``, if that is affine in the last axis of ``source``."""
 
-    def __init__(self, source: Node, result: Node, capture: Capture) -> None:
+    def __init__(self, source: Node, result: Node, capture: CapturedGraph) -> None:
         self.source, self.result, self.capture = source, result, capture
 
     def maps(self, node: Node) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture import Capture
+from ..capture import CapturedGraph
 from ..numerics.private_kernels import private_kernel
 
 Values = dict[Node, Any]
@@ -24,18 +24,17 @@ _SHAPE_ONLY = {
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
-def fold_constants(capture: Capture) -> Values:
+def fold_constants(capture: CapturedGraph) -> Values:
     """The value of every node that depends on no example input, computed in graph order.
 
     Buffers and constants are cloned first: a graph may write to them in place.
     """
     values: Values = {}
-    parameters = {id(p) for p in capture.model.parameters()}
     for node in capture.graph.nodes:
         if node.op == "placeholder":
             if node not in capture.inputs:
                 value = capture.tensors[node]
-                owned = isinstance(value, Tensor) and id(value) not in parameters
+                owned = isinstance(value, Tensor) and node not in capture.learned
                 values[node] = value.clone() if owned else value
         elif is_call(node) and not _is_random(node):
             if operator_name(node) in _SHAPE_ONLY:
@@ -46,7 +45,11 @@ def fold_constants(capture: Capture) -> Values:
 
 
 def evaluate(
-    targets: Iterable[Node], bindings: Values, capture: Capture, constants: Values, dtype: torch.dtype | None = None
+    targets: Iterable[Node],
+    bindings: Values,
+    capture: CapturedGraph,
+    constants: Values,
+    dtype: torch.dtype | None = None,
 ) -> Values:
     """Values of ``targets`` with ``bindings`` given, everything else computed from the graph.
 
@@ -145,7 +148,7 @@ def argument(node: Node, position: int, name: str = "", default: Any = None) -> 
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def call_beside(node: Node, target: Any, arguments: tuple[Any, ...], capture: Capture) -> Node:
+def call_beside(node: Node, target: Any, arguments: tuple[Any, ...], capture: CapturedGraph) -> Node:
     """A new call at the position of ``node`` in the trace."""
     made = capture.graph.call_function(target, arguments)
     made.meta = {**node.meta, "val": target(*torch.fx.node.map_arg(arguments, lambda used: used.meta["val"]))}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 
 @contextmanager
-def same_draws(model: nn.Module) -> Iterator[None]:
-    """Whatever is random inside comes out the same every time; the random state is as before on exit."""
-    with torch.random.fork_rng(devices=_random_devices(model)):
+def same_draws(tensors: Iterable[Any]) -> Iterator[None]:
+    """Whatever is random inside comes out the same every time; the random state is as before on exit, also that of the
+    GPUs on which any of ``tensors`` lies."""
+    with torch.random.fork_rng(devices=_random_devices(tensors)):
         torch.manual_seed(0)
         yield
 
@@ -31,6 +33,6 @@ class Stream:
             self._state = torch.get_rng_state()
 
 
-def _random_devices(model: nn.Module) -> list[int]:
-    """GPUs whose random state a run of the model may move."""
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+def _random_devices(tensors: Iterable[Any]) -> list[int]:
+    held = (value for value in tensors if isinstance(value, Tensor))
+    return sorted({value.device.index or 0 for value in held if value.device.type == "cuda"})

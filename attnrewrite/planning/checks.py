@@ -26,7 +26,7 @@ def check_training(plan: Plan) -> Plan:
     reasons: dict[int, str] = {}
     looks = [each.flow.capture for each in plan.looks.others[:1]]
     for look in (plan.capture, *looks) if plan.programs else ():
-        training = training_look(look)
+        training = training_look(plan.capture, look)
         if training is not None:
             restate(training)
         for owner in plan.programs:
@@ -70,7 +70,7 @@ def _run_alone(plan: Plan) -> _Alone:
     structures = {owner.path: structure_of(owner) for owner in plan.programs}
     values = plan.values | _missing(plan, {structures[owner.path]: owner for owner in reversed(plan.programs)})
     inputs = {node: plan.capture.tensors[node] for node in plan.capture.inputs}
-    given = (plan.capture.root, values | inputs, plan.flow.constants, plan.capture.batch)
+    given = (plan.model, plan.capture.root, values | inputs, plan.flow.constants, plan.capture.batch)
     verdicts: dict[Hashable, str | None] = {}
     seen = _Alone()
     for owner in plan.programs:
@@ -103,7 +103,7 @@ def _with_own_function(owner: OwnerProgram, plan: Plan) -> OwnerProgram | None:
         conversions = {id(site): exact.convert(site, 0, plan.flow.weights) for site in owner.sites}
     except NothingToDo:
         return None
-    return build_program(owner.call, owner.sites, plan.looks, lambda site: conversions[id(site)])[0]
+    return build_program(plan.capture, owner.call, owner.sites, plan.looks, lambda site: conversions[id(site)])[0]
 
 
 def _without(plan: Plan, reasons: Mapping[int, str]) -> Plan:

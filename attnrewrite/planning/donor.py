@@ -24,21 +24,21 @@ Versions = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Donor:
-    """A ``model`` with its captured graph, and with ``looks``, what it is at other sizes; ``versions`` are those of its
-    weights when it was captured."""
+    """A model as it was captured, with its ``flow``, and with ``looks``, what it is at other sizes; ``versions`` are
+    those of its weights when it was captured."""
 
-    model: nn.Module
+    capture: Capture
     flow: Dataflow
     versions: Versions
     looks: Looks | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, flow: Dataflow) -> Donor:
-        return cls(model, flow, _versions(model))
+    def of(cls, capture: Capture) -> Donor:
+        return cls(capture, Dataflow(capture), _versions(capture.model))
 
     @property
-    def capture(self) -> Capture:
-        return self.flow.capture
+    def model(self) -> nn.Module:
+        return self.capture.model
 
     @property
     def name(self) -> str:
@@ -68,7 +68,7 @@ class Donor:
 
 def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """What a replica of ``model`` returns in eval mode: tensors, and attention weights that it withholds."""
-    with torch.no_grad(), same_draws(model):
+    with torch.no_grad(), same_draws(model.parameters()):
         output = replica(model, training=False, own_buffers=True)(*args, **kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor | Unavailable)]
 

@@ -90,9 +90,11 @@ def tokens(value: Tensor) -> Tensor:
     return value.flatten(1, -2) if value.dim() > 2 else value[:, None]
 
 
-def find_places(flow: Dataflow, sites: Iterable[PlannedSite], programs: Iterable[OwnerProgram]) -> list[Place]:
-    """Places of all attention sites that ``programs`` rewrite, of all MLPs and of the classifier, in forward order."""
-    graph = _Residuals(flow)
+def find_places(
+    model: nn.Module, flow: Dataflow, sites: Iterable[PlannedSite], programs: Iterable[OwnerProgram]
+) -> list[Place]:
+    """All attention sites that ``programs`` rewrite in ``model``, all MLPs and the classifier, in forward order."""
+    graph = _Residuals(model, flow)
     owners = {id(site): owner for owner in programs for site in owner.sites}
     places: list[tuple[int, Place]] = []
     for planned in sites:
@@ -102,7 +104,7 @@ def find_places(flow: Dataflow, sites: Iterable[PlannedSite], programs: Iterable
         owner = owners.get(id(site))
         if isinstance(site, AttentionSite) and owner is None:
             continue
-        conversion = planned.conversion if planned.status == "convert" else None
+        conversion = planned.conversion if planned.converting else None
         position = (site.nodes.output.node if isinstance(site, AttentionSite) else site.second).meta["custom"]
         place = graph.place(site, owner, conversion)
         if isinstance(conversion, BetweenProjections) and conversion.core.operands is Operands.TOKENS:
@@ -114,16 +116,20 @@ def find_places(flow: Dataflow, sites: Iterable[PlannedSite], programs: Iterable
 
 @dataclass
 class _Residuals:
-    """Follows values of a captured graph along the residual stream."""
+    """Follows values of a model's captured graph along the residual stream."""
 
+    model: nn.Module
     flow: Dataflow
     calls: list[ModuleCall] = field(init=False)
-    counts: Counter[int] = field(init=False)
+    counts: Counter[str] = field(init=False)
+    linears: dict[str, nn.Linear] = field(init=False)
     taps: dict[Node, tuple[int, Tap]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.calls = list(self.flow.capture.root.walk())
-        self.counts = Counter(id(call.module) for call in self.calls)
+        self.counts = Counter(call.path for call in self.calls)
+        modules = self.model.named_modules()
+        self.linears = {path: module for path, module in modules if isinstance(module, nn.Linear)}
         self.taps = self._first_taps()
 
     def place(self, site: Site, owner: OwnerProgram | None, conversion: Conversion | None) -> Place:
@@ -156,20 +162,20 @@ class _Residuals:
             head = self._linear_call(self.flow.outputs[0])
         except Refusal:
             return []
-        return [Place(head.path, "classifier", None, _called(head), None, Tap(head.path, result=True))]
+        return [Place(head.path, "classifier", None, self._called(head), None, Tap(head.path, result=True))]
 
     def _projection(
         self, site: Site, merged: Node, owner: OwnerProgram | None, conversion: Conversion | None
     ) -> LinearMap:
         """The output projection ``merged``: a module that is called, else a function whose input the core gives."""
-        if any(_output(call) is merged for call in self.calls if isinstance(call.module, nn.Linear)):
-            return _called(self._linear_call(merged))
+        if any(_output(call) is merged for call in self.calls if call.path in self.linears):
+            return self._called(self._linear_call(merged))
         names = self._parameters(merged)
         output = site.output if isinstance(site, AttentionSite) else None
         if names is None or output is None or owner is None or not isinstance(conversion, BetweenProjections):
             raise Refusal("its output projection is not a linear module that is called")
         core = next((name for name, module in owner.modules.items() if module is conversion.core), None)
-        if core is None or sum(other.module is owner.call.module for other in self.calls) > 1:
+        if core is None or self.counts[owner.path] > 1:
             raise Refusal("the input of its output projection cannot be read")
         path = f"{owner.path}.{core}" if owner.path else core
         return LinearMap(*names, Tap(path, result=True), tuple(output.rows.flatten().tolist()))
@@ -178,7 +184,7 @@ class _Residuals:
         """Names of the weight and the bias of a linear map, where they are parameters as they stand."""
         if operator_name(linear) != "aten::linear":
             return None
-        parameters = {id(value): name for name, value in self.flow.capture.model.named_parameters()}
+        parameters = {id(value): name for name, value in self.model.named_parameters()}
         given = [id(self.flow.capture.tensors.get(node)) for node in linear.args[1:] if isinstance(node, Node)]
         if not all(key in parameters for key in given):
             return None
@@ -187,7 +193,7 @@ class _Residuals:
     def _linear_call(self, node: Node) -> ModuleCall:
         """The one call of a linear module that computes ``node``."""
         for call in self.calls:
-            if isinstance(call.module, nn.Linear) and _output(call) is node:
+            if call.path in self.linears and _output(call) is node:
                 if self._called_once(call):
                     return call
                 raise Refusal("its output projection is called more than once")
@@ -217,7 +223,7 @@ class _Residuals:
         if isinstance(other, Node) and other in self.flow.learned:
             source = self.flow.provenance_of_constant(other)
             vector = self.flow.capture.tensors.get(source)
-            for name, parameter in self.flow.capture.model.named_parameters():
+            for name, parameter in self.model.named_parameters():
                 if parameter is vector and parameter.numel() == _width(value) == self.flow.constants[other].shape[-1]:
                     return name
         raise Refusal("its result is multiplied by something other than a layer scale")
@@ -265,7 +271,11 @@ class _Residuals:
         return same
 
     def _called_once(self, call: ModuleCall) -> bool:
-        return self.counts[id(call.module)] == 1
+        return self.counts[call.path] == 1
+
+    def _called(self, call: ModuleCall) -> LinearMap:
+        bias = None if self.linears[call.path].bias is None else f"{call.path}.bias"
+        return LinearMap(f"{call.path}.weight", bias, Tap(call.path))
 
     def _value_heads(self, site: AttentionSite, owner: str) -> ValueHeads | None:
         value, output = site.value, site.output
@@ -278,11 +288,6 @@ class _Residuals:
 
 def _output(call: ModuleCall) -> Node | None:
     return call.output.node if isinstance(call.output, NodeRef) else None
-
-
-def _called(call: ModuleCall) -> LinearMap:
-    bias = None if call.module.bias is None else f"{call.path}.bias"
-    return LinearMap(f"{call.path}.weight", bias, Tap(call.path))
 
 
 def _width(node: object) -> int:

@@ -108,7 +108,7 @@ class Plan:
     @property
     def places(self) -> list[Place]:
         """Where what is planned can be calibrated, once it is done."""
-        return find_places(self.flow, self.sites, self.programs)
+        return find_places(self.model, self.flow, self.sites, self.programs)
 
     def drop(self, *globs: str) -> Plan:
         """The plan without the sites of these names."""
@@ -138,7 +138,7 @@ class Plan:
         """
         conversions = {id(p.site): p.conversion for p in self.converting if p.conversion is not None}
         sites = [planned.site for planned in self.converting]
-        programs, failed = build_programs(sites, self.looks, lambda site: conversions[id(site)])
+        programs, failed = build_programs(self.capture, sites, self.looks, lambda site: conversions[id(site)])
         reasons = {id(site): reason for site, reason in failed}
         planned = tuple(p.refused(reasons[id(p.site)]) if id(p.site) in reasons else p for p in self.sites)
         return replace(self, sites=planned, programs=tuple(programs))
@@ -151,7 +151,7 @@ class Plan:
         if not self.converting:
             raise ConversionError(f"nothing to convert in {self.donor.name}:\n{self}")
         for owner in self.programs:
-            if type(owner.call.module) is not owner.donor_class:
+            if type(owner.module) is not owner.donor_class:
                 raise ConversionError(
                     f"{owner.path or '(root)'} was rewritten since the plan was made; revert the model, or plan anew"
                 )

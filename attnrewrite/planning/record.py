@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..capture.module_call import class_name
 from ..errors import ArgumentError, first_line, nearest
 from ..ir.contract import Target
 from ..version import __version__
@@ -36,7 +37,7 @@ class RecordedTarget:
     def of(cls, target: Target) -> RecordedTarget:
         options = _options(target)
         plain = {name: _frozen(value) for name, value in options.items() if is_plain(value)}
-        return cls(target.name, _class_name(type(target)), plain, tuple(name for name in options if name not in plain))
+        return cls(target.name, class_name(type(target)), plain, tuple(name for name in options if name not in plain))
 
     def make(self, place: str) -> Target:
         """The target; messages begin with ``place``.
@@ -51,9 +52,9 @@ class RecordedTarget:
                 f"{self.defined_in}"
             )
         kind = known[self.name]
-        if _class_name(kind) != self.defined_in:
+        if class_name(kind) != self.defined_in:
             raise ArgumentError(
-                f"{place}: target {self.name!r} is {_class_name(kind)} here, and was {self.defined_in}; install the "
+                f"{place}: target {self.name!r} is {class_name(kind)} here, and was {self.defined_in}; install the "
                 "package that brings that"
             )
         if self.opaque:
@@ -165,7 +166,3 @@ def _options(target: Target) -> Mapping[str, Any]:
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
-
-
-def _class_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

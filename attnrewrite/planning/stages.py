@@ -85,10 +85,10 @@ def decided(plan: Plan, to: Any, fidelity: str, options: dict[str, Any]) -> Plan
 @plain_modes()
 def lifted(model: nn.Module, example_inputs: Any | None) -> Plan:
     """Everything recognised in ``model``, with nothing decided yet."""
-    flow = Dataflow(capture(model, example_inputs))
-    found = recognise_all(flow)
+    donor = Donor.of(capture(model, example_inputs))
+    found = recognise_all(donor.flow)
     refused = tuple(site for site in found if isinstance(site, Refused))
-    return Plan(Donor.of(model, flow), tuple(map(PlannedSite, _sites(found))), refused)
+    return Plan(donor, tuple(map(PlannedSite, _sites(found))), refused)
 
 
 def _sites(found: list[Site | Refused]) -> list[Site]:
@@ -200,7 +200,7 @@ def prove(
     """
     sites = list(plan.sites)
     chosen = [sites[place].site for place in places]
-    firsts = {(type(site.owner.module), site.describe()): site.owner for site in reversed(chosen)}
+    firsts = {(site.owner.kind, site.describe()): site.owner for site in reversed(chosen)}
     kept = {*plan.donor.output_nodes, *(node for owner in firsts.values() for node in nodes_of(owner.arguments))}
     with torch.no_grad(), tqdm(total=len(chosen), desc="certify", disable=not progress or None, leave=False) as bar:
 

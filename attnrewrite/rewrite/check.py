@@ -30,22 +30,27 @@ TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
 def misbehaviour(
-    owner: OwnerProgram, root: ModuleCall, captured: Values, constants: Values, batch: int
+    owner: OwnerProgram,
+    model: nn.Module,
+    root: ModuleCall,
+    captured: Values,
+    constants: Values,
+    batch: int,
 ) -> tuple[str | None, list[str]]:
     """Compare donor and twin on two different samples, in training where that tells more, else in eval mode.
 
     Training mode is used when a child is an identity in eval mode (an inactive DropPath), as the graph does not show
     for sure which later use takes the child's result, and where nothing is random by element. ``owner`` must hold cores
-    that keep the function; ``root`` is the call of the model. Returns the reason, an empty string, or None where the
-    donor does not run alone on two samples: then nothing was compared. And the names of the attributes in which the
-    donor keeps what it computed.
+    that keep the function; ``root`` is the call of the ``model``. Returns the reason, an empty string, or None where
+    the donor does not run alone on two samples: then nothing was compared. And the names of the attributes in which
+    the donor keeps what it computed.
     """
-    donor = owner.call.module
+    donor = owner.module
     twin = replica(donor, own_buffers=True)
     rewrite_module(twin, owner.program, owner.modules, owner.buffers)
     with torch.no_grad():
         for training in (True, False) if owner.handed_on and not _is_random(donor) else (False,):
-            chosen = _two_samples(owner, root, captured, constants, batch, as_given=owner.passes_over)
+            chosen = _two_samples(owner, model, root, captured, constants, batch, as_given=owner.passes_over)
             found = _donor_at(donor, chosen, training)
             if found is None:
                 continue
@@ -54,7 +59,7 @@ def misbehaviour(
                 try:
                     actual = run_module(twin, donor, found[0], training)
                 except ConversionError:  # arguments that the model itself does not give, where samples are one sequence
-                    chosen = _two_samples(owner, root, captured, constants, batch, as_given=True)
+                    chosen = _two_samples(owner, model, root, captured, constants, batch, as_given=True)
                     found = _donor_at(donor, chosen, training) or found
                     actual = run_module(twin, donor, found[0], training)
             except Exception as cause:
@@ -89,7 +94,7 @@ def misbehaviour_in_model(owners: list[OwnerProgram], model: nn.Module, example:
 
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    with torch.no_grad(), same_draws(model):
+    with torch.no_grad(), same_draws(model.parameters()):
         return tree_leaves(model(*args, **kwargs))
 
 
@@ -110,7 +115,13 @@ def _difference(actual: list[Any], expected: list[Any]) -> str:
 
 
 def _two_samples(
-    owner: OwnerProgram, root: ModuleCall, captured: Values, constants: Values, batch: int, as_given: bool
+    owner: OwnerProgram,
+    model: nn.Module,
+    root: ModuleCall,
+    captured: Values,
+    constants: Values,
+    batch: int,
+    as_given: bool,
 ) -> Iterator[dict[str, Any]]:
     """Arguments for twice the samples, in the order in which they are tried.
 
@@ -119,7 +130,7 @@ def _two_samples(
     them: of a constant that the rewritten module passes over, such as a mask, too.
     """
     values = constants | captured
-    given = _given_at_two_samples(owner.call, root, values, batch) if as_given else None
+    given = _given_at_two_samples(owner.call, model, root, values, batch) if as_given else None
     if given is not None:
         yield given
         return
@@ -148,13 +159,15 @@ class _Reached(Exception):
         self.arguments = arguments
 
 
-def _given_at_two_samples(call: ModuleCall, root: ModuleCall, values: Values, batch: int) -> dict[str, Any] | None:
+def _given_at_two_samples(
+    call: ModuleCall, model: nn.Module, root: ModuleCall, values: Values, batch: int
+) -> dict[str, Any] | None:
     """What the model gives a module of twice the samples; None if it does not take them, or does not come to it."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
 
-    model = replica(root.module, own_buffers=True)
+    model = replica(model, own_buffers=True)
     model.get_submodule(call.path).register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         run_module(model, model, _at_two_samples(root.arguments, values, {}, batch), training=False)

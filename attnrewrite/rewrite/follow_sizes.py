@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..capture import Capture, ModuleCall, image_sides
+from ..capture import CapturedGraph, ModuleCall, image_sides
 from ..capture.sizes import Decision
 from ..errors import UNFORESEEN, Refusal, unforeseen
 from ..ir.image_map import ImageSize, laws_of
@@ -143,7 +143,7 @@ def _is_of_other_size(twin: Outlined, outlined: Outlined) -> bool:
     return any(isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape[1:] != b.shape[1:] for a, b in values)
 
 
-def _decisions(capture: Capture, call: ModuleCall, live: set[str]) -> dict[Key, Decision]:
+def _decisions(capture: CapturedGraph, call: ModuleCall, live: set[str]) -> dict[Key, Decision]:
     """What the module's own code, and that of children dissolved into it, decided by sizes."""
     found: dict[Key, Decision] = {}
     counted: Counter[tuple[str, int, int]] = Counter()

@@ -9,10 +9,10 @@ from ..errors import Refusal
 from ..graph.values import shape_of
 from ..ir.sites import AttentionSite, HeadNorm
 from ..numerics.head_norm import normalise_heads, scale_heads
-from .outline import Outlined
+from .editable import Editable
 
 
-def normalised(outlined: Outlined, site: AttentionSite, norm: HeadNorm | None, value: Node) -> Node:
+def normalised(outlined: Editable, site: AttentionSite, norm: HeadNorm | None, value: Node) -> Node:
     """``value`` through the donor's own norm where that is a child, else through ours, with the donor's weights."""
     if norm is None:
         return value
@@ -23,14 +23,14 @@ def normalised(outlined: Outlined, site: AttentionSite, norm: HeadNorm | None, v
     return outlined.graph.call_function(normalise_heads, (value, norm.kind, norm.place, norm.eps, *weights))
 
 
-def scaled(outlined: Outlined, site: AttentionSite, query: Node) -> Node:
+def scaled(outlined: Editable, site: AttentionSite, query: Node) -> Node:
     """Queries times the learned scales of the scores, still computed from their parameters."""
     for scale in site.learned_scales:
         query = outlined.graph.call_function(scale_heads, (query, outlined.value(scale)))
     return query
 
 
-def again(outlined: Outlined, site: AttentionSite, made: Node, value: Node) -> Node:
+def again(outlined: Editable, site: AttentionSite, made: Node, value: Node) -> Node:
     """The same call on another value, which has the tokens of the site's source: the first operand is exchanged."""
     if made.op == "call_module":
         if len(made.all_input_nodes) != 1:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..capture import Capture, NodeRef, is_image
+from ..capture import CapturedGraph, NodeRef, is_image
 from ..errors import ConversionError
 from ..ir.image_map import ImageSize, Law, Sides
 
@@ -73,7 +73,7 @@ class SameImage(nn.Module):
                 )
 
 
-def note_images(model: nn.Module, capture: Capture, size: ImageSize) -> None:
+def note_images(model: nn.Module, capture: CapturedGraph, size: ImageSize) -> None:
     """Hook every module of ``model``, converted from the captured one, that is given the image: a model's other methods
     (``forward_features``) pass by its own forward."""
     forget_images(model)

@@ -1,4 +1,4 @@
-"""Put new cores where sites were, in an outlined graph."""
+"""Put new cores where sites were, in a graph that can be edited."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..ir.core import AttentionCore, Operands, StageCore
 from ..ir.heads import from_heads_last, heads_last, merge_heads, take_heads, zero_token
 from ..ir.sites import AttentionSite, MapGroups, MlpSite, Operand, Projection, Site, StemSite
 from .attention_weights import Reader, unit_mixture
+from .editable import Editable
 from .head_norms import again, normalised, scaled
-from .outline import Outlined
 
 
-def install(outlined: Outlined, site: Site, conversion: Conversion) -> Reader | None:
+def install(outlined: Editable, site: Site, conversion: Conversion) -> Reader | None:
     """Replace what ``site`` computes in the graph by a call of the conversion's core, a new child of the module.
 
     Returns:
@@ -72,7 +72,7 @@ def whole_ends(site: Site, conversion: WholeSite) -> tuple[Node, Node]:
     return site.source, conversion.until or site.result
 
 
-def _operands(outlined: Outlined, site: AttentionSite, core: AttentionCore) -> Reader | None:
+def _operands(outlined: Editable, site: AttentionSite, core: AttentionCore) -> Reader | None:
     """Query, key and value stay as they are computed; the product with the values is replaced."""
     nodes, graph = site.nodes, outlined.graph
     old = outlined.first(nodes.output.node)
@@ -104,13 +104,13 @@ def _operands(outlined: Outlined, site: AttentionSite, core: AttentionCore) -> R
     )
 
 
-def _heads_last(outlined: Outlined, site: AttentionSite, part: Operand, consumer: Node) -> Node:
+def _heads_last(outlined: Editable, site: AttentionSite, part: Operand, consumer: Node) -> Node:
     groups = (site.nodes.batch_groups, site.nodes.head_groups, site.head_sizes)
     operand = outlined.argument(consumer, part.node)
     return outlined.graph.call_function(heads_last, (operand, part.axes, *groups))
 
 
-def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Any]:
+def _local_operands(outlined: Editable, site: AttentionSite) -> dict[str, Any]:
     """The projections that made keys and values of the reduced map, of the query map itself."""
     assert site.key is not None
     assert site.value is not None
@@ -119,7 +119,7 @@ def _local_operands(outlined: Outlined, site: AttentionSite) -> dict[str, Any]:
     return {"local_key": project(site.key, source), "local_value": project(site.value, source)}
 
 
-def _dense_bias(outlined: Outlined, site: AttentionSite) -> tuple[Node, ...]:
+def _dense_bias(outlined: Editable, site: AttentionSite) -> tuple[Node, ...]:
     """``[1 or batch, heads, queries, keys]``: the learned addends, still computed from their parameters, which a model
     may have spread over the samples, and a constant mask."""
     graph = outlined.graph
@@ -138,7 +138,7 @@ def _dense_bias(outlined: Outlined, site: AttentionSite) -> tuple[Node, ...]:
     return (total,)
 
 
-def _windowed(outlined: Outlined, site: AttentionSite, core: AttentionCore) -> None:
+def _windowed(outlined: Editable, site: AttentionSite, core: AttentionCore) -> None:
     """The projections act on the map itself, and the blocks are cut in the core: no roll, no partition, no mask."""
     graph = outlined.graph
     assert site.query is not None
@@ -174,7 +174,7 @@ def _windowed(outlined: Outlined, site: AttentionSite, core: AttentionCore) -> N
 
 
 def _projector(
-    outlined: Outlined, site: AttentionSite, source: Node, call: Callable[[Node, Node], Node] | None = None
+    outlined: Editable, site: AttentionSite, source: Node, call: Callable[[Node, Node], Node] | None = None
 ) -> Callable[[Projection, Node], Node]:
     """Calls the projections' own modules on whole maps, each once for each value."""
     calls: dict[tuple[Node, Node], Node] = {}
@@ -198,7 +198,7 @@ def _projector(
 
 
 def _padding_call(
-    outlined: Outlined, site: AttentionSite, image: Node, window: tuple[int, int], made: Node, zero: Node
+    outlined: Editable, site: AttentionSite, image: Node, window: tuple[int, int], made: Node, zero: Node
 ) -> Node:
     """The call ``made`` on a padded slot, which hooks see on maps that have such slots."""
     if made.op != "call_module":
@@ -215,7 +215,7 @@ def project_padding(module: nn.Module, zero: Tensor, image: Tensor, window: tupl
     return made
 
 
-def _block_bias(outlined: Outlined, site: AttentionSite) -> list[Node]:
+def _block_bias(outlined: Editable, site: AttentionSite) -> list[Node]:
     if site.bias is None:
         return []
     graph, shape = outlined.graph, [site.heads, *site.bias.values.shape[1:]]
@@ -226,7 +226,7 @@ def _block_bias(outlined: Outlined, site: AttentionSite) -> list[Node]:
     return [total]
 
 
-def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
+def _addend(outlined: Editable, captured: Node, shape: list[int]) -> Node:
     given, wanted = captured.meta["val"].numel(), torch.Size(size for size in shape if size != -1).numel()
     if given != wanted and (-1 not in shape or given != wanted * outlined.capture.batch):
         raise Refusal("the learned bias is not given once for every head, query and key")
@@ -235,13 +235,13 @@ def _addend(outlined: Outlined, captured: Node, shape: list[int]) -> Node:
     return value
 
 
-def _after_projection(outlined: Outlined, site: AttentionSite, mixed: Node) -> Node:
+def _after_projection(outlined: Editable, site: AttentionSite, mixed: Node) -> Node:
     """The output projection and what follows it up to the result, without the rearrangement of tokens."""
     assert site.nodes.merged is not None
     return _after_merge(outlined, site, again(outlined, site, outlined.first(site.nodes.merged), mixed))
 
 
-def _after_merge(outlined: Outlined, site: AttentionSite, new: Node) -> Node:
+def _after_merge(outlined: Editable, site: AttentionSite, new: Node) -> Node:
     """What follows the output projection up to the result, on another value of it: dropout, for one."""
     assert site.nodes.merged is not None
     first, step = outlined.first(site.nodes.merged), outlined.latest(site.result)
@@ -257,7 +257,7 @@ def _after_merge(outlined: Outlined, site: AttentionSite, new: Node) -> Node:
     return new
 
 
-def _mlp(outlined: Outlined, site: MlpSite, cores: Sequence[StageCore | None]) -> None:
+def _mlp(outlined: Editable, site: MlpSite, cores: Sequence[StageCore | None]) -> None:
     """The activations become the core's; linear maps, convolution and dropout stay live."""
     graph = outlined.graph
     for stage, core in zip(site.stages, cores, strict=True):
@@ -272,7 +272,7 @@ def _mlp(outlined: Outlined, site: MlpSite, cores: Sequence[StageCore | None]) -
         _replace(old, new)
 
 
-def _stem(outlined: Outlined, site: StemSite, core: StageCore) -> None:
+def _stem(outlined: Editable, site: StemSite, core: StageCore) -> None:
     """What follows the convolution, or the gathering of patches before the linear map, becomes the core's; a core that
     takes the source as well acts on what the convolution gives."""
     old = outlined.latest(site.result if core.takes_source else site.tokens or site.result)
@@ -285,11 +285,11 @@ def _stem(outlined: Outlined, site: StemSite, core: StageCore) -> None:
     _replace(old, new)
 
 
-def _source(outlined: Outlined, site: MlpSite | StemSite, core: StageCore) -> dict[str, Any]:
+def _source(outlined: Editable, site: MlpSite | StemSite, core: StageCore) -> dict[str, Any]:
     return {"source": outlined.latest(site.source)} if core.takes_source else {}
 
 
-def _whole(outlined: Outlined, site: Site, conversion: WholeSite) -> None:
+def _whole(outlined: Editable, site: Site, conversion: WholeSite) -> None:
     """From the value that feeds the first linear maps to that of the last one."""
     graph, (source, result) = outlined.graph, whole_ends(site, conversion)
     old, adapter = outlined.latest(result), conversion.adapter

@@ -19,63 +19,37 @@ from ..errors import Refusal
 from ..graph.dataflow import Dataflow
 from ..graph.values import argument, input_of, is_call, operator_name
 from ..ir.heads import map_channels
-
-OWN = "attnrewrite_"
-"""Begins the names of the children and buffers that a rewritten module is given."""
+from .editable import Editable
 
 
-@dataclass
-class Outlined:
-    """``graph`` restates the module of ``call``.
+@dataclass(kw_only=True)
+class Outlined(Editable):
+    """``graph`` restates the module of ``call``, which is one of the ``donor``.
 
-    ``made[node]`` are the values that stand for captured ``node``, in the order they were made: a child that hands its
-    input on (an inactive DropPath) makes a second one; ``restated`` are the captured nodes whose operator and arguments
-    stand here again. ``constants`` and ``modules`` are to be added to the module;
-    ``tied`` says what holds for the captured size only; ``tables`` are the shapes of the parameters that make biases;
-    ``given`` are the ``leaves`` that were constants, such as masks, and their values; ``live`` the calls of children
-    that stay calls; ``moved`` the paths below the module of those that are given another value than by the model, such
-    as the map whose windows they projected; ``fixed`` what of the ``leaves`` has to stay as it was: a value, or a
-    tensor's extents.
+    ``restated`` are the captured nodes whose operator and arguments stand here again; ``tables`` are the shapes of the
+    parameters that make biases; ``given`` are the ``leaves`` that were constants, such as masks, and their values;
+    ``live`` the calls of children that stay calls; ``fixed`` what of the ``leaves`` has to stay as it was: a value, or
+    a tensor's extents. Paths are below the module.
     """
 
     call: ModuleCall
-    graph: fx.Graph
-    capture: Capture
-    made: dict[Node, list[Node]] = field(default_factory=dict)
+    donor: Capture
     restated: dict[Node, Node] = field(default_factory=dict)
     leaves: list[Node] = field(default_factory=list)
     given: dict[Node, Tensor] = field(default_factory=dict)
     live: list[ModuleCall] = field(default_factory=list)
-    moved: set[str] = field(default_factory=set)
     fixed: dict[Node, Any] = field(default_factory=dict)
-    constants: dict[str, Tensor] = field(default_factory=dict)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    tied: list[str] = field(default_factory=list)
     tables: dict[str, tuple[int, ...]] = field(default_factory=dict)
     handed_on: bool = False
-    value: Callable[[Node], Node] = field(init=False)
-    """The value of a captured node, computed here if it is a constant, or a layout, that was not needed before."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The live module that was called."""
+        return self.donor.module_of(self.call)
 
     def passed_over(self) -> dict[Node, Tensor]:
         """Constants that the module is given and no longer uses."""
         return {leaf: value for leaf, value in self.given.items() if not leaf.users}
-
-    def first(self, captured: Node) -> Node:
-        """What computes ``captured``."""
-        if captured not in self.made:
-            raise Refusal(f"{captured.name} is computed inside a child that stays a whole")
-        return self.made[captured][0]
-
-    def latest(self, captured: Node) -> Node:
-        """What later code uses for ``captured``."""
-        self.first(captured)
-        return self.made[captured][-1]
-
-    def argument(self, consumer: Node, captured: Node) -> Node:
-        """The value that stands for ``captured`` where ``consumer`` uses it."""
-        before, _ = tree_flatten((consumer.args, consumer.kwargs))
-        after, _ = tree_flatten((self.first(consumer).args, self.first(consumer).kwargs))
-        return next(new for old, new in zip(before, after, strict=True) if old is captured)
 
     def owns_decision(self, position: int) -> bool:
         """Whether the module's own code, or that of a child dissolved into it, ran at a trace position."""
@@ -92,11 +66,9 @@ class Outlined:
             call for call in self.call.walk() if call is not self.call and not lies_in(self.relative(call.path), parts)
         ]
 
-    def add_module(self, stem: str, module: nn.Module) -> str:
-        taken = {*self.modules, *dict(self.call.module.named_children())}
-        name = next(n for n in _numbered(f"{OWN}{stem}") if n not in taken)
-        self.modules[name] = module
-        return name
+    @property
+    def taken(self) -> set[str]:
+        return {*self.modules, *dict(self.module.named_children())}
 
     def guard_tables(self, bias: Node) -> None:
         """The bias is read off its parameters by position, so that they must keep their shapes."""
@@ -104,14 +76,9 @@ class Outlined:
         while pending:
             node = pending.pop()
             if node.op == "get_attr" and str(node.target) not in self.constants:
-                self.tables[str(node.target)] = tuple(operator.attrgetter(str(node.target))(self.call.module).shape)
+                self.tables[str(node.target)] = tuple(operator.attrgetter(str(node.target))(self.module).shape)
             pending += [used for used in node.all_input_nodes if used not in seen]
             seen.update(node.all_input_nodes)
-
-    def add_constant(self, value: Tensor) -> Node:
-        name = f"{OWN}constant_{len(self.constants)}"
-        self.constants[name] = value
-        return self.graph.get_attr(name)
 
 
 def lies_in(path: str, modules: set[str]) -> bool:
@@ -119,24 +86,26 @@ def lies_in(path: str, modules: set[str]) -> bool:
     return any(prefix in modules for prefix in itertools.accumulate(path.split("."), "{}.{}".format))
 
 
-def outline(call: ModuleCall, flow: Dataflow, opened: Callable[[ModuleCall], bool]) -> Outlined:
-    """Restate ``call`` as a graph; children for which ``opened`` holds are dissolved into it.
+def outline(call: ModuleCall, donor: Capture, flow: Dataflow, opened: Callable[[ModuleCall], bool]) -> Outlined:
+    """Restate ``call``, of a module of the ``donor``, as a graph; children for which ``opened`` holds are dissolved.
 
     Raises:
         Refusal: with the reason.
     """
-    return _Outliner(call, flow, opened).run()
+    return _Outliner(call, donor, flow, opened).run()
 
 
 class _Outliner:
-    def __init__(self, call: ModuleCall, flow: Dataflow, opened: Callable[[ModuleCall], bool]) -> None:
+    def __init__(
+        self, call: ModuleCall, donor: Capture, flow: Dataflow, opened: Callable[[ModuleCall], bool]
+    ) -> None:
         self.flow, self.capture, self.opened = flow, flow.capture, opened
-        self.result = Outlined(call, fx.Graph(), flow.capture)
+        self.result = Outlined(graph=fx.Graph(), capture=flow.capture, call=call, donor=donor)
         self.graph = self.result.graph
         self.result.value = self._value
         self.ordered = sorted(flow.capture.position, key=flow.capture.position.__getitem__)
         self.steps = {position: node for node, position in flow.capture.position.items() if is_call(node)}
-        self.attributes = _attributes(call.module)
+        self.attributes = _attributes(self.result.module)
         self.dropouts: dict[float, str] = {}
 
     def run(self) -> Outlined:
@@ -247,12 +216,13 @@ class _Outliner:
 
     def _call(self, child: ModuleCall) -> None:
         self.result.live.append(child)
-        signature = inspect.signature(child.module.forward)
+        module = self.result.donor.module_of(child)
+        signature = inspect.signature(module.forward)
         bound = inspect.BoundArguments(signature, tree_map(self._reference, child.arguments))
         called = self.graph.call_module(self.result.relative(child.path), bound.args, bound.kwargs)
         if isinstance(child.output, NodeRef):
             if child.output.node is not None:
-                self.result.handed_on |= child.output.node in self.result.made and type(child.module) is not nn.Identity
+                self.result.handed_on |= child.output.node in self.result.made and type(module) is not nn.Identity
                 self._made(child.output.node, called)
             return
         for path, leaf in tree_flatten_with_path(child.output)[0]:
@@ -322,11 +292,3 @@ def _attributes(module: nn.Module) -> dict[int, str]:
         [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     )
     return {id(value): name for name, value in named}
-
-
-def _numbered(stem: str) -> Iterator[str]:
-    yield stem
-    number = 1
-    while True:
-        yield f"{stem}_{number}"
-        number += 1

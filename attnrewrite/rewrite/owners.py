@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from ..capture import ModuleCall, NodeRef
+from ..capture import Capture, ModuleCall, NodeRef
 from ..errors import UNFORESEEN, Refusal, unforeseen
 from ..graph.dataflow import Dataflow
 from ..graph.values import needed_nodes
@@ -22,6 +22,7 @@ from ..ir.sites import AttentionSite, Grid, Site
 from ..lift.looks import Look, Looks
 from .attention_weights import Reader, exchange_weights
 from .dead_code import remove_dead_code
+from .droppable import is_droppable
 from .follow_sizes import follow_sizes
 from .hooks import has_hooks
 from .install import install, must_open, whole_ends
@@ -34,7 +35,7 @@ ConversionOf = Callable[[Site], Conversion]
 
 @dataclass
 class OwnerProgram:
-    """The new forward of one module: at ``path``, replacing ``sites``, with the children and buffers it needs.
+    """The new forward of one ``module``: at ``path``, replacing ``sites``, with the children and buffers it needs.
 
     ``dropped`` are children and parameters that nothing uses any more, and ``lost`` the sizes of those parameters by
     identity. ``fixed_to`` says what holds for the captured size only; ``handed_on`` whether a child with a life of its
@@ -44,6 +45,7 @@ class OwnerProgram:
     """
 
     call: ModuleCall
+    module: nn.Module
     sites: list[Site]
     program: Program
     modules: dict[str, nn.Module]
@@ -59,8 +61,8 @@ class OwnerProgram:
     lost: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.donor_class = type(self.call.module)
-        gone = [parameter for path in self.dropped for parameter in _parameters_at(self.call.module, path)]
+        self.donor_class = type(self.module)
+        gone = [parameter for path in self.dropped for parameter in _parameters_at(self.module, path)]
         self.lost = {id(parameter): parameter.numel() for parameter in gone}
 
     @property
@@ -75,19 +77,19 @@ class OwnerProgram:
 
 
 def build_programs(
-    sites: list[Site], looks: Looks, conversion_of: ConversionOf
+    donor: Capture, sites: list[Site], looks: Looks, conversion_of: ConversionOf
 ) -> tuple[list[OwnerProgram], list[tuple[Site, Refusal]]]:
-    """One program for every owning module, and the sites that could not be rewritten, with the reason."""
+    """One program for every owning module of the ``donor``, and the sites that cannot be rewritten, with the reason."""
     programs: list[OwnerProgram] = []
     failed: list[tuple[Site, Refusal]] = []
     flow = looks.first
     for calls in _by_module(_owners(sites, flow, conversion_of)):
         built = []
         for call, owned in calls:
-            program, without = build_program(call, owned, looks, conversion_of)
+            program, without = build_program(donor, call, owned, looks, conversion_of)
             failed += without
             built += [program] if program is not None else []
-        count = sum(1 for other in flow.capture.root.walk() if other.module is calls[0][0].module)
+        count = sum(1 for other in flow.capture.root.walk() if other.path == calls[0][0].path)
         reason = _disagreement(built, count)
         if reason:
             failed += [(site, Refusal(reason)) for program in built for site in program.sites]
@@ -97,17 +99,18 @@ def build_programs(
 
 
 def build_program(
-    call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
+    donor: Capture, call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
 ) -> tuple[OwnerProgram | None, list[tuple[Site, Refusal]]]:
     """The program of one module call; sites that cannot be rewritten are left out, one by one, with the reason."""
     failed: list[tuple[Site, Refusal]] = []
     while sites:
         try:
-            return _program(call, sites, looks, conversion_of), failed
+            return _program(donor, call, sites, looks, conversion_of), failed
         except _NotInstalled as without:
             blamed = [(without.site, _refusal(call, without.__cause__))]
         except (Refusal, *UNFORESEEN) as cause:
-            blamed = _blamed(call, sites, looks, conversion_of) or [(site, _refusal(call, cause)) for site in sites]
+            blamed = _blamed(donor, call, sites, looks, conversion_of)
+            blamed = blamed or [(site, _refusal(call, cause)) for site in sites]
         failed += blamed
         out = {id(site) for site, _ in blamed}
         sites = [site for site in sites if id(site) not in out]
@@ -115,28 +118,31 @@ def build_program(
 
 
 def _blamed(
-    call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
+    donor: Capture, call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
 ) -> list[tuple[Site, Refusal]]:
     """Of several sites that cannot be rewritten together, though each could be installed: those that cannot be alone,
     with the reason."""
     blamed: list[tuple[Site, Refusal]] = []
     for site in sites if len(sites) > 1 else ():
         try:
-            _program(call, [site], looks, conversion_of)
+            _program(donor, call, [site], looks, conversion_of)
         except (Refusal, _NotInstalled, *UNFORESEEN) as cause:
             blamed.append((site, _refusal(call, cause.__cause__ if isinstance(cause, _NotInstalled) else cause)))
     return blamed
 
 
-def _program(call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf) -> OwnerProgram:
+def _program(
+    donor: Capture, call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: ConversionOf
+) -> OwnerProgram:
     """The program with all of ``sites`` rewritten.
 
     Raises:
         _NotInstalled: one of them cannot be installed.
         Refusal: the module cannot be rewritten with them.
     """
-    outlined, before = _outlined(call, sites, looks.first, conversion_of)
-    outlined = follow_sizes(outlined, looks, partial(_outlined_again, call, sites, looks, conversion_of=conversion_of))
+    outlined, before = _outlined(donor, call, sites, looks.first, conversion_of)
+    again = partial(_outlined_again, donor, call, sites, looks, conversion_of=conversion_of)
+    outlined = follow_sizes(outlined, looks, again)
     remove_dead_code(outlined.graph)
     dissolved = _dissolved(outlined)
     _require_no_decisions(outlined)
@@ -149,11 +155,12 @@ def _program(call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: C
     unread = [name for name in before if name not in read and not lies_in(name, called)]
     return OwnerProgram(
         call,
+        outlined.module,
         sites,
         program,
         modules,
         buffers,
-        dropped=[name for name in unread if _is_droppable(call, name, looks.first)],
+        dropped=[name for name in unread if is_droppable(name, outlined)],
         fixed_to=outlined.tied,
         handed_on=outlined.handed_on,
         passes_over=bool(outlined.passed_over()),
@@ -164,10 +171,10 @@ def _program(call: ModuleCall, sites: list[Site], looks: Looks, conversion_of: C
 
 
 def _outlined(
-    call: ModuleCall, sites: list[Site], flow: Dataflow, conversion_of: ConversionOf
+    donor: Capture, call: ModuleCall, sites: list[Site], flow: Dataflow, conversion_of: ConversionOf
 ) -> tuple[Outlined, list[str]]:
     """The call's graph with ``sites`` installed, and the parts of the module that its own graph used before."""
-    outlined = outline(call, flow, _opener(sites, conversion_of))
+    outlined = outline(call, donor, flow, _opener(sites, conversion_of))
     before = _parts_used(outlined.graph)
     readers: list[tuple[AttentionSite, Reader | None]] = []
     for site in sites:
@@ -196,7 +203,7 @@ def _dissolved(outlined: Outlined) -> list[str]:
     paths: dict[str, None] = {}
     for call in outlined.dissolved():
         path = outlined.relative(call.path)
-        if has_hooks(call.module):
+        if has_hooks(outlined.donor.module_of(call)):
             raise Refusal(f"hooks on its child {path} would not fire any more")
         paths[path] = None
     return list(paths)
@@ -238,7 +245,7 @@ class _NotInstalled(Exception):
 
 
 def _outlined_again(
-    call: ModuleCall, sites: list[Site], looks: Looks, look: Look, conversion_of: ConversionOf
+    donor: Capture, call: ModuleCall, sites: list[Site], looks: Looks, look: Look, conversion_of: ConversionOf
 ) -> Outlined:
     """The same on another look.
 
@@ -253,7 +260,8 @@ def _outlined_again(
         others.append(look.sites[id(site)])
         conversions[id(others[-1])] = _at(look, others[-1], conversion_of(site), looks)
     try:
-        outlined, _ = _outlined(look.call(call, looks.first), others, look.flow, lambda site: conversions[id(site)])
+        there = look.call(call, looks.first)
+        outlined, _ = _outlined(donor, there, others, look.flow, lambda site: conversions[id(site)])
     except _NotInstalled as failed:
         raise failed.__cause__ or failed from None
     return outlined
@@ -275,7 +283,7 @@ def _reads_image(module: nn.Module) -> bool:
 
 
 def _refusal(call: ModuleCall, cause: BaseException | None) -> Refusal:
-    kind = type(call.module).__name__
+    kind = call.kind.rpartition(".")[2]
     if isinstance(cause, Refusal):
         return Refusal(f"{kind} cannot be rewritten: {cause.reason}", cause.remedy)
     return Refusal(f"{kind}: {unforeseen(cause)}")  # type: ignore[arg-type]  # it was raised
@@ -291,28 +299,6 @@ def _parameters_at(module: nn.Module, path: str) -> list[nn.Parameter]:
     parent, _, name = path.rpartition(".")
     own = module.get_submodule(parent)._parameters.get(name)
     return list(module.get_submodule(path).parameters()) if own is None else [own]
-
-
-def _is_droppable(call: ModuleCall, name: str, flow: Dataflow) -> bool:
-    """A parameter, or a child with parameters, that only this module used, once a call: left behind, it would break
-    distributed training."""
-    parameter = dict(call.module.named_parameters(remove_duplicate=False)).get(name)
-    if parameter is not None:
-        return _is_read_by(call.module, parameter, flow)
-    if name not in dict(call.module.named_modules()):
-        return False
-    child = call.module.get_submodule(name)
-    calls = [other.module for other in flow.capture.root.walk()]
-    alone = sum(module is child for module in calls) == sum(module is call.module for module in calls)
-    return alone and any(True for _ in child.parameters())
-
-
-def _is_read_by(module: nn.Module, parameter: nn.Parameter, flow: Dataflow) -> bool:
-    """Whether nothing else reads it."""
-    own = [call for call in flow.capture.root.walk() if call.module is module]
-    holders = [node for node, value in flow.capture.tensors.items() if value is parameter]
-    users = [flow.capture.position[user] for holder in holders for user in holder.users]
-    return all(any(call.encloses(position) for call in own) for position in users)
 
 
 def _opener(sites: list[Site], conversion_of: ConversionOf) -> Callable[[ModuleCall], bool]:
@@ -380,9 +366,9 @@ def _is_inside(inner: ModuleCall, outer: ModuleCall) -> bool:
 def _by_module(
     owners: list[tuple[ModuleCall, list[Site]]],
 ) -> list[list[tuple[ModuleCall, list[Site]]]]:
-    modules: dict[int, list[tuple[ModuleCall, list[Site]]]] = {}
+    modules: dict[str, list[tuple[ModuleCall, list[Site]]]] = {}
     for call, sites in owners:
-        modules.setdefault(id(call.module), []).append((call, sites))
+        modules.setdefault(call.path, []).append((call, sites))
     return list(modules.values())
 
 

@@ -26,10 +26,11 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
-from ..capture import ModuleCall, NodeRef
+from ..capture import NodeRef
 from ..capture.keywords import is_read
 from ..errors import ConversionError, Refusal
-from .outline import OWN, Outlined
+from .editable import OWN
+from .outline import Outlined
 
 _ALLOWED = (type(None), bool, int, float, str)
 _REMEDY = "convert the model with example inputs that make this call, or use `keep`"
@@ -226,8 +227,8 @@ class _ForwardCode(CodeGen):
     def __init__(self, outlined: Outlined) -> None:
         super().__init__()
         self.outlined = outlined
-        self.keywords = _keywords(outlined.call)
-        self.read = None if self.keywords is None else outlined.capture.keywords_read.get(outlined.call.path)
+        self.keywords = _keywords(outlined.module)
+        self.read = None if self.keywords is None else outlined.donor.keywords_read.get(outlined.call.path)
         self.names: dict[str, Any] = {
             "expect_same": expect_same, "expect_keywords": expect_keywords, "expect_alias": expect_alias,
             "expect_extents": expect_extents, "expect_table": expect_table, "expect_constant": expect_constant,
@@ -276,7 +277,7 @@ class _ForwardCode(CodeGen):
             f"    expect_table({name!r}, {_attribute(name)}.shape, {shape})"
             for name, shape in self.outlined.tables.items()
         ]
-        return "\n".join([f"def forward(self, {self._signature(call)}):", *self._keywords(needed), *structures, *lines])
+        return "\n".join([f"def forward(self, {self._signature()}):", *self._keywords(needed), *structures, *lines])
 
     def _keyword(self, path: tuple[Any, ...]) -> str | None:
         """The name of an argument that came in with ``**kwargs``, or holds the leaf at ``path``."""
@@ -300,10 +301,10 @@ class _ForwardCode(CodeGen):
         self.names["tree_unflatten"], self.names["result_structure"] = tree_unflatten, tree_flatten(structure)[1]
         return f"return tree_unflatten([{', '.join(leaves)}], result_structure)"
 
-    def _signature(self, call: ModuleCall) -> str:
+    def _signature(self) -> str:
         spelled: list[str] = []
         stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-        for parameter in inspect.signature(call.module.forward).parameters.values():
+        for parameter in inspect.signature(self.outlined.module.forward).parameters.values():
             default = ""
             if parameter.default is not parameter.empty:
                 default = f"={self._constant(parameter.default)}"
@@ -321,9 +322,9 @@ class _ForwardCode(CodeGen):
         return name
 
 
-def _keywords(call: ModuleCall) -> str | None:
+def _keywords(module: nn.Module) -> str | None:
     """The name of a ``**kwargs`` parameter, if there is one."""
-    parameters = inspect.signature(call.module.forward).parameters.values()
+    parameters = inspect.signature(module.forward).parameters.values()
     return next((p.name for p in parameters if p.kind == p.VAR_KEYWORD), None)
 
 

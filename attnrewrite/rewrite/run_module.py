@@ -16,5 +16,5 @@ def run_module(module: nn.Module, donor: nn.Module, arguments: dict[str, Any], t
     """The results of ``module``, or of one rewritten from ``donor``, whose signature names the arguments."""
     bound = inspect.BoundArguments(inspect.signature(donor.forward), OrderedDict(arguments))
     module.train(training)
-    with same_draws(module):
+    with same_draws(module.parameters()):
         return tree_leaves(module.forward(*bound.args, **bound.kwargs))

@@ -20,7 +20,7 @@ def structure_of(owner: OwnerProgram) -> Hashable:
     Everything else is compared exactly: what a module prints rounds its numbers and leaves its buffers out.
     """
     new = tuple((name, _configuration(module)) for name, module in owner.modules.items())
-    return type(owner.call.module), owner.program.source, new, _exact(owner.buffers)
+    return type(owner.module), owner.program.source, new, _exact(owner.buffers)
 
 
 def _configuration(module: nn.Module) -> Hashable:

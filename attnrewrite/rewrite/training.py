@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..capture import Capture, ModuleCall, NodeRef, capture_call
+from ..capture import CapturedGraph, ModuleCall, NodeRef, capture_call
 from ..errors import first_line
 from ..graph.restating import restate
 from ..graph.values import is_call, operator_name
@@ -29,7 +29,9 @@ _RATE = {"aten::scaled_dot_product_attention": 4}
 Step = tuple[Any, ...]
 
 
-def steps_of_training(owner: OwnerProgram, call: ModuleCall, look: Capture, training: Capture | None) -> str:
+def steps_of_training(
+    owner: OwnerProgram, call: ModuleCall, look: CapturedGraph, training: CapturedGraph | None
+) -> str:
     """Why the module of ``owner`` is not, in training, what it is in eval mode; an empty string if it is, but for
     dropout.
 
@@ -45,7 +47,8 @@ def steps_of_training(owner: OwnerProgram, call: ModuleCall, look: Capture, trai
             return _fewer_tokens(owner, eval_steps, train_steps)
     else:
         try:
-            modes = [capture_call(call.module, _arguments(call), training=mode) for mode in (False, True)]
+            inputs = _arguments(owner.module, call)
+            modes = [capture_call(owner.module, inputs, training=mode) for mode in (False, True)]
             for mode in modes:
                 restate(mode)
         except Exception as cause:  # whatever it says: a look that could not be taken shows nothing
@@ -78,7 +81,7 @@ def _fewer_tokens(owner: OwnerProgram, in_eval: list[Step], in_training: list[St
     return _difference([step[:1] for step in in_eval], [step[:1] for step in in_training])
 
 
-def _steps(call: ModuleCall, capture: Capture, live: set[str] | frozenset[str]) -> list[Step]:
+def _steps(call: ModuleCall, capture: CapturedGraph, live: set[str] | frozenset[str]) -> list[Step]:
     """Operators of the module's own code and of children dissolved into it, and calls of the others, in order."""
     children = [child for child in call.walk() if child is not call and child.path in live]
     outer = [child for child in children if not any(_holds(other, child) for other in children)]
@@ -110,7 +113,7 @@ class _Constant:
         return one is two or (one.shape == two.shape and one.dtype == two.dtype and bool(torch.equal(one, two)))
 
 
-def _numbers(node: fx.Node, capture: Capture) -> Iterator[Any]:
+def _numbers(node: fx.Node, capture: CapturedGraph) -> Iterator[Any]:
     """What an operator is given but for values and rates of dropout."""
 
     found: list[Any] = []
@@ -132,14 +135,14 @@ def _numbers(node: fx.Node, capture: Capture) -> Iterator[Any]:
     return iter(found)
 
 
-def same_place(call: ModuleCall, look: Capture, other: Capture) -> ModuleCall | None:
+def same_place(call: ModuleCall, look: CapturedGraph, other: CapturedGraph) -> ModuleCall | None:
     """The same call, by its number among those of its module, on another look; None if it is not made there."""
     number = next(i for i, each in enumerate(_calls(call.path, look)) if each is call)
     calls = _calls(call.path, other)
     return calls[number] if number < len(calls) else None
 
 
-def _calls(path: str, capture: Capture) -> list[ModuleCall]:
+def _calls(path: str, capture: CapturedGraph) -> list[ModuleCall]:
     return [call for call in capture.root.walk() if call.path == path]
 
 
@@ -150,7 +153,7 @@ def _shapes(call: ModuleCall) -> list[Any]:
     ]
 
 
-def _arguments(call: ModuleCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(module: nn.Module, call: ModuleCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Tensors of the captured shapes for a call of the module alone."""
 
     def stand_in(leaf: Any) -> Any:
@@ -160,5 +163,5 @@ def _arguments(call: ModuleCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
 
     arguments = tree_map(stand_in, call.arguments)
-    bound = inspect.BoundArguments(inspect.signature(call.module.forward), OrderedDict(arguments))
+    bound = inspect.BoundArguments(inspect.signature(module.forward), OrderedDict(arguments))
     return bound.args, bound.kwargs

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from ...capture import ModuleCall, training_dropout
+from ...capture import ModuleCall
 from ...errors import UNFORESEEN, Refusal, unforeseen
 from ...graph.dataflow import Dataflow
 from ...graph.values import input_of, operator_name, shape_of
@@ -209,7 +209,7 @@ def _with_dropout(site: AttentionSite, flow: Dataflow) -> AttentionSite:
     if site.dropout:
         return site
     mixing = flow.capture.enclosing_call([site.nodes.output.node])
-    return replace(site, dropout=training_dropout(mixing, site.scale))
+    return replace(site, dropout=flow.capture.training_dropout(mixing, site.scale))
 
 
 def _is_global(core: Core, flow: Dataflow) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
 from torch.fx import Node
 
-from ...capture import ModuleCall, NodeRef
+from ...capture import Capture, ModuleCall, NodeRef
 from ...graph.dataflow import Dataflow
 from ...graph.values import shape_of
 from ...ir.sites import Grid
@@ -21,6 +22,7 @@ class CoreSite:
 
     name: str
     call: ModuleCall
+    module: nn.Module
     query: Node
     source: Node
     end: Node
@@ -33,16 +35,17 @@ class CoreSite:
     kind = "attention"
 
     def describe(self) -> str:
-        return f"attention grid {self.grid} heads {self.heads}x{self.head_dim} {type(self.call.module).__name__}"
+        return f"attention grid {self.grid} heads {self.heads}x{self.head_dim} {type(self.module).__name__}"
 
 
-def core_sites(flow: Dataflow) -> list[CoreSite]:
-    """Every call of a core of known cost whose operands come from linear maps."""
-    found = (_read(call, flow) for call in flow.capture.root.walk() if has_formula(call.module))
+def core_sites(capture: Capture, flow: Dataflow) -> list[CoreSite]:
+    """Every call, in ``capture``'s model, of a core of known cost whose operands come from linear maps."""
+    calls = ((call, capture.module_of(call)) for call in flow.capture.root.walk())
+    found = (_read(call, module, flow) for call, module in calls if has_formula(module))
     return [site for site in found if site is not None]
 
 
-def _read(call: ModuleCall, flow: Dataflow) -> CoreSite | None:
+def _read(call: ModuleCall, module: nn.Module, flow: Dataflow) -> CoreSite | None:
     operands = [_node(call.arguments[name]) for name in ("query", "key", "value")]
     result = _node(call.output)
     if result is None or any(operand is None for operand in operands):
@@ -59,10 +62,11 @@ def _read(call: ModuleCall, flow: Dataflow) -> CoreSite | None:
     assert isinstance(source, Node)
     shape = shape_of(query)
     local = _node(call.arguments.get("local_key"))
-    grid = map_given(call.module, shape, None if local is None else shape_of(local))
+    grid = map_given(module, shape, None if local is None else shape_of(local))
     return CoreSite(
         name=flow.capture.enclosing_call([*linears, result]).path,
-        call=call, query=query, source=source, end=next_linear(result, flow) or result, linears=linears, grid=grid,
+        call=call, module=module, query=query, source=source, end=next_linear(result, flow) or result,
+        linears=linears, grid=grid,
         keys=grid.tokens if len(shape) == 5 else shape_of(key)[1], heads=shape[-2], head_dim=shape[-1],
         width=shape_of(source)[-1],
     )  # fmt: skip

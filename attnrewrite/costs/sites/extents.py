@@ -11,7 +11,7 @@ from sympy import Expr, Integer
 from torch import Tensor
 from torch.fx import Node
 
-from ...capture import Capture
+from ...capture import CapturedGraph
 from ...graph.values import input_of, operator_name, shape_of
 from ...ir.sites import StemSite
 from ..algebra.symbols import H, W, down, strided, up
@@ -40,7 +40,7 @@ class Maps:
         odd_up: whether a merging pads an odd side (else it drops the last row).
     """
 
-    def __init__(self, capture: Capture, merges: list[StemSite], odd_up: bool = True) -> None:
+    def __init__(self, capture: CapturedGraph, merges: list[StemSite], odd_up: bool = True) -> None:
         self._maps: list[Map] = []
         self._round = up if odd_up else down
         self._merges = {site.result: site for site in merges}
@@ -76,7 +76,7 @@ class Maps:
     def _latest(self, before: Node, fits: Any) -> Map | None:
         return next((made for made in reversed(self._maps) if made.node < before and fits(made)), None)
 
-    def _note(self, node: Node, capture: Capture) -> None:
+    def _note(self, node: Node, capture: CapturedGraph) -> None:
         if node in capture.inputs:
             value = capture.tensors[node]
             if isinstance(value, Tensor) and value.ndim == 4:

@@ -14,8 +14,6 @@ from torch import nn
 from ...capture.examples import Inputs
 from ...capture.replica import without_hooks
 from ...errors import ArgumentError, CaptureError, first_line
-from ...graph.dataflow import Dataflow
-from ...ir.sites import Site
 from ...planning.plan import Plan
 from ...planning.stages import lifted
 from ..algebra.interpolate import fitted
@@ -115,7 +113,7 @@ def derive(model: nn.Module, example: Inputs, tracer: SizeTracer) -> ModelFormul
         found.assumptions.append(f"no sites, the model could not be captured: {first_line(cause)}")
         _complete(found, tracer)
         return found
-    found = _read(plan.flow, [planned.site for planned in plan.sites], tracer)
+    found = _read(plan, tracer)
     found.lifted = plan
     found.refused = [f"{refused.name or '(root)'}: {refused.reason}" for refused in plan.refused]
     return found
@@ -131,11 +129,11 @@ def lifted_without_hooks(model: nn.Module, example: Inputs) -> Plan:
     return lifted(without_hooks(model), kwargs if kwargs and not args else args)
 
 
-def _read(flow: Dataflow, sites: list[Site], tracer: SizeTracer) -> ModelFormula:
+def _read(plan: Plan, tracer: SizeTracer) -> ModelFormula:
     """Whether mergings pad or cut odd maps is not seen at one size: the first reading that holds at others is taken."""
-    readings = []
+    readings, sites = [], [planned.site for planned in plan.sites]
     for odd_up in (True, False):
-        reader = SiteReader(flow, sites, odd_up)
+        reader = SiteReader(plan.capture, plan.flow, sites, odd_up)
         found = ModelFormula(reader.read())
         readings.append(found)
         if len(set(_rests(found, tracer))) == 1 or not reader.maps.rounds_merges:

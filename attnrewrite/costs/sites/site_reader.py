@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from ...capture import ModuleCall, NodeRef
+from ...capture import Capture, ModuleCall, NodeRef
 from ...graph.dataflow import Dataflow
 from ...graph.values import shape_of
 from ...ir.sites import AttentionSite, MlpSite, Site, StemSite
@@ -26,16 +26,16 @@ from .regions import Regions
 
 
 class SiteReader:
-    """Formulas of the sites of one captured graph.
+    """Formulas of the sites of one captured model.
 
     Every contraction of the graph belongs to one site at most, the first that claims it. A formula is never believed:
     candidates are evaluated at the captured size, and the first that equals the count of the site's own nodes is taken.
     ``odd_up``: see ``Maps``.
     """
 
-    def __init__(self, flow: Dataflow, sites: list[Site], odd_up: bool = True) -> None:
-        self.flow, self.batch = flow, flow.capture.batch
-        self.cores = core_sites(flow)
+    def __init__(self, capture: Capture, flow: Dataflow, sites: list[Site], odd_up: bool = True) -> None:
+        self.capture, self.flow, self.batch = capture, flow, capture.batch
+        self.cores = core_sites(capture, flow)
         after_cores = {core.end for core in self.cores}  # a core's result, rearranged, looks like gathered patches
         stems = [site for site in sites if isinstance(site, StemSite) and site.result not in after_cores]
         merges = [site for site in stems if site.patches is not None]
@@ -76,7 +76,7 @@ class SiteReader:
 
     def _note_maps(self, call: ModuleCall) -> None:
         """Maps that modules of this library are known to make."""
-        definition = definition_of(call.module)
+        definition = definition_of(self.capture.module_of(call))
         made = self._tensor(call.output) if definition is not None and definition.result is not None else None
         if definition is not None and definition.result is not None and made is not None:
             source = self._tensor(call.arguments[definition.argument])
@@ -88,7 +88,7 @@ class SiteReader:
 
     def _own_modules(self, call: ModuleCall) -> list[tuple[Node, CountedSite]]:
         """Calls of this library's attention modules; their formula is their definition, or has to equal the count."""
-        definition = definition_of(call.module)
+        definition = definition_of(self.capture.module_of(call))
         if definition is None:
             return [pair for child in call.children for pair in self._own_modules(child)]
         source = self._tensor(call.arguments[definition.argument])
@@ -96,13 +96,13 @@ class SiteReader:
             return []
         size = definition.sides(shape_of(source))
         sides = self.maps.sides(size, source.next)
-        formula = None if sides is None else definition.formula(call.module, *sides)
+        formula = None if sides is None else definition.formula(self.capture.module_of(call), *sides)
         if formula is None:
             return []
         macs = self.regions.claim_call(call)
         if definition.replaces_count:
             macs = formula.macs_of(self.batch, *self._size)
-        describe = f"{type(call.module).__name__} on {size[0]}x{size[1]}"
+        describe = f"{call.kind.rpartition('.')[2]} on {size[0]}x{size[1]}"
         site = OwnModule(call.path, definition.kind, describe)
         return [(source, self._counted(site, macs, iter([formula]), sides))]
 
@@ -122,11 +122,11 @@ class SiteReader:
         if keys is None:
             return None
         widths = Widths(site.width, site.heads, site.heads * site.head_dim)
-        formula = core_formula(site.call.module, Given(queries, keys, sides, widths))
+        formula = core_formula(site.module, Given(queries, keys, sides, widths))
         if formula is None:
             return None
         inside = self.regions.inside(site.call)
-        defined = isinstance(site.call.module, BY_DEFINITION)
+        defined = isinstance(site.module, BY_DEFINITION)
         macs = formula.macs_of(self.batch, *self._size) if defined else sum(map(self.regions.macs, inside))
         around = sorted(self.regions.counting([site.source], site.end, site.linears) - set(inside))
         maps = [self.candidates.of_node(node) for node in around]
