@@ -1,4 +1,4 @@
-"""The top-level folders `patterns/` and `backends/` install as sub-packages of `attnrewrite`.
+"""The top-level folders ``patterns/`` and ``backends/`` install as sub-packages of ``attnrewrite``.
 
 The native kernels are compiled where a C++ compiler and torch are at hand, unless ATTNREWRITE_NATIVE is 0. Without them
 everything installs and runs, on slower backends.
@@ -31,7 +31,7 @@ packages = [
 
 
 def native_build() -> ModuleType:
-    """`backends/native/build.py`, without its package, which needs torch."""
+    """``backends/native/build.py``, without its package, which needs torch."""
     sys.path.insert(0, str(ROOT))  # its errors are the library's
     spec = spec_from_file_location("attnrewrite.backends.native.build", ROOT / "backends" / "native" / "build.py")
     assert spec is not None

@@ -1,4 +1,4 @@
-"""Rewrite the attention of PyTorch vision models: recognised by meaning, certified, measured."""
+"""Rewrite the attention of PyTorch vision models: recognized by meaning, certified, measured."""
 
 from importlib import import_module
 from pathlib import Path

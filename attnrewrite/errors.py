@@ -1,4 +1,4 @@
-"""What can go wrong, one class a cause; every one of them is an `AttnRewriteError`."""
+"""What can go wrong, one class per cause; every one of them is an ``AttnRewriteError``."""
 
 
 import difflib

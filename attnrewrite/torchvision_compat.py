@@ -1,7 +1,7 @@
 """Make torchvision importable where its compiled operators do not fit the installed torch.
 
 torchvision describes two of its compiled operators to torch at import time, whether or not its compiled
-library could be loaded, so on such a machine `import torchvision` fails, and timm and transformers with it.
+library could be loaded, so on such a machine ``import torchvision`` fails, and timm and transformers with it.
 No attention model needs those operators: it is enough that torch knows their schemas. Calling one raises.
 """
 

@@ -1,5 +1,5 @@
-"""What `convert`, certification included, costs beside its own `torch.export` calls and beside the model, in time and
-memory.
+"""What ``convert``, certification included, costs beside its own ``torch.export`` calls and beside the model, in time
+and memory.
 
     python benchmarks/convert_time.py --output docs/benchmarks/convert_time.md
 """

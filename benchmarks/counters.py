@@ -4,7 +4,7 @@
 
 Every tool sees the same model at 224 x 224, batch 1, on the CPU, in evaluation mode, in one process. GMAC as reported,
 FLOP halved. *exact* is equality with the published count to the integer. Times are of this process's CPU, the least of
-three; for `analyze` once for the count alone and once with every formula, check and site.
+three; for ``analyze`` once for the count alone and once with every formula, check and site.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def methods(case: Case, kernel: int, device: str, flex: bool) -> dict[str, Metho
 
 
 def neighborhood_mask(side: int, kernel: int, device: str) -> Tensor:
-    """True where query row may see key column, `[side ** 2, side ** 2]`."""
+    """True where query row may see key column, ``[side ** 2, side ** 2]``."""
     table = axis_table(AxisRule(side, kernel), torch.device(device))
     seen = torch.zeros(side, side, dtype=torch.bool, device=device).scatter_(1, table.keys, table.valid)
     return (seen[:, None, :, None] & seen[None, :, None, :]).flatten(2).flatten(0, 1)

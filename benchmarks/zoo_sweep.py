@@ -3,7 +3,7 @@
     python benchmarks/zoo_sweep.py --output docs/zoo.md
     python benchmarks/zoo_sweep.py --only "timm:swin*"
 
-The models have random weights and reduced sizes; weights that their initialisation leaves too small to matter (zeros,
+The models have random weights and reduced sizes; weights that their initialization leaves too small to matter (zeros,
 tiny layer scales, almost constant scores) are made larger first. They are converted with an example batch of
 ``--batch`` and compared with the original at that batch and at a batch of 3, at other sizes and in training. A foreign
 exception or a number that differs is a defect.

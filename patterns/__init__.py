@@ -1,1 +1,1 @@
-"""What can be recognised and what it can become. Whatever lies in `recognise` and in `targets` is discovered."""
+"""What can be recognized and what it can become. Whatever lies in ``recognize`` and in ``targets`` is discovered."""

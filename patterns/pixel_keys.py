@@ -28,9 +28,9 @@ def on_pixels(
     """
     grid, source = grid_of_site(site), site.nodes.source
     if site.key is None or site.value is None or source is None or site.bias is not None:
-        raise Refusal("its reduced keys have a bias, or are no plain projection")
+        raise Refusal("its reduced keys have a bias or are not a plain projection")
     if grid.prefix_tokens or site.nodes.batch_axis or shape_of(source)[1:-1] != (grid.tokens,):
-        raise Refusal("its queries are no sequence of the map's tokens alone")
+        raise Refusal("its queries are not exactly the tokens of the map")
     inner = convert(replace(site, keys=Global()))
     assert isinstance(inner, BetweenProjections)
     core = PixelKeys(inner.core, shape_of(source)[-1], site.heads, site.key.head_dim, site.value.head_dim)

@@ -20,7 +20,7 @@ from .site_geometry import grid_of_site
 class Published:
     """A paper's module on its way into the place of a site.
 
-    What is neither carried nor settled stays as the module initialises it: then the conversion is FRESH.
+    What is neither carried nor settled stays as the module initializes it: then the conversion is FRESH.
     """
 
     def __init__(self, module: nn.Module, like: Tensor) -> None:
@@ -76,22 +76,22 @@ def published_attention(
     """
     assert site.query is not None
     made = Published(module, weights(site.query.weight))
-    parts = {"q": site.query, "k": site.key, "v": site.value, "o": site.output}
-    for name, letters in layers.items():
-        matrices, biases = zip(*(_of_part(letter, parts[letter], site, weights) for letter in letters), strict=True)
+    projections = {"q": site.query, "k": site.key, "v": site.value, "o": site.output}
+    for name, parts in layers.items():
+        matrices, biases = zip(*(_of_part(part, projections[part], site, weights) for part in parts), strict=True)
         made.carry(f"{name}.weight", torch.cat(matrices))
         made.carry(f"{name}.bias", torch.cat(biases))
     return made
 
 
-def _of_part(letter: str, part: Projection | None, site: AttentionSite, weights: Weights) -> tuple[Tensor, Tensor]:
+def _of_part(part: str, projection: Projection | None, site: AttentionSite, weights: Weights) -> tuple[Tensor, Tensor]:
     """Weight and bias of one projection, heads in order; no bias is one of zeros."""
-    assert part is not None
-    weight, rows = weights(part.weight).detach(), part.rows.flatten()
-    bias = weight.new_zeros(len(weight)) if part.bias is None else weights(part.bias).detach()
-    if letter == "o":
+    assert projection is not None
+    weight, rows = weights(projection.weight).detach(), projection.rows.flatten()
+    bias = weight.new_zeros(len(weight)) if projection.bias is None else weights(projection.bias).detach()
+    if part == "o":
         return weight[:, rows.to(weight.device)], bias
-    factor = site.scale * site.head_dim**0.5 if letter == "q" else 1.0
+    factor = site.scale * site.head_dim**0.5 if part == "q" else 1.0
     return weight[rows.to(weight.device)] * factor, bias[rows.to(weight.device)] * factor
 
 
@@ -103,28 +103,28 @@ def attention_map(site: AttentionSite, takes_prefix: bool = False) -> Grid:
     """
     grid = site.map_grid if isinstance(site.keys, Window) else grid_of_site(site)
     if site.place is not None:
-        raise Refusal("its tokens come group by group and not as a map", "leave official out")
+        raise Refusal("its tokens arrive grouped and not as a map", "leave official out")
     nodes, parts = site.nodes, (site.query, site.key, site.value, site.output)
     acting = _acting(site)
     if acting or nodes.source is None or nodes.result is None or any(part is None for part in parts):
         acting = acting or "more than a linear map"
         raise Refusal(
-            f"{acting} stands between its projections and its scores, which the published layer has no place for",
+            f"{acting} acts between its projections and its scores, and the published layer has no counterpart",
             "leave official out, which keeps it",
         )
     if nodes.batch_axis:
-        raise Refusal("its tokens come before its samples", "leave official out")
+        raise Refusal("its token axis precedes its batch axis", "leave official out")
     width = shape_of(nodes.source)[-1]
     if any(part is None or part.rows.numel() != width for part in parts) or shape_of(nodes.result)[-1] != width:
         raise Refusal(
-            f"its heads are {site.heads}x{site.head_dim} wide and its tokens {width}, and the published layer has one "
+            f"its heads are {site.heads}x{site.head_dim} wide and its tokens {width}, but the published layer has one "
             "width for both",
             "leave official out",
         )
     if grid.prefix_tokens and not takes_prefix:
         raise Refusal(
-            f"the published layer has no place for {grid.prefix_tokens} class or register tokens",
-            "leave official out, which carries them, or take a model that pools its map instead",
+            f"the published layer does not support {grid.prefix_tokens} class or register tokens",
+            "leave official out, which keeps them, or use a model that pools its map instead",
         )
     return grid
 
@@ -145,8 +145,8 @@ def require_no_dropout(rate: float) -> None:
     """
     if rate:
         raise Refusal(
-            "it drops values in training where the published layer here does not",
-            "set its rate to 0, or leave official out",
+            "it applies dropout in training where the published layer does not",
+            "set its dropout rate to 0, or leave official out",
         )
 
 
@@ -167,7 +167,7 @@ def adapter_between(source: Node, result: Node, grid: Grid | None) -> Adapter | 
     if (before, after) == (4, 3):
         return Adapter(map_to_tokens)
     if after != 3 or grid is None:
-        raise Refusal("its tokens become a map on the way", "leave official out")
+        raise Refusal("its tokens are reshaped to a map on the way", "leave official out")
     return MapAdapter.on(on_tokens, grid)
 
 
@@ -194,7 +194,7 @@ def require_one_number(name: str, value: Any) -> None:
     ArgumentError: two numbers, where the paper's layer has one for both axes.
     """
     if isinstance(value, tuple | list):
-        raise ArgumentError(f"{name}: {value!r} contradicts official=True, which has one number for both axes")
+        raise ArgumentError(f"{name}: {value!r} contradicts official=True, which uses one number for both axes")
 
 
 __all__ = [

@@ -27,16 +27,16 @@ def grid_of_site(site: AttentionSite) -> Grid:
             "there is no token mixing to replace"
         )
     if site.queries is not None:
-        raise Refusal("its tokens query in another order than that of their map")
+        raise Refusal("its queries are not in the order of the tokens of their map")
     if isinstance(site.keys, Interleaved):
         raise Refusal(
-            f"it attends inside {site.keys} groups, which spread over the map",
+            f"it attends within {site.keys} groups, which spread over the map",
             "to='neighborhood' and to='long_short_distance' keep them",
         )
     if not isinstance(site.keys, Global | Reduced):
-        raise Refusal(f"its queries see {site.keys}, which lie on no map of their own")
+        raise Refusal(f"its queries see {site.keys}, which do not lie on a map")
     if site.grid is None:
-        raise Refusal("where its tokens lie on the map is not known")
+        raise Refusal("the positions of its tokens on the map are unknown")
     if site.mask is not None:
         raise Refusal("a constant mask acts on its scores")
     return site.grid
@@ -48,7 +48,7 @@ def bias_entries(site: AttentionSite, grid: Grid) -> Tensor | None:
         return None
     table = None if grid.prefix_tokens else relative_table(site.bias.values, (grid.height, grid.width))
     if table is None:
-        raise Refusal("its bias is no table of relative positions on the map alone")
+        raise Refusal("its bias is not a function of relative position on the map alone")
     return table[1]
 
 
@@ -59,7 +59,7 @@ def window_bias_entries(site: AttentionSite, groups: MapGroups) -> Tensor | None
     table = relative_table(site.bias.values, groups.size)
     if table is None:
         where = "window" if isinstance(groups, Window) else "group"
-        raise Refusal(f"its bias is no table of relative positions in the {where}")
+        raise Refusal(f"its bias is not a function of relative position in the {where}")
     return table[1]
 
 

@@ -91,7 +91,7 @@ def test_the_order_is_the_one_that_is_written_down():
 
 def test_folders_of_tests_are_rooms_or_cross_them_for_a_reason():
     folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("*.py"))}
-    assert folders - {*ROOMS, "recognise", "targets"} == set(ACROSS_ROOMS)
+    assert folders - {*ROOMS, "recognize", "targets"} == set(ACROSS_ROOMS)
 
 
 def test_no_room_knows_one_behind_it():
@@ -116,7 +116,7 @@ def test_only_registries_import_by_the_names_of_rooms():
 
 def test_patterns_and_backends_list_nothing():
     """Their folders are looked through: nothing has to be entered anywhere."""
-    for package in ("backends", "patterns", "patterns.targets", "patterns.recognise"):
+    for package in ("backends", "patterns", "patterns.targets", "patterns.recognize"):
         assert GRAPH[f"attnrewrite.{package}"] == set()
 
 

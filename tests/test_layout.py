@@ -1,4 +1,4 @@
-"""`patterns/` and `backends/` are top-level folders and yet sub-packages: every way to them must agree."""
+"""``patterns/`` and ``backends/`` are top-level folders and yet sub-packages: every way to them must agree."""
 
 import ast
 import os

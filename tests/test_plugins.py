@@ -119,7 +119,7 @@ RUNS = '"plugin", {"local_attention": print}'
 
 
 NAMED = """
-from attnrewrite.ir.contract import Target, recogniser
+from attnrewrite.ir.contract import Target, recognizer
 from attnrewrite.planning.registry import register_target
 
 @register_target
@@ -128,7 +128,7 @@ class Mine(Target):
 
     def convert(self, site, index, weights): ...
 
-@recogniser(order=99)
+@recognizer(order=99)
 def nothing(flow, sites):
     return []
 """
@@ -144,7 +144,7 @@ def folder(tmp_path, monkeypatch):
     assert backends.available_backends()
     assert patterns.known_targets()
     monkeypatch.syspath_prepend(tmp_path)
-    for registry, names in ((backends, ["_backends"]), (patterns, ["_targets", "_recognisers"])):
+    for registry, names in ((backends, ["_backends"]), (patterns, ["_targets", "_recognizers"])):
         for name in names:
             monkeypatch.setattr(registry, name, copy(getattr(registry, name)))
     _discover_again()
@@ -238,10 +238,10 @@ except BackendError as error:
     assert run(register, tmp_path).splitlines() == ["False", taken]
 
 
-def test_a_plugin_may_bring_recognisers_and_register_its_targets_itself(folder):
+def test_a_plugin_may_bring_recognizers_and_register_its_targets_itself(folder):
     install(folder, "attnrewrite.patterns", "plugin_file", NAMED.format("plugin"))
     assert patterns.known_targets()["plugin"].__module__ == "plugin_file"
-    names = [recogniser.__name__ for recogniser in patterns._recognisers]
+    names = [recognizer.__name__ for recognizer in patterns._recognizers]
     assert names[-1] == "nothing"
     assert len(names) == len(set(names))
 
@@ -296,7 +296,7 @@ def test_a_target_that_gives_something_else_than_a_conversion_says_so():
 
 
 def test_whatever_lies_in_the_folders_is_found():
-    """Nothing is listed: the registries name no target, recogniser or backend."""
+    """Nothing is listed: the registries name no target, recognizer or backend."""
     assert {"identity", "neighborhood", "t2t"} <= set(patterns.known_targets())
     assert {"reference", "tiled"} <= set(backends.available_backends())
     named = inspect.getsource(patterns) + inspect.getsource(backends)

@@ -82,7 +82,7 @@ def convert(
             ``keep="auto"`` leaves alone those that do the most harm, each measured alone, until ``budget`` holds.
         budget: for ``keep="auto"``: the largest relative error of the outputs, or ``{"agreement": 0.95}``, the smallest
             share of images that keep their largest output, uncalibrated, on ``measure``, ``calibrate`` or the example.
-        calibrate: unlabelled images, or a ``Calibration``: recover what was lost, as ``attnrewrite.calibrate`` does.
+        calibrate: unlabeled images, or a ``Calibration``: recover what was lost, as ``attnrewrite.calibrate`` does.
         measure: images to measure the error on, as ``calibrate`` takes them: of every site alone, and of the model.
         fidelity: the least class accepted: "exact", "continuous", "projected" or "fresh". Sites below are left alone.
         strict: raise if any site that was asked for is not converted.

@@ -79,7 +79,7 @@ class Explanation:
         """What was found, what each target would do, and what to call next: ten lines or so."""
         sites, refused = self.plan.sites, self.plan.refused
         if not sites and not refused:
-            return ["no attention, MLP or stem recognised"]
+            return ["no attention, MLP or stem recognized"]
         kinds = [planned.site.kind for planned in sites]
         counts = [(kinds.count(kind), kind) for kind in dict.fromkeys(kinds)]
         found = ", ".join(f"{count} {_NAMES[kind][count > 1]}" for count, kind in counts) or "nothing that can be read"

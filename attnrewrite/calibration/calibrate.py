@@ -1,4 +1,4 @@
-"""Recover what a conversion lost, from unlabelled images; never worse than before on those held out."""
+"""Recover what a conversion lost, from unlabeled images; never worse than before on those held out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def calibrate(
     resume: str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """A copy of ``converted`` with weights that bring it nearer to ``original``, by unlabelled images.
+    """A copy of ``converted`` with weights that bring it nearer to ``original``, by unlabeled images.
 
     ``"lsq"`` goes through the sites in forward order and refits each output projection, in closed form and towards its
     old weights, so that the residual stream after it is the original's; a value projection too where that wins on the
@@ -101,7 +101,10 @@ def calibrated(converted: nn.Module, original: nn.Module, settings: Calibration)
 def _made_by_convert(converted: nn.Module) -> tuple[list[Place], ConversionReport]:
     places, report = getattr(converted, "attnrewrite_places", None), getattr(converted, "attnrewrite_report", None)
     if places is None or not isinstance(report, ConversionReport):
-        raise ArgumentError(f"converted: {type(converted).__name__} was not made by attnrewrite.convert")
+        raise ArgumentError(
+            f"converted: expected a result of attnrewrite.convert, got {type(converted).__name__}; convert the model "
+            "first"
+        )
     return places, report
 
 
@@ -112,7 +115,10 @@ def _try(model: nn.Module, argument: str, images: Images) -> None:
             call(model, batch)
     except UNFORESEEN as cause:
         shapes = ", ".join(str(tuple(value.shape)) for value in batch.values())
-        raise CalibrationError(f"data: {argument} does not take images {shapes}: {first_line(cause)}") from cause
+        raise CalibrationError(
+            f"data: {argument} rejects images of shape {shapes} ({first_line(cause)}); pass images that both models "
+            "accept"
+        ) from cause
 
 
 def _state(model: nn.Module, original: nn.Module, images: Images, settings: Calibration) -> State:

@@ -76,7 +76,9 @@ def logits(output: Any) -> Tensor:
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf
-    raise CalibrationError(f"original: its output, a {type(output).__name__}, holds no tensor to compare")
+    raise CalibrationError(
+        f"original: output contains no tensor to compare, got {type(output).__name__}; pass a model that returns one"
+    )
 
 
 def collect(
@@ -100,9 +102,9 @@ def collect(
     counts[rank] = count
     summed(counts)
     if int(counts.sum()) < least or not count:
-        raise CalibrationError(f"data: it holds {count} images and at least {least} are needed; give about 256")
+        raise CalibrationError(f"data: at least {least} images are needed, got {count}; pass about 256")
     if count < wanted and holdout:
-        warnings.warn(f"calibration data ended after {count} of {wanted} images; going on with these", stacklevel=4)
+        warnings.warn(f"calibration data ended after {count} of {wanted} images; continuing with these", stacklevel=4)
     place = torch.arange(count) * world + rank
     order = torch.randperm(int(counts.max()) * world, generator=torch.Generator().manual_seed(seed))
     present = order[order // world < counts[order % world]]
@@ -116,7 +118,10 @@ def _batches_of(data: Any) -> Iterator[Any]:
         try:
             data = data()
         except Exception as cause:
-            raise CalibrationError(f"data: the callable raised {type(cause).__name__}: {first_line(cause)}") from cause
+            raise CalibrationError(
+                f"data: the callable raised {type(cause).__name__}: {first_line(cause)}; it is called without "
+                "arguments"
+            ) from cause
     if isinstance(data, Tensor | Mapping):
         data = [data]
     if not isinstance(data, Iterable) or isinstance(data, str | bytes):
@@ -147,7 +152,9 @@ def _taken(batches: Iterator[Any], wanted: int, model: nn.Module, device: torch.
             _check(value, shapes.setdefault(name, tuple(value.shape[1:])), device)
         sizes = {len(value) for value in batch.values()}
         if len(sizes) > 1 or batch.keys() != shapes.keys():
-            raise CalibrationError("data: a batch has arguments of different length, or others than the first batch")
+            raise CalibrationError(
+                "data: every batch needs the arguments of the first, all of one length; got a batch that differs"
+            )
         count += sizes.pop()
         yield {name: value.cpu() for name, value in batch.items()}
 
@@ -159,7 +166,10 @@ def _arguments(item: Any, accepted: Mapping[str, Any]) -> Batch:
         found = {k: v for k, v in item.items() if k in accepted and isinstance(v, Tensor) and v.is_floating_point()}
         if found:
             return found
-        raise CalibrationError(f"data: of {list(item)} nothing is a floating-point argument of the model's forward")
+        raise CalibrationError(
+            f"data: none of {list(item)} is a floating-point argument of the model's forward; name the images as it "
+            "does"
+        )
     if not isinstance(item, Tensor):
         raise CalibrationError(f"data: expected a batch to be a tensor, a tuple or a dict, got {type(item).__name__}")
     return {POSITIONAL: item}
@@ -169,8 +179,10 @@ def _check(value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if value.dim() < 2:
         raise CalibrationError(f"data: expected batches [images, ...], got shape {tuple(value.shape)}")
     if tuple(value.shape[1:]) != shape:
-        raise CalibrationError(f"data: images of one shape are needed, got {tuple(value.shape[1:])} after {shape}")
+        raise CalibrationError(
+            f"data: all images must have one shape, got {tuple(value.shape[1:])} after {shape}; resize them"
+        )
     if value.device.type not in ("cpu", device.type):
         raise CalibrationError(f"data: images are on {value.device} and the model is on {device}; move them to either")
     if not bool(torch.isfinite(value).all()):
-        raise CalibrationError("data: an image holds NaN or infinity")
+        raise CalibrationError("data: an image contains NaN or infinity; remove it")

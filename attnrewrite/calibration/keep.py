@@ -29,7 +29,7 @@ def checked_budget(budget: Budget | None) -> dict[str, float]:
     for name, limit in limits.items():
         if name not in ("error", "agreement"):
             raise ArgumentError(
-                f"budget: knows error and agreement, got {name!r}{nearest(name, ['error', 'agreement'])}"
+                f"budget: must set error or agreement, got {name!r}{nearest(name, ['error', 'agreement'])}"
             )
         if (
             isinstance(limit, bool)
@@ -38,7 +38,7 @@ def checked_budget(budget: Budget | None) -> dict[str, float]:
             or (name == "agreement" and limit > 1)
         ):
             raise ArgumentError(
-                f"budget: {name} has to be {'a share' if name == 'agreement' else 'positive'}, got {limit!r}"
+                f"budget: {name} must be {'between 0 and 1' if name == 'agreement' else 'positive'}, got {limit!r}"
             )
     return dict(limits)
 
@@ -48,7 +48,7 @@ def require_budget(automatic: bool, budget: Budget | None) -> None:
     if automatic:
         checked_budget(budget)
     elif budget is not None:
-        raise ArgumentError('budget: goes with keep="auto" only')
+        raise ArgumentError('budget: requires keep="auto"; leave it out otherwise')
 
 
 def keep_the_worst(plan: Plan, budget: Budget | None, data: Any | None) -> Plan:
@@ -83,7 +83,10 @@ def keep_the_worst(plan: Plan, budget: Budget | None, data: Any | None) -> Plan:
 
 def _within(errors: ModelErrors, limits: dict[str, Any]) -> bool:
     if "agreement" in limits and errors.agreement is None:
-        raise ArgumentError("budget: the model's output is no table of logits [images, classes]; give an error instead")
+        raise ArgumentError(
+            "budget: agreement needs logits [images, classes], and the model returns something else; set an error "
+            "instead"
+        )
     return errors.logits <= limits.get("error", float("inf")) and (errors.agreement or 0.0) >= limits.get(
         "agreement", 0.0
     )

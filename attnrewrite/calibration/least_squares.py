@@ -88,11 +88,11 @@ class Pair:
             x = place.projection.rows(given)
             branch = F.linear(x, *self.projection(place)) * self.scale(place).to(x.dtype)
         if x.shape[:2] != tokens(after).shape[:2]:
-            raise CalibrationError("its projection does not see the tokens as the residual stream has them")
+            raise CalibrationError("its projection does not see the tokens in the order of the residual stream")
         expected = branch + (tokens(before[0]) if before else 0)
         tolerance = 1e-4 if after.dtype in (torch.float32, torch.float64) else 5e-2
         if not float((expected - tokens(after)).norm()) <= tolerance * float(tokens(after).norm()):
-            raise CalibrationError("the stream after it is not the stream before it plus its projection")
+            raise CalibrationError("the residual stream after it is not the stream before it plus its projection")
 
 
 def features(x: Tensor) -> Tensor:

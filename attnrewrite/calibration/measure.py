@@ -139,7 +139,7 @@ class _Sums:
     def add(self, actual: Tensor, expected: Tensor) -> None:
         if actual.shape != expected.shape:
             raise CalibrationError(
-                f"original: its output is {tuple(expected.shape)} and the converted model's {tuple(actual.shape)}; "
+                f"original: its output has shape {tuple(expected.shape)}, the converted model's {tuple(actual.shape)}; "
                 "give the model that was converted"
             )
         self.classes &= expected.dim() == 2

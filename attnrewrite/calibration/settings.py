@@ -18,7 +18,7 @@ class Calibration:
     """Data and settings of a calibration, as ``calibrate`` and ``convert(calibrate=...)`` take them.
 
     Args:
-        data: unlabelled images: a tensor ``[images, ...]``, an iterable of batches such as a DataLoader, or a
+        data: unlabeled images: a tensor ``[images, ...]``, an iterable of batches such as a DataLoader, or a
             callable without arguments that returns one. A batch is a tensor, a tuple that begins with it, or a dict of
             arguments.
         method: ``"lsq"`` refits output projections in closed form, ``"bias"`` corrects their means only, ``"distill"``
@@ -55,14 +55,14 @@ class Calibration:
         _require_whole("seed", self.seed, 0)
         if not 0 < self.holdout < 1:
             raise ArgumentError(
-                f"holdout: a share between 0 and 1 is judged on and not fitted to, got {self.holdout!r}"
+                f"holdout: must be between 0 and 1 (the share of images to judge on), got {self.holdout!r}"
             )
         if not (self.ridge > 0 and math.isfinite(self.ridge)):
             raise ArgumentError(f"ridge: must be positive, got {self.ridge!r}; 1e-2 suits most models")
         if self.method != "lsq" and self.value_step:
-            raise ArgumentError(f"value_step: only method='lsq' has one, and method is {self.method!r}")
+            raise ArgumentError(f"value_step: requires method='lsq', got method={self.method!r}; leave it out")
         if self.method != "distill" and (self.steps is not None or self.lr is not None):
-            raise ArgumentError(f"steps, lr: only method='distill' trains, and method is {self.method!r}")
+            raise ArgumentError(f"steps, lr: require method='distill', got method={self.method!r}; leave them out")
         if self.method == "distill":
             self._check_training()
 

@@ -44,12 +44,12 @@ class State:
                 parameters = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a file, no dict
         except (SafetensorError, KeyError, ValueError, OSError) as cause:
             raise CalibrationError(
-                f"resume: {self.path} is not a calibration state; delete it to start anew"
+                f"resume: {self.path} is not a calibration state; delete it to start over"
             ) from cause
         changed = [name for name, value in self.fingerprint.items() if record["fingerprint"].get(name) != value]
         if changed:
             raise CalibrationError(
-                f"resume: {self.path} is of a run with other {', '.join(changed)}; delete it to start anew"
+                f"resume: {self.path} is from a run with different {', '.join(changed)}; delete it to start over"
             )
         self.done, self.parameters = record["done"], parameters
 

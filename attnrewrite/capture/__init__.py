@@ -1,7 +1,7 @@
 """Capture: a model in, its ATen graph and the boundary of every module call out."""
 
 from .captured_graph import CapturedGraph
-from .examples import Inputs, example_inputs_for, normalise_inputs
+from .examples import Inputs, example_inputs_for, normalize_inputs
 from .exported import Capture, capture, capture_call
 from .in_place import IN_PLACE
 from .looks import image_sides, is_image, one_sided_looks, other_looks, same_size_looks, training_look
@@ -9,6 +9,6 @@ from .module_call import ModuleCall, NodeRef
 
 __all__ = [
     "IN_PLACE", "Capture", "CapturedGraph", "Inputs", "ModuleCall", "NodeRef", "capture", "capture_call",
-    "example_inputs_for", "image_sides", "is_image", "normalise_inputs", "one_sided_looks", "other_looks",
+    "example_inputs_for", "image_sides", "is_image", "normalize_inputs", "one_sided_looks", "other_looks",
     "same_size_looks", "training_look",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def normalise_inputs(model: nn.Module, example_inputs: Any | None) -> Inputs:
+def normalize_inputs(model: nn.Module, example_inputs: Any | None) -> Inputs:
     """Positional and keyword arguments for one forward call.
 
     Accepts a tensor, a tuple or list of arguments, or a mapping of keyword arguments; ``None`` derives one image.

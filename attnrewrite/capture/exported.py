@@ -20,7 +20,7 @@ from ..numerics.draws import same_draws
 from .boundaries import BoundaryRecorder, final_node, positions
 from .captured_graph import CapturedGraph
 from .dropout import training_dropout
-from .examples import Inputs, normalise_inputs
+from .examples import Inputs, normalize_inputs
 from .in_place import restate_in_place
 from .keywords import names_read
 from .module_call import ModuleCall
@@ -56,7 +56,7 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
         CaptureError: the model cannot be exported; the first line of the cause is kept.
     """
     _require_plain_module(model)
-    args, kwargs = normalise_inputs(model, example_inputs)
+    args, kwargs = normalize_inputs(model, example_inputs)
     _require_finite(args, kwargs)
     try:
         return capture_call(model, (args, kwargs))
@@ -172,12 +172,12 @@ def _require_plain_module(model: nn.Module) -> None:
     packed = next((path for path, part in model.named_modules() if _holds_packed_weights(part)), None)
     if packed is not None:
         raise ArgumentError(
-            f"model: the weights of {packed or type(model).__name__} are packed or quantised, without the values that "
-            "a conversion reads and carries; convert the model first, then quantise the result"
+            f"model: the weights of {packed or type(model).__name__} are packed or quantized, without the values that "
+            "a conversion reads and carries; convert the model first, then quantize the result"
         )
     if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
         raise ArgumentError(
-            f"model: {type(model).__name__} is on the meta device, without values to recognise or certify anything "
+            f"model: {type(model).__name__} is on the meta device, without values to recognize or certify anything "
             "by; build it on a real device (only attnrewrite.analyze(model, ...).total does without)"
         )
     if any(parameter.is_inference() for parameter in model.parameters()):
@@ -187,7 +187,7 @@ def _require_plain_module(model: nn.Module) -> None:
         )
     if torch.get_default_device().type == "meta":
         raise ArgumentError(
-            "model: the default device is meta here, and what is computed to recognise a model would have no values; "
+            "model: the default device is meta here, and what is computed to recognize a model would have no values; "
             "convert it outside `with torch.device('meta')`"
         )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)

@@ -54,7 +54,7 @@ class AttentionCheck:
     def work(self) -> float:
         """Multiplications in the site's linear maps, for its tokens, and in the products that are looked at."""
         nodes = self.site.nodes
-        linears = {node for node in (*nodes.linears, nodes.merged) if node is not None}
+        linears = {node for node in (*nodes.linears, nodes.out_proj) if node is not None}
         sizes = ((self.flow.constants[input_of(node, 1)].numel(), shape_of(node)) for node in linears)
         queries, keys = extents(self.site)
         seen = queries if self.rows is None else len(self.rows.places)
@@ -71,7 +71,7 @@ class AttentionCheck:
         values |= self._evaluated(operands_of(site), values, dtype)
         mixture = captured_mixture(site, self.flow, self._only_operands(values), self.rows, dtype)
         errors = [self._operand_error(values, None, None), self._mixture_error(values, mixture)]
-        if site.nodes.merged is not None:
+        if site.nodes.out_proj is not None:
             drawn = gaussian([output], dtype)
             result = self._evaluated([site.result], drawn, dtype)[site.result]
             errors.append(self._merge_error(drawn[output], result, None))
@@ -95,7 +95,7 @@ class AttentionCheck:
             mixture = cut(captured[output.node], output.axes.index("x"), self.rows)
         places, keys = (sample_of(count) if count > SAMPLE else None for count in extents(site))
         errors = [self._operand_error(values, places, keys), self._mixture_error(values, mixture)]
-        if site.nodes.merged is not None:
+        if site.nodes.out_proj is not None:
             mixed = cast(captured[output.node], dtype)
             result = self._evaluated([site.result], {output.node: mixed}, dtype) if anew else captured
             errors.append(self._merge_error(mixed, result[site.result], places))
@@ -136,7 +136,7 @@ class AttentionCheck:
             assert projection is not None
             given, token = _tokens(values[source], _at(tokens, places))
             weights = self._weights(given)
-            lifted = forms.normalised(forms.project(given, projection, weights), norm, weights)
+            lifted = forms.normalized(forms.project(given, projection, weights), norm, weights)
             lifted = lifted[token, placement.heads[:, None]]
             expected = _at(in_groups(values[operand.node], operand, site.nodes), places)
             factors.append(_factor(lifted, expected) if operand is not site.nodes.value else 1.0)
@@ -166,9 +166,9 @@ class AttentionCheck:
         if places is not None:
             seen, rows = rows.unique(return_inverse=True)
             rows, expected = rows - int(seen[0] < 0), expected[seen[seen >= 0]]
-        merged = mixture.new_zeros(len(expected) + 1, site.heads, mixture.shape[-1])
-        merged[rows, placement.heads[:, None]] = mixture  # what padded slots attend to is written to the last row
-        return relative_error(forms.merge(site, merged[:-1], self._weights(merged)), expected)
+        mixed_heads = mixture.new_zeros(len(expected) + 1, site.heads, mixture.shape[-1])
+        mixed_heads[rows, placement.heads[:, None]] = mixture  # what padded slots attend to is written to the last row
+        return relative_error(forms.merge(site, mixed_heads[:-1], self._weights(mixed_heads)), expected)
 
 
 def _tokens(value: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

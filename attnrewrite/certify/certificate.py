@@ -120,7 +120,7 @@ def _norm_error(norm: HeadNorm, flow: Dataflow) -> float:
     """A norm alone on head vectors of all magnitudes: eps is invisible at Gaussian magnitudes."""
     given = probe_vectors(norm.vectors, shape_of(norm.source), (-16.0, 3.0)).to(norm.source.meta["val"].device)
     made = evaluate([norm.node], {norm.source: given}, flow.capture, flow.constants, torch.float64)[norm.node]
-    actual = forms.normalised(given.flatten()[norm.vectors], norm, lambda node: flow.constants[node].double())
+    actual = forms.normalized(given.flatten()[norm.vectors], norm, lambda node: flow.constants[node].double())
     return relative_error(actual, made.flatten()[norm.vectors])
 
 

@@ -29,7 +29,7 @@ def compared_of(site: Site) -> list[Node]:
     if not isinstance(site, AttentionSite):
         return [site.result]
     operands = [] if site.query is None else operands_of(site)
-    result = [] if site.nodes.merged is None else [site.result]
+    result = [] if site.nodes.out_proj is None else [site.result]
     return list(dict.fromkeys([*operands, site.nodes.output.node, *result]))
 
 

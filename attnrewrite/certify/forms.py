@@ -1,6 +1,6 @@
 """What each site means, computed from the site's data alone: weights by row, tokens by index, no captured code.
 
-An attention is three forms: projections, normalised or not, the attention of given operands, and the last projection.
+An attention is three forms: projections, normalized or not, the attention of given operands, and the last projection.
 
 These forms are the reference that a recognition is certified against; clarity counts, speed does not.
 """
@@ -59,10 +59,10 @@ def attend(
 def merge(site: AttentionSite, mixed: Tensor, weights: Weights) -> Tensor:
     """The output projection of ``[tokens, heads, dim]``."""
     assert site.output is not None
-    merged = torch.zeros(len(mixed), site.output.rows.numel(), dtype=mixed.dtype, device=mixed.device)
-    merged[:, site.output.rows.flatten()] = mixed.flatten(1)
+    rows = torch.zeros(len(mixed), site.output.rows.numel(), dtype=mixed.dtype, device=mixed.device)
+    rows[:, site.output.rows.flatten()] = mixed.flatten(1)
     bias = None if site.output.bias is None else weights(site.output.bias)
-    return F.linear(merged, weights(site.output.weight), bias)
+    return F.linear(rows, weights(site.output.weight), bias)
 
 
 def mlp(site: MlpSite, source: Tensor, weights: Weights) -> Tensor:
@@ -84,7 +84,7 @@ def mlp(site: MlpSite, source: Tensor, weights: Weights) -> Tensor:
 
 
 def stem(site: StemSite, source: Tensor, weights: Weights) -> Tensor:
-    """A strided convolution of a map, or a linear map of gathered patches, normalised first if the site says so."""
+    """A strided convolution of a map, or a linear map of gathered patches, normalized first if the site says so."""
     if site.patches is None:
         bias = None if site.bias is None else weights(site.bias)
         return F.conv2d(source, weights(site.weight), bias, site.stride, site.padding)
@@ -103,7 +103,7 @@ def project(x: Tensor, projection: Projection, weights: Weights) -> Tensor:
     return F.linear(x, weights(projection.weight)[rows], bias).unflatten(-1, projection.rows.shape)
 
 
-def normalised(value: Tensor, norm: HeadNorm | None, weights: Weights) -> Tensor:
+def normalized(value: Tensor, norm: HeadNorm | None, weights: Weights) -> Tensor:
     """Head vectors ``[..., head_dim]`` over their length; of a layer norm, what is off their mean over its own."""
     if norm is None:
         return value

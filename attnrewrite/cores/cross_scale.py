@@ -58,7 +58,7 @@ class CrossScaleConv(nn.Module):
 class CrossScalePatches(nn.Module):
     """The same for a linear map of gathered patches, whose layer norm stays that of a whole patch (Swin's merge).
 
-    The patches do not overlap, so that normalised they make a map again, of which the convolutions take larger parts.
+    The patches do not overlap, so that normalized they make a map again, of which the convolutions take larger parts.
 
     Args:
         gather: cuts the map into patches.
@@ -90,8 +90,8 @@ class CrossScalePatches(nn.Module):
         if self.norm is not None:
             patches = self.norm(patches)
         image = self._spread(patches)
-        merged = torch.cat([conv(image) for conv in self.projs], dim=1).permute(0, 2, 3, 1)
-        return merged if self.grid is None else merged.flatten(1, 2)
+        scales = torch.cat([conv(image) for conv in self.projs], dim=1).permute(0, 2, 3, 1)
+        return scales if self.grid is None else scales.flatten(1, 2)
 
     def _spread(self, patches: Tensor) -> Tensor:
         """``[B, H', W', places * channels]`` to the map ``[B, channels, H, W]`` that the patches were cut from."""

@@ -24,8 +24,8 @@ class ExactWhereHeld(AttentionCore):
         """
         if self.exact and not keeps_function:
             raise ConversionError(
-                f"on a {grid} map {type(self).__name__} leaves out keys that the original attends to, and it was "
-                "asked to be exact; convert with fidelity='projected', or with example inputs of this size"
+                f"on a {grid} map {type(self).__name__} leaves out keys that the original attends to, but an "
+                "exact conversion was requested; convert with fidelity='projected', or with example inputs of this size"
             )
 
 

@@ -211,7 +211,7 @@ def grid_of(tokens: int, converted: Grid) -> Grid:
         if len(maps) != 1:
             sizes = " or ".join(f"{h}x{w}" for h, w in image.size.possible())
             raise ConversionError(
-                f"a sequence of {tokens} tokens is {'no map' if not maps else 'more than one map'} of the image, "
+                f"a sequence of {tokens} tokens matches {'no map' if not maps else 'more than one map'} of the image, "
                 f"{sizes}; convert the model with example inputs of this size, and without token dropping"
             )
         ((height, width),) = maps
@@ -221,7 +221,8 @@ def grid_of(tokens: int, converted: Grid) -> Grid:
     height = round(math.sqrt(count * converted.height / converted.width)) if count > 0 else 0
     if height < 1 or count % height or height * converted.width != count // height * converted.height:
         raise ConversionError(
-            f"a sequence of {tokens} tokens is no map of the converted aspect ratio {converted}; convert the model "
+            f"a sequence of {tokens} tokens matches no map of the converted aspect ratio {converted}; convert the "
+            "model "
             "with example inputs of this size"
         )
     return Grid(height, count // height, converted.prefix_tokens)

@@ -42,17 +42,17 @@ def patches_to_image(operator: Operator, image: Tensor, kernel_size: int, stride
 
 
 def patches_to_map(operator: Operator, image: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """As `patches_to_image`, with channels last."""
+    """As ``patches_to_image``, with channels last."""
     return _patches(operator, image, kernel_size, stride, padding)
 
 
 def patches_to_tokens(operator: Operator, image: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """As `patches_to_image`, ``[B, H' * W', C]``."""
+    """As ``patches_to_image``, ``[B, H' * W', C]``."""
     return _patches(operator, image, kernel_size, stride, padding).flatten(1, 2)
 
 
 def merge_of_image(operator: Operator, image: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """As `patches_to_image`, for an operator from channels-last maps."""
+    """As ``patches_to_image``, for an operator from channels-last maps."""
     return patches_to_image(lambda part: operator(part.permute(0, 2, 3, 1)), image, kernel_size, stride, padding)
 
 

@@ -22,7 +22,7 @@ class WindowAttention(AttentionCore):
     Args:
         window: block size, shift, and what stands beyond the border.
         grid: the map at conversion. What a border would hold on a map that needs padding is only known if the window
-            is ``phantom``, or on this map.
+            is ``padding_keys``, or on this map.
         scale: multiplies the scores.
         dropout: rate on the attention weights, in training.
     """
@@ -47,8 +47,8 @@ class WindowAttention(AttentionCore):
         ``pad_value`` ``[heads, dim]`` stand in padded slots. Returns the map of mixed values."""
         bias = None if bias is None else bias.to(query.dtype)
         grid = Grid(query.shape[1], query.shape[2])
-        require_same_border(self.window, grid, self.grid, self.window.phantom)
-        if (self.training and self.dropout > 0.0) or (self.window.cyclic and not self.window.divides(grid)):
+        require_same_border(self.window, grid, self.grid, self.window.padding_keys)
+        if (self.training and self.dropout > 0.0) or (self.window.rolled_first and not self.window.divides(grid)):
             return self._gathered(query, key, value, bias, pad_key, pad_value)
         shift = tuple(self.window.partition(side, axis).shift for axis, side in enumerate((grid.height, grid.width)))
         mixed = grouped_attention(query, key, value, self.window.size, shift, self.scale, bias, pad_key, pad_value)
@@ -57,26 +57,16 @@ class WindowAttention(AttentionCore):
 
     @property
     def padded(self) -> Window | None:
-        return self.window if self.window.phantom else None
+        return self.window if self.window.padding_keys else None
 
-    def _gathered(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        pad_key: Tensor | None,
-        pad_value: Tensor | None,
-    ) -> Tensor:
+    def _gathered(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *pads: Tensor | None) -> Tensor:
         """Any blocks, and dropout on the weights, which the fused operator has not: gather, and attend densely."""
         grid = Grid(query.shape[1], query.shape[2])
         slots = self.window.slots(grid).to(query.device)
         blocks = [part.flatten(1, 2)[:, slots.clamp(min=0)] for part in (query, key, value)]
-        if pad_key is not None and pad_value is not None:
-            phantom = (slots == Window.PHANTOM)[:, :, None, None]
-            blocks[1:] = [
-                torch.where(phantom, pad, part) for pad, part in zip((pad_key, pad_value), blocks[1:], strict=True)
-            ]
+        padding = (slots == Window.PADDING)[:, :, None, None]
+        for place, pad in enumerate(pads, start=1):
+            blocks[place] = blocks[place] if pad is None else torch.where(padding, pad, blocks[place])
         mask = torch.zeros(slots.shape, dtype=query.dtype, device=query.device)
         mask = mask.masked_fill(slots == Window.ABSENT, -math.inf)[:, None, None, :]
         mask = mask if bias is None else mask + bias

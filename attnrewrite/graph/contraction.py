@@ -1,4 +1,4 @@
-"""Products that sum over an axis (``matmul``, ``bmm``, ``einsum``) in one notation: a letter for every axis."""
+"""Products that sum over an axis (``matmul``, ``bmm``, ``einsum``) in one notation: one letter per axis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Contraction:
-    """``result[out] = sum over the rest of left[left_axes] * right[right_axes]``; one letter an axis."""
+    """``result[out] = sum over the rest of left[left_axes] * right[right_axes]``; one letter per axis."""
 
     node: Node
     left: Node

@@ -1,4 +1,4 @@
-"""What recognisers ask of a captured graph."""
+"""What recognizers ask of a captured graph."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Modules that are one linear map in several steps, restated as that map.
 
-A low-rank adapter beside a layer, ``W x + b + s B A x``, or a factorised layer, ``B A x``, is a linear map of the
+A low-rank adapter beside a layer, ``W x + b + s B A x``, or a factorized layer, ``B A x``, is a linear map of the
 channels of every token like any other. A graph that says so is read like any other; the module stays what it is.
 """
 

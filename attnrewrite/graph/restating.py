@@ -1,4 +1,4 @@
-"""A captured graph in the spelling that recognisers read; the modules of the model stay what they are."""
+"""A captured graph in the spelling that recognizers read; the modules of the model stay what they are."""
 
 from __future__ import annotations
 

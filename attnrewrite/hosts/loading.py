@@ -51,7 +51,7 @@ def _from_transformers(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     _require("transformers model", name, dir(transformers))
     model_class = getattr(transformers, name)
     if getattr(model_class, "config_class", None) is None:
-        raise ArgumentError(f"transformers.{name} is not the class of a single model")
+        raise ArgumentError(f"transformers.{name} is not a concrete model class")
     if pretrained:
         raise ArgumentError(f"a transformers class has no weights of its own; use {name}.from_pretrained")
     config_class = model_class.config_class
@@ -93,7 +93,7 @@ def _from_file(path: Path, name: str, pretrained: bool, **kwargs: Any) -> nn.Mod
     _require(f"factory in {path}", name, vars(module))
     factory = getattr(module, name)
     if not callable(factory) or isinstance(factory, nn.Module):
-        raise ArgumentError(f"{name} in {path} is not a class or function that makes a model")
+        raise ArgumentError(f"{name} in {path} is not a class or function that returns a model")
     if pretrained:
         kwargs["pretrained"] = True
     model = factory(**kwargs)
@@ -141,4 +141,4 @@ def _require(kind: str, name: str, known: Iterable[str]) -> None:
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> ArgumentError:
-    return ArgumentError(f"no {kind} is called {name!r}{nearest(name, known)}")
+    return ArgumentError(f"unknown {kind}, got {name!r}{nearest(name, known)}")

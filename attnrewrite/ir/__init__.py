@@ -1,1 +1,1 @@
-"""What was recognised, as data, and the contract between recognisers, targets and the rest."""
+"""What was recognized, as data, and the contract between recognizers, targets and the rest."""

@@ -1,4 +1,4 @@
-"""What a site can become, and how sites are found: the interface of targets and of recognisers."""
+"""What a site can become, and how sites are found: the interface of targets and of recognizers."""
 
 from __future__ import annotations
 
@@ -201,14 +201,14 @@ class Target(ABC):
         return self.name
 
 
-Recogniser = Callable[[Dataflow, list[Site]], list[Site | Refused]]
+Recognizer = Callable[[Dataflow, list[Site]], list[Site | Refused]]
 """Sites of one kind, given the sites that were found before; those that could not be lifted with the reason."""
 
 
-def recogniser(order: int) -> Callable[[Recogniser], Recogniser]:
-    """Mark a function of ``patterns`` as a recogniser; lower ``order`` runs earlier."""
+def recognizer(order: int) -> Callable[[Recognizer], Recognizer]:
+    """Mark a function of ``patterns`` as a recognizer; lower ``order`` runs earlier."""
 
-    def mark(function: Recogniser) -> Recogniser:
+    def mark(function: Recognizer) -> Recognizer:
         function.order = order  # type: ignore[attr-defined]  # the mark by which it is discovered
         return function
 

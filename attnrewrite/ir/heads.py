@@ -1,4 +1,4 @@
-"""Operands in the axis letters of the site IR, to and from heads-last ``[batch, tokens, heads, dim]``."""
+"""Operands in the axis order of the site IR, to and from heads-last ``[batch, tokens, heads, dim]``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def heads_last(value: Tensor, axes: str, batch_groups: str, head_groups: str, he
     """
     position, dim = position_and_dim(axes)
     value = canonical(value, axes, batch_groups + head_groups + position + dim)
-    given = value.shape[len(batch_groups) : -2]
-    shared = [size if extent == 1 else extent for extent, size in zip(given, head_sizes, strict=True)]
+    extents = value.shape[len(batch_groups) : -2]
+    shared = [size if extent == 1 else extent for extent, size in zip(extents, head_sizes, strict=True)]
     value = value.expand(*value.shape[: len(batch_groups)], *shared, *value.shape[-2:])
     return value.flatten(0, -3).unflatten(0, (-1, math.prod(head_sizes))).transpose(1, 2)
 

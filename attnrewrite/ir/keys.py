@@ -47,32 +47,36 @@ class Global:
         return "global"
 
 
+_WINDOW_FLAGS = {"padding_keys": "padding keys", "rolled_first": "rolled before padding"}
+
+
 @dataclass(frozen=True)
 class Window:
     """Token ``c`` of an axis is in block ``floor((c - shift) / size)``; border blocks are truncated, nothing wraps.
 
-    ``phantom``: the map is padded at its end to a multiple of ``size`` and the padded slots count as keys. ``cyclic``:
-    the map is rolled before it is padded, so that on a padded map the rolled-over tokens join the last real ones; on a
-    map that ``size`` divides it makes no difference. An axis that fits into one block is not shifted.
+    ``padding_keys``: the map is padded at its end to a multiple of ``size`` and the padded slots count as keys.
+    ``rolled_first``: the map is rolled before it is padded, so that on a padded map the rolled-over tokens join the
+    last real ones; on a map that ``size`` divides it makes no difference. An axis that fits into one block is not
+    shifted.
     """
 
     size: tuple[int, int]
     shift: tuple[int, int] = (0, 0)
-    phantom: bool = False
-    cyclic: bool = False
+    padding_keys: bool = False
+    rolled_first: bool = False
 
     ABSENT: ClassVar[int] = partition_rule.ABSENT
-    PHANTOM: ClassVar[int] = partition_rule.PADDING
+    PADDING: ClassVar[int] = partition_rule.PADDING
 
     def slots(self, grid: Grid) -> Tensor:
-        """``[blocks, slots]``: the token in every slot of every block, or ``ABSENT`` or ``PHANTOM``."""
+        """``[blocks, slots]``: the token in every slot of every block, or ``ABSENT`` or ``PADDING``."""
         return map_slots(self.partition(grid.height, 0), self.partition(grid.width, 1))
 
     def partition(self, length: int, axis: int) -> AxisPartition:
         """How the window cuts an axis of so many tokens."""
         size = self.size[axis]
         shift = self.shift[axis] if length > size else 0
-        return AxisPartition(length, size, shift, self.phantom, cyclic=self.cyclic)
+        return AxisPartition(length, size, shift, self.padding_keys, cyclic=self.rolled_first)
 
     def blocks(self, grid: Grid) -> tuple[int, int]:
         """How many blocks cover each axis, if nothing is shifted."""
@@ -87,7 +91,7 @@ class Window:
 
     def __str__(self) -> str:
         shift = "" if self.shift == (0, 0) else f", shift {pair_text(self.shift)}"
-        flags = "".join(f", {name}" for name in ("phantom", "cyclic") if getattr(self, name))
+        flags = "".join(f", {text}" for flag, text in _WINDOW_FLAGS.items() if getattr(self, flag))
         return f"window({pair_text(self.size)}{shift}{flags})"
 
 
@@ -102,7 +106,7 @@ class Interleaved:
 
     group: tuple[int, int]
     interval: tuple[int, int]
-    phantom: ClassVar[bool] = False
+    padding_keys: ClassVar[bool] = False
 
     @property
     def size(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The site IR: what was recognised, as plain data. One line of text a site.
+"""The site IR: what was recognized, as plain data. One line of text a site.
 
 Vocabulary: a *site* is one attention, MLP or stem; a *projection* says which weight row feeds which head and dimension;
 *keys* says which tokens a query sees; *bias* what is added to the scores.
@@ -55,7 +55,7 @@ class Bias:
 class HeadNorm:
     """What divides every head vector of queries or keys by its length, between projection and product.
 
-    ``kind``, ``place`` and ``eps`` are those of ``cores.head_norm.normalise_heads``; ``weight`` and ``bias`` are graph
+    ``kind``, ``place`` and ``eps`` are those of ``cores.head_norm.normalize_heads``; ``weight`` and ``bias`` are graph
     values of ``head_dim`` elements (they stay live and trainable). It takes ``source`` to ``node``, of one shape;
     ``vectors`` ``[n, head_dim]`` are flat positions of some head vectors in both.
     """
@@ -72,7 +72,7 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the attention product and its axes: group letters, then ``x`` query, ``y`` key, ``d``/``e`` dim."""
+    """A tensor of the attention product and its axes: group axes, then ``x`` query, ``y`` key, ``d``/``e`` dim."""
 
     node: Node
     axes: str
@@ -92,16 +92,9 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class AttentionNodes:
-    """Where a site lies in the captured graph.
-
-    ``source`` and ``key_source`` feed the projections; ``product`` consumes query and key; ``output`` is the product
-    with the values; ``result`` is the first value after the output projection whose tokens lie as those of ``source``.
-    ``groups`` are the letters of the operands' batch-like axes, and ``head_groups`` those of them that run over heads.
-    ``merged`` is the output projection and ``linears`` the others; ``batch_axis`` is the axis of ``source`` that counts
-    samples; ``placement`` is known where the projections are. ``weights`` are the attention weights, where the graph
-    shows them.
-    """
+class AttentionProduct:
+    """``product`` consumes query and key, ``output`` is the product with the values, and ``groups`` are the operands'
+    batch-like axes."""
 
     query: Operand
     key: Operand
@@ -109,10 +102,22 @@ class AttentionNodes:
     output: Operand
     product: Node
     groups: str
+
+
+@dataclass(frozen=True)
+class AttentionNodes(AttentionProduct):
+    """Where a site lies in the captured graph.
+
+    ``head_groups`` are the ``groups`` that run over heads. ``source`` and ``key_source`` feed the projections;
+    ``out_proj`` is the output projection and ``linears`` are the others; ``result`` is the first value after it whose
+    tokens lie as those of ``source``. ``batch_axis`` is the axis of ``source`` that counts samples; ``placement`` is
+    known where the projections are. ``weights`` are the attention weights, where the graph shows them.
+    """
+
     head_groups: str
     source: Node | None = None
     key_source: Node | None = None
-    merged: Node | None = None
+    out_proj: Node | None = None
     result: Node | None = None
     batch_axis: int = 0
     linears: tuple[Node, ...] = ()
@@ -129,7 +134,7 @@ class AttentionSite:
     """One softmax attention.
 
     ``scale`` multiplies the product of projected query and key; ``learned_scales`` are graph values that multiply it
-    too, one number a head; ``scale_of_operands`` is what is left of ``scale`` after what acts on the operands before
+    too, one number per head; ``scale_of_operands`` is what is left of ``scale`` after what acts on the operands before
     their product. ``qk`` names what else acts on queries and keys between projection and product; ``query_norm`` and
     ``key_norm`` say it where it is known. ``queries`` are the tokens of a sample of ``source`` that query, None for all
     of them: a class token alone reads the others out and mixes none. ``place`` is the cell of the map that every token

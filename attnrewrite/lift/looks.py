@@ -61,7 +61,7 @@ def same_call(call: ModuleCall, one: Dataflow, other: Dataflow) -> ModuleCall:
 
 
 Seen = tuple[Dataflow, list[Site]]
-"""A look at a model, and what was recognised on it."""
+"""A look at a model, and what was recognized on it."""
 
 
 class Looks:

@@ -17,7 +17,7 @@ from ..graph.contraction import Contraction, canonical, contraction
 from ..graph.dataflow import Dataflow
 from ..graph.movement import moved_operands, permutation
 from ..graph.values import input_of, operator_name, shape_of
-from ..ir.sites import Operand
+from ..ir.sites import AttentionProduct, Operand
 from .scores import Addend, are_scores, as_addend, excluded, score_chain
 from .softmax import Softmax, softmax_at
 
@@ -34,8 +34,8 @@ Added = tuple[tuple[Node, ...], Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
-class Core:
-    """Operands carry one letter an axis: group letters in ``groups``, ``x`` query, ``y`` key, ``d`` and ``e`` dims.
+class Core(AttentionProduct):
+    """Axes of operands are letters: batch and heads in ``groups``, ``x`` query, ``y`` key, ``d`` and ``e`` dims.
 
     ``bias`` is learned, ``mask`` constant; both are float64 ``[*groups or 1, queries, keys]`` or None. ``addends`` are
     the learned bias values in the graph. ``anchor`` is the node that names the place, ``nodes`` all between operands
@@ -43,12 +43,6 @@ class Core:
     """
 
     anchor: Node
-    query: Operand
-    key: Operand
-    value: Operand
-    output: Operand
-    product: Node
-    groups: str
     scale: float
     learned_scales: tuple[Node, ...]
     addends: tuple[Node, ...]
@@ -80,8 +74,8 @@ def _fused(anchor: Node, flow: Dataflow) -> Core:
     query, key, value = arguments["query"], arguments["key"], arguments["value"]
     if arguments["is_causal"] or arguments["enable_gqa"]:
         raise Refusal(
-            "causal and grouped-query attention are not rewritten",
-            "give every query head keys of its own, and a mask by attn_mask",
+            "causal and grouped-query attention are not supported",
+            "give every query head its own keys, and pass a mask as attn_mask",
         )
     rank = len(shape_of(query))
     if not rank == len(shape_of(key)) == len(shape_of(value)):
@@ -94,7 +88,7 @@ def _fused(anchor: Node, flow: Dataflow) -> Core:
     addends, bias, mask = _added(arguments["attn_mask"], scores, flow)
     parts = ((query, "xd"), (key, "yd"), (value, "ye"), (anchor, "xe"))
     q, k, v, output = (Operand(node, groups + axes) for node, axes in parts)
-    return Core(anchor, q, k, v, output, anchor, groups, scale, (), addends, bias, mask, (anchor,))
+    return Core(q, k, v, output, anchor, groups, anchor, scale, (), addends, bias, mask, (anchor,))
 
 
 def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
@@ -103,8 +97,8 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     if weighted is None:
         if anchor in flow.used and are_scores(softmax.scores, flow.constants, mixed=True):
             raise Refusal(
-                "something acts on its weights between the softmax and their product with the values",
-                "only dropout may stand there",
+                "an operation changes the attention weights between the softmax and their product with the values",
+                "only dropout is allowed there",
             )
         return None
     path_after, final = weighted
@@ -115,8 +109,8 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     moves = [step for step in chain.path if flow.is_movement(step) and not flow.is_copy(step)]
     if laid_out is None or any(operator_name(step) not in _ROW_MAJOR for step in moves):
         raise Refusal(
-            "the scores are rearranged between their product and the product with the values",
-            "leave their axes where they are",
+            "the axes of the scores are rearranged between the two products",
+            "keep their axes in place",
         )
     _require_last_axis(softmax, scores)
     query, key, names = _query_and_key(product)
@@ -124,13 +118,13 @@ def _explicit(softmax: Softmax, flow: Dataflow) -> Core | None:
     _require_groups(groups)
     value, output = _value_and_output(final, weights, product, laid_out, names)
     addends, bias, mask = _separated(chain.addends, scores, flow)
-    letters = "".join(names[axis] for axis in product.out_axes)
-    bias, mask = (None if part is None else canonical(part, letters, groups + "xy") for part in (bias, mask))
+    axes = "".join(names[axis] for axis in product.out_axes)
+    bias, mask = (None if part is None else canonical(part, axes, groups + "xy") for part in (bias, mask))
     nodes = (product.node, *chain.path, *softmax.nodes, *path_after, final.node)
     scales = tuple(chain.learned_scales)
-    shown = Operand(anchor, letters) if shape_of(anchor) == scores else None
+    shown = Operand(anchor, axes) if shape_of(anchor) == scores else None
     return Core(
-        anchor, query, key, value, output, product.node, groups, chain.factor, scales, addends, bias, mask, nodes, shown
+        query, key, value, output, product.node, groups, anchor, chain.factor, scales, addends, bias, mask, nodes, shown
     )
 
 
@@ -148,14 +142,14 @@ def _layout(steps: list[Node], weights: Node, axes: str, scores: tuple[int, ...]
 
 
 def _query_and_key(product: Contraction) -> tuple[Operand, Operand, dict[str, str]]:
-    """Which operand holds the queries: the one without the softmax axis. And the letter of every axis of the scores."""
+    """Which operand holds the queries: the one without the softmax axis. And the name of every axis of the scores."""
     key_axis = product.out_axes[-1]
     query_side = product.left if key_axis not in product.left_axes else product.right
     key_side = product.right if query_side is product.left else product.left
     own = [axis for axis in product.out_axes[:-1] if axis not in product.axes_of(key_side)]
     if len(product.summed) != 1 or not own or key_axis in product.axes_of(query_side):
         raise Refusal(
-            "the product before the softmax is not one of queries with keys", "sum over the dimension of a head alone"
+            "the product before the softmax is not query times key", "contract over the head dimension only"
         )
     names = {own[-1]: "x", key_axis: "y", product.summed: "d"}
     names |= dict(zip((axis for axis in product.out_axes if axis not in names), _GROUPS, strict=False))
@@ -165,15 +159,16 @@ def _query_and_key(product: Contraction) -> tuple[Operand, Operand, dict[str, st
 def _value_and_output(
     final: Contraction, weights: Node, product: Contraction, laid_out: str, names: dict[str, str]
 ) -> tuple[Operand, Operand]:
-    """``laid_out`` are the letters of ``product`` in the order of the axes of ``weights``."""
+    """``laid_out`` are the axes of ``product`` in the order of the axes of ``weights``."""
     value_side = final.right if final.left is weights else final.left
     theirs = dict(zip(final.axes_of(weights), laid_out, strict=True))
     last = [axis for axis in final.axes_of(value_side) if axis not in theirs]
     if len(last) != 1 or theirs.get(final.summed) != product.out_axes[-1]:
         raise Refusal(
-            "the attention weights are not summed with the values over the keys", "sum over the axis of the softmax"
+            "the attention weights are not summed with the values over the keys", "contract over the axis of the "
+            "softmax"
         )
-    renamed = {axis: names[letter] for axis, letter in theirs.items()} | {last[0]: "e"}
+    renamed = {axis: names[own] for axis, own in theirs.items()} | {last[0]: "e"}
     output = Operand(final.node, "".join(renamed[axis] for axis in final.out_axes))
     return _named(value_side, final, renamed), output
 
@@ -203,12 +198,12 @@ def _product_with_values(anchor: Node, flow: Dataflow) -> tuple[list[Node], Cont
 def _require_last_axis(softmax: Softmax, scores: tuple[int, ...]) -> None:
     shape = shape_of(softmax.weights)
     if softmax.axis != len(shape) - 1 or shape[-1] != scores[-1]:
-        raise Refusal("the softmax does not run over the last axis of the scores", "let the keys be the last axis")
+        raise Refusal("the softmax does not run over the last axis of the scores", "make the keys the last axis")
 
 
 def _require_groups(groups: str) -> None:
     if not groups:
-        raise Refusal("attention of a single head without a batch axis", "give it a batch axis")
+        raise Refusal("it has a single head and no batch axis", "add a batch axis")
 
 
 def _separated(addends: list[Addend], scores: tuple[int, ...], flow: Dataflow) -> Added:
@@ -224,7 +219,7 @@ def _separated(addends: list[Addend], scores: tuple[int, ...], flow: Dataflow) -
     learned = [term for term in terms if term.node in flow.learned]
     if any(term.factor != 1.0 for term in learned):
         raise Refusal(
-            "a learned bias is scaled after it was added to the scores", "scale the scores before the bias is added"
+            "a learned bias is scaled after being added to the scores", "scale the scores before the bias is added"
         )
     bias = _total(learned, scores)
     if bias is not None and mask is not None:

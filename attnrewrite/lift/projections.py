@@ -154,7 +154,7 @@ def grouping(query: Projected, key: Projected, value: Projected) -> Grouping:
     heads = _heads(query, key, value)
     queries, keys = query.token[heads], key.token[heads]
     if bool((queries != queries[:1]).any()) or bool((keys != keys[:1]).any()):
-        raise Refusal("different heads see different tokens", "group the tokens of all heads alike")
+        raise Refusal("different heads see different tokens", "group the tokens of all heads the same way")
     queries, keys = queries[0], keys[0]
     axis = _batch_axis(query.source, queries)
     queries, samples = _within_sample(queries, query.source, axis)
@@ -162,13 +162,13 @@ def grouping(query: Projected, key: Projected, value: Projected) -> Grouping:
     keys, key_samples = _within_sample(keys, key.source, axis if same else 0)
     sample = samples.amax(dim=1)
     if bool(((samples >= 0) & (samples != sample[:, None])).any()):
-        raise Refusal("a group reaches over several samples", "group the tokens of each sample by themselves")
+        raise Refusal("a group spans several samples", "group tokens within each sample")
     if bool(((key_samples >= 0) & (key_samples != sample[:, None])).any()):
         raise Refusal("queries and keys come from different samples", "take both from the same sample")
     first = sample == sample.amin()
     count = int(sample.unique().numel())
     if int(first.sum()) * count != len(sample):
-        raise Refusal("samples are grouped differently", "group the tokens of all samples alike")
+        raise Refusal("samples are grouped differently", "group the tokens of all samples the same way")
     head_of_group = torch.empty(heads.numel(), dtype=torch.long)
     head_of_group[heads] = torch.arange(len(heads))[:, None]
     placement = Placement(head_of_group, query.token, key.token)
@@ -186,7 +186,7 @@ def _heads(*parts: Projected) -> Tensor:
     rows = torch.cat([part.channel for part in parts], dim=1)
     _, inverse, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
     if bool((counts != counts[0]).any()):
-        raise Refusal("heads differ in the number of their groups", "group the tokens of all heads alike")
+        raise Refusal("heads have different numbers of groups", "group the tokens of all heads the same way")
     order = torch.argsort(inverse, stable=True).view(len(counts), -1)
     return order[torch.argsort(order[:, 0])]
 
@@ -198,7 +198,7 @@ def _batch_axis(source: Node, queries: Tensor) -> int:
         place = _coordinate(queries, sizes, axis)
         if not bool(((queries >= 0) & (place != place.amax(dim=1, keepdim=True))).any()) and len(sizes) > 1:
             return axis
-    raise Refusal("no batch axis: a group reaches over all axes", "keep an axis of samples through the attention")
+    raise Refusal("it has no batch axis: a group spans all axes", "keep a batch axis through the attention")
 
 
 def _within_sample(tokens: Tensor, source: Node, axis: int) -> tuple[Tensor, Tensor]:

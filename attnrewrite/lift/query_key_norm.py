@@ -1,4 +1,4 @@
-"""Queries and keys whose head vectors are normalised between projection and product.
+"""Queries and keys whose head vectors are normalized between projection and product.
 
 A norm of every head vector alone commutes with everything that moves tokens, so the operand is read as if it were
 not there. It is told by its values, on head vectors of all magnitudes and with random weights: no spelling is matched.
@@ -22,7 +22,7 @@ from ..graph.dataflow import Dataflow
 from ..graph.values import evaluate, is_call, shape_of
 from ..ir.axes import position_and_dim
 from ..ir.sites import HeadNorm, Operand
-from ..numerics.head_norm import normalise_heads
+from ..numerics.head_norm import normalize_heads
 from .mixture import Core
 from .projections import Grouping, Projected, group_sizes, projected, read_projected
 
@@ -40,11 +40,11 @@ _COARSE = (-2.0, 1.0, 3e-2)
 _FORMS = (("l2", "clamp"), ("l2", "root"), ("l2", "added"), ("rms", "root"), ("layer", "root"))
 
 
-def normalised_parts(
+def normalized_parts(
     core: Core, flow: Dataflow
 ) -> tuple[tuple[Projected, Projected, Projected], tuple[HeadNorm | None, HeadNorm | None]] | None:
     """Query, key and value as rearranged linear maps, and the norms of query and key; None if more acts on them."""
-    query, key = (_normalised(operand, core, flow) for operand in (core.query, core.key))
+    query, key = (_normalized(operand, core, flow) for operand in (core.query, core.key))
     value = projected(core.value, core, flow)
     if query is None or key is None or value is None:
         return None
@@ -67,8 +67,8 @@ def require_scales_of_heads(core: Core, grouped: Grouping) -> None:
         shape = shape_of(scale)
         if math.prod(shape) > 1 and not _is_of_heads(scale, core, grouped):
             raise Refusal(
-                f"a learned scale {list(shape)} multiplies the scores by more than one number a head",
-                "give it one number a head",
+                f"a learned scale {list(shape)} multiplies the scores by more than one number per head",
+                "use one number per head",
             )
 
 
@@ -77,9 +77,9 @@ def _is_of_heads(scale: Node, core: Core, grouped: Grouping) -> bool:
     onto = next((shape_of(node) for node in core.nodes if scale in node.all_input_nodes), ())
     if product is None or shape[-2:] != (1, 1):
         return False
-    letters = dict(zip(product.axes_of(core.query.node), core.query.axes, strict=True))
-    letters |= dict(zip(product.axes_of(core.key.node), core.key.axes, strict=True))
-    if "".join(letters[axis] for axis in product.out_axes) != f"{core.groups}xy":
+    names = dict(zip(product.axes_of(core.query.node), core.query.axes, strict=True))
+    names |= dict(zip(product.axes_of(core.key.node), core.key.axes, strict=True))
+    if "".join(names[axis] for axis in product.out_axes) != f"{core.groups}xy":
         return False
     of_group = torch.arange(math.prod(shape)).view(shape[:-2]).expand(onto[:-2]).flatten()
     if len(of_group) != math.prod(group_sizes(core)):
@@ -88,7 +88,7 @@ def _is_of_heads(scale: Node, core: Core, grouped: Grouping) -> bool:
     return math.prod(shape) == len(heads) and bool((of_group[grouped.group_of_head] == heads).all())
 
 
-def _normalised(operand: Operand, core: Core, flow: Dataflow) -> tuple[Projected, HeadNorm | None] | None:
+def _normalized(operand: Operand, core: Core, flow: Dataflow) -> tuple[Projected, HeadNorm | None] | None:
     plain = projected(operand, core, flow)
     if plain is not None:
         return plain, None
@@ -112,7 +112,7 @@ def _normalised(operand: Operand, core: Core, flow: Dataflow) -> tuple[Projected
     order = core.groups + "".join(position_and_dim(operand.axes))
     vectors = canonical(within, operand.axes, order).flatten(0, -2)
     try:
-        norm = _recognised(region, vectors, flow)
+        norm = _recognized(region, vectors, flow)
     except UNFORESEEN:  # what does not run alone on other values is no norm
         return None
     return None if norm is None else (part, norm)
@@ -167,7 +167,7 @@ def _region(result: Node, flow: Dataflow) -> _Region | None:
     return _Region(source, result, tuple(inside)) if shape_of(source) == shape_of(result) else None
 
 
-def _recognised(region: _Region, vectors: Tensor, flow: Dataflow) -> HeadNorm | None:
+def _recognized(region: _Region, vectors: Tensor, flow: Dataflow) -> HeadNorm | None:
     """The norm that gives what the region gives, in float64 and in the dtype that the model computes in."""
     parameters = region.parameters(flow)
     if bool((vectors < 0).any()) or any(math.prod(shape_of(node)) != vectors.shape[1] for node in parameters):
@@ -184,9 +184,9 @@ def _recognised(region: _Region, vectors: Tensor, flow: Dataflow) -> HeadNorm | 
 
 
 def _candidates(base: HeadNorm, numbers: list[float], parameters: list[Node]) -> Iterator[HeadNorm]:
-    given = [*parameters, *[None] * (2 - len(parameters))]
-    roles = dict.fromkeys(itertools.permutations(given)) if len(parameters) <= 2 else ()
-    for (kind, place), (weight, bias), eps in itertools.product(_FORMS, roles, numbers):
+    slots = [*parameters, *[None] * (2 - len(parameters))]
+    orders = dict.fromkeys(itertools.permutations(slots)) if len(parameters) <= 2 else ()
+    for (kind, place), (weight, bias), eps in itertools.product(_FORMS, orders, numbers):
         yield replace(base, kind=kind, place=place, eps=eps, weight=weight, bias=bias)
 
 
@@ -206,7 +206,7 @@ class _Probe:
 
     def fits(self, norm: HeadNorm, step: int = 1) -> bool:
         weight, bias = (None if n is None else self.weights[n].flatten() for n in (norm.weight, norm.bias))
-        made = normalise_heads(self.given[::step], norm.kind, norm.place, norm.eps, weight, bias)
+        made = normalize_heads(self.given[::step], norm.kind, norm.place, norm.eps, weight, bias)
         expected = self.made[::step]
         return bool((made - expected).abs().max() <= self.tolerance * expected.abs().max())
 
@@ -222,4 +222,4 @@ def probe_vectors(vectors: Tensor, shape: tuple[int, ...], magnitudes: tuple[flo
     return given.view(shape)
 
 
-__all__ = ["kind_of", "normalised_parts", "probe_vectors", "require_scales_of_heads"]
+__all__ = ["kind_of", "normalized_parts", "probe_vectors", "require_scales_of_heads"]

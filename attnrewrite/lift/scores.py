@@ -67,8 +67,8 @@ def score_chain(node: Node, constants: Values, learned: frozenset[Node]) -> Scor
     while (product := contraction(node)) is None:
         if node.op != "call_function":
             raise Refusal(
-                "the softmax input is not a product of a query and a key",
-                "make the scores a product of queries and keys",
+                "the softmax input is not a product of query and key",
+                "compute the scores as a product of query and key",
             )
         path.append(node)
         name, following = operator_name(node), _operand(node, constants)
@@ -86,8 +86,8 @@ def score_chain(node: Node, constants: Values, learned: frozenset[Node]) -> Scor
             addends.append(_masking(node, following, factor, constants))
         elif not is_movement(node, constants):
             raise Refusal(
-                f"{name} acts between the product of query and key and the softmax",
-                "only scale, bias and mask may stand there",
+                f"{name} acts on the scores before the softmax",
+                "only scale, bias and mask are allowed there",
             )
         node = following
     if product.left in constants or product.right in constants:
@@ -96,7 +96,7 @@ def score_chain(node: Node, constants: Values, learned: frozenset[Node]) -> Scor
             raise Refusal(LEARNED_QUERIES)
         raise Refusal(
             f"{operator_name(node)} mixes the scores with a constant before the softmax",
-            "only scale, bias and mask may stand there",
+            "only scale, bias and mask are allowed there",
         )
     return ScoreChain(product, factor, scales, addends, path[::-1])
 
@@ -137,8 +137,8 @@ def _operand(node: Node, constants: Values) -> Node:
     live = [used for used in node.all_input_nodes if used not in constants]
     if len(live) != 1:
         raise Refusal(
-            f"{operator_name(node)} combines the scores with another value that depends on the input",
-            "make bias and mask of parameters and constants",
+            f"{operator_name(node)} combines the scores with a value that depends on the input",
+            "compute bias and mask from parameters and constants",
         )
     return live[0]
 
@@ -148,8 +148,8 @@ def _number(node: Node, following: Node, constants: Values, learned: frozenset[N
     left, right = argument(node, 0), argument(node, 1)
     if "div" in operator_name(node) and (left is not following or right in learned):
         raise Refusal(
-            "the scores are divided by, or divide, a tensor",
-            "multiply them with a constant, or with one learned number a head",
+            "the scores are divided by a tensor, or divide one",
+            "multiply them by a constant, or by one learned number per head",
         )
     other = right if left is following else left
     if not isinstance(other, Node):
@@ -159,7 +159,7 @@ def _number(node: Node, following: Node, constants: Values, learned: frozenset[N
     value = constants[other]
     if value.numel() != 1 and not bool((value == value.flatten()[0]).all()):
         raise Refusal(
-            "the scores are multiplied with a constant that differs from key to key", "scale all keys of a head alike"
+            "the scores are multiplied by a constant that differs between keys", "use one scale per head"
         )
     return float(value.flatten()[0])
 

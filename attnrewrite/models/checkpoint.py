@@ -76,7 +76,7 @@ def read_state(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> State:
         or not all(isinstance(part, Tensor) for part in content.values())
     ):
         raise CheckpointError(
-            f"the checkpoint holds no mapping of names to tensors, also not under {', '.join(WRAPPERS)}"
+            f"the checkpoint contains no mapping of names to tensors, not even under {', '.join(WRAPPERS)}"
         )
     state = {str(name): tensor for name, tensor in content.items()}
     for prefix in PREFIXES:

@@ -15,7 +15,7 @@ from ..modules.feed_forward import FeedForward
 from ..modules.initialization import initialize_linear
 from ..modules.long_short_distance import LongShortDistanceAttention, check_choice
 from .registry import Family, State, register_family
-from .stage import Stage
+from .stage import Stage, stage_maps
 from .vision_model import VisionModel
 
 COOLING_PERIOD = 3
@@ -67,31 +67,26 @@ class CrossFormer(VisionModel):
 
     ``forward_features`` gives the last map after its norm, ``[B, H / 32, W / 32, C]``.
 
+    Arguments that every family takes are described in ``VisionModel``.
+
     Args:
-        num_classes: 0 for none.
-        in_chans: channels of the image.
         embed_dim: channels of the first stage; they double at each merge.
-        depths, num_heads, mlp_ratios: one value a stage.
-        group_sizes: one value a stage, or one a block; see `group_schedule`.
-        intervals: steps of long distance attention, one value a stage, or ``"adaptive"`` for all.
+        depths, num_heads, mlp_ratios: one value per stage.
+        group_sizes: one value per stage, or one per block; see ``group_schedule``.
+        intervals: steps of long distance attention, one value per stage, or ``"adaptive"`` for all.
         cooling: CrossFormer++: a cooling layer after every third block that is not the last of its stage.
         patch_kernels: kernel sizes of the stem; the smallest is its stride.
         merge_kernels: kernel sizes of each merge.
         patch_norm: whether a layer norm follows the stem.
-        position_bias, padding, centered, small_map, qkv_bias, scale: as in `LongShortDistanceAttention`. The official
+        position_bias, padding, centered, small_map, qkv_bias, scale: as in ``LongShortDistanceAttention``. The official
             dense backbones are ``small_map="global"``.
-        drop_path_rate: of the last block.
-        global_pool: ``"avg"``, or ``""`` for none.
-
-    Raises:
-        ArgumentError: for arguments that do not fit each other.
     """
 
     def __init__(
         self,
         *,
-        num_classes: int = 1000,
-        in_chans: int = 3,
+        patch_kernels: Sequence[int] = (4, 8, 16, 32),
+        patch_norm: bool = True,
         embed_dim: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
@@ -99,16 +94,16 @@ class CrossFormer(VisionModel):
         group_sizes: Sequence[int | Sequence[int]] = (7, 7, 7, 7),
         intervals: Sequence[int] | str = (8, 4, 2, 1),
         cooling: bool = False,
-        patch_kernels: Sequence[int] = (4, 8, 16, 32),
         merge_kernels: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
-        patch_norm: bool = True,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        drop_path_rate: float = 0.2,
         position_bias: str = "dpb",
         padding: str = "mask",
         centered: bool = False,
         small_map: str = "shrink",
-        qkv_bias: bool = True,
-        scale: float | None = None,
-        drop_path_rate: float = 0.2,
+        num_classes: int = 1000,
+        in_chans: int = 3,
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
@@ -142,22 +137,14 @@ class CrossFormer(VisionModel):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """``[B, H / 32, W / 32, C]``."""
-        return self.norm(self._stage_maps(image)[-1])
+        return self.norm(stage_maps(self.layers, self.patch_embed(image))[-1])
 
     def feature_maps(self, image: Tensor) -> list[Tensor]:
         """One map ``[B, channels, H / reduction, W / reduction]`` a level, without a norm, as the dense backbones."""
-        return [source.permute(0, 3, 1, 2) for source in self._stage_maps(image)]
+        return [source.permute(0, 3, 1, 2) for source in stage_maps(self.layers, self.patch_embed(image))]
 
     def pool(self, features: Tensor) -> Tensor:
         return features.mean((1, 2))
-
-    def _stage_maps(self, image: Tensor) -> list[Tensor]:
-        """What the last block of each stage gives, ``[B, H, W, C]``."""
-        maps, source = [], self.patch_embed(image)
-        for stage in self.layers:
-            last, source = stage(source)
-            maps.append(last)
-        return maps
 
 
 def group_schedule(
@@ -210,14 +197,16 @@ def _check(
 ) -> None:
     lengths = [len(values) for values in (depths, num_heads, mlp_ratios, group_sizes, intervals)]
     if len(set(lengths)) != 1:
-        raise ArgumentError(f"depths: all options given per stage must be as long, got {lengths}")
+        raise ArgumentError(f"depths: all per-stage options must have the same length, got {lengths}")
     if len(merge_kernels) != len(depths) - 1:
         raise ArgumentError(
             f"merge_kernels: {len(depths)} stages have {len(depths) - 1} merges, got {len(merge_kernels)}"
         )
     for depth, sizes in zip(depths, group_sizes, strict=True):
         if not isinstance(sizes, int) and len(sizes) != depth:
-            raise ArgumentError(f"group_sizes: a stage of {depth} blocks needs one size or {depth}, got {len(sizes)}")
+            raise ArgumentError(
+                f"group_sizes: a stage of {depth} blocks needs one size, or {depth} of them, got {len(sizes)}"
+            )
 
 
 OLD_BUFFERS = (".attn.biases", ".attn.relative_position_index", ".attn_mask")

@@ -22,7 +22,7 @@ from ..modules.neighborhood_block import (
     PatchMerging,
 )
 from .registry import Family, State, register_family
-from .stage import Stage
+from .stage import Stage, stage_maps
 from .vision_model import VisionModel
 
 STEM_REDUCTION = 4
@@ -35,26 +35,21 @@ class NAT(VisionModel):
 
     There are levels, each of half the sides and twice the channels of the one before.
 
-    ``forward_features`` gives the last map, normalised, ``[B, H / 32, W / 32, C]`` for four levels; ``feature_maps``
-    every level's before its downsampling, not normalised.
+    ``forward_features`` gives the last map, normalized, ``[B, H / 32, W / 32, C]`` for four levels; ``feature_maps``
+    every level's before its downsampling, not normalized.
+
+    Arguments that every family takes are described in ``VisionModel``.
 
     Args:
-        num_classes: 0 for none.
-        in_chans: channels of the image.
         embed_dim: channels of the first level.
-        depths, num_heads: one value a level.
-        kernel_size: of every block's attention, in tokens a side.
+        depths, num_heads: one value per level.
+        kernel_size: of every block's attention, in tokens per side.
         dilations: per level and block; None is 1. What does not fit a small map is handled as in
-            `NeighborhoodAttention2d`.
+            ``NeighborhoodAttention2d``.
         mlp_ratio: hidden channels of the feed-forward networks over theirs.
         qkv_bias: whether query, key and value have a bias.
         qk_scale: of the dot products; None is ``head_dim ** -0.5``.
         layer_scale: initial value of trained factors on residual branches; None is none.
-        drop_path_rate: of the last block.
-        global_pool: ``"avg"``, or ``""`` for none.
-
-    Raises:
-        ArgumentError: for arguments that do not fit each other.
     """
 
     levels_name: ClassVar[str] = "levels"
@@ -62,18 +57,18 @@ class NAT(VisionModel):
     def __init__(
         self,
         *,
-        num_classes: int = 1000,
-        in_chans: int = 3,
         embed_dim: int = 64,
         depths: Sequence[int] = (3, 4, 18, 5),
         num_heads: Sequence[int] = (2, 4, 8, 16),
-        kernel_size: int = 7,
-        dilations: Sequence[Sequence[int]] | None = None,
         mlp_ratio: float = 3.0,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         layer_scale: float | None = None,
         drop_path_rate: float = 0.2,
+        kernel_size: int = 7,
+        dilations: Sequence[Sequence[int]] | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
@@ -122,15 +117,11 @@ class NAT(VisionModel):
         return [level.permute(0, 3, 1, 2) for level in self._levels(image)]
 
     def _levels(self, image: Tensor) -> list[Tensor]:
-        source, maps = self.patch_embed(image), []
-        for level in self.get_submodule(self.levels_name).children():
-            result, source = level(source)
-            maps.append(result)
-        return maps
+        return stage_maps(self.get_submodule(self.levels_name).children(), self.patch_embed(image))
 
 
 class DiNATS(NAT):
-    """DiNAT_s: Swin's patch embedding and merging around DiNAT's blocks. Arguments as in `NAT`."""
+    """DiNAT_s: Swin's patch embedding and merging around DiNAT's blocks. Arguments as in ``NAT``."""
 
     levels_name: ClassVar[str] = "layers"
 
@@ -144,7 +135,7 @@ class DiNATS(NAT):
 def _check(depths: Sequence[int], num_heads: Sequence[int], dilations: Sequence[Sequence[int]]) -> None:
     if not len(depths) == len(num_heads) == len(dilations):
         raise ArgumentError(
-            f"depths, num_heads, dilations: one entry a level is needed, got {len(depths)}, {len(num_heads)} and "
+            f"depths, num_heads, dilations: must have one entry per level, got {len(depths)}, {len(num_heads)} and "
             f"{len(dilations)}"
         )
     for level, (depth, own) in enumerate(zip(depths, dilations, strict=True)):

@@ -18,32 +18,26 @@ class IsotropicNAT(VisionModel):
     """Image ``[B, in_chans, H, W]`` of any size to logits.
 
     A plain vision transformer with neighborhood attention, relative positions, and no class token.
-    ``forward_features`` gives the normalised map ``[B, H / patch_size, W / patch_size, embed_dim]``.
+    ``forward_features`` gives the normalized map ``[B, H / patch_size, W / patch_size, embed_dim]``.
+
+    Arguments that every family takes are described in ``VisionModel``.
 
     Args:
-        num_classes: 0 for none.
-        in_chans: channels of the image.
-        patch_size: in pixels a side; images are padded to whole patches.
+        patch_size: in pixels per side; images are padded to whole patches.
         embed_dim, depth, num_heads, mlp_ratio: of the transformer.
-        kernel_size: of every block's attention, in tokens a side. One as large as the map is attention to all of it;
+        kernel_size: of every block's attention, in tokens per side. One as large as the map is attention to all of it;
             14 is so the official ViT with relative position bias at 224 pixels.
-        dilation: of every second block. What does not fit a small map is handled as in `NeighborhoodAttention2d`.
+        dilation: of every second block. What does not fit a small map is handled as in ``NeighborhoodAttention2d``.
         qkv_bias: whether query, key and value have a bias.
         qk_scale: of the dot products; None is ``head_dim ** -0.5``.
-        drop_path_rate: of the last block.
-        patch_norm: whether the patches' embedding is normalised.
-        global_pool: ``"avg"``, or ``""`` for none.
-
-    Raises:
-        ArgumentError: for arguments that do not fit each other.
+        patch_norm: whether the patches' embedding is normalized.
     """
 
     def __init__(
         self,
         *,
-        num_classes: int = 1000,
-        in_chans: int = 3,
         patch_size: int = 16,
+        patch_norm: bool = True,
         embed_dim: int = 384,
         depth: int = 12,
         num_heads: int = 12,
@@ -53,7 +47,8 @@ class IsotropicNAT(VisionModel):
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         drop_path_rate: float = 0.1,
-        patch_norm: bool = True,
+        num_classes: int = 1000,
+        in_chans: int = 3,
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
@@ -79,7 +74,7 @@ class IsotropicNAT(VisionModel):
         return features.mean((1, 2))
 
     def feature_maps(self, image: Tensor) -> list[Tensor]:
-        """One level: the normalised map."""
+        """One level: the normalized map."""
         return [self.forward_features(image).permute(0, 3, 1, 2)]
 
 

@@ -53,7 +53,7 @@ def family_of(name: str) -> Family:
     for family in FAMILIES:
         if name in family.variants:
             return family
-    raise ArgumentError(f"no model is called {name!r}{nearest(name, list_models())}; list_models() names all")
+    raise ArgumentError(f"name: unknown model, got {name!r}{nearest(name, list_models())}; list_models() lists all")
 
 
 def create_model(
@@ -75,10 +75,10 @@ def create_model(
     for option in options:
         if option not in known:
             raise ArgumentError(
-                f"{option}: {name} has no such option{nearest(option, known)}; it takes: {', '.join(known)}"
+                f"{option}: {name} has no such option{nearest(option, known)}; it accepts: {', '.join(known)}"
             )
     if out_indices is not None and not features_only:
-        raise ArgumentError("out_indices: only with features_only=True")
+        raise ArgumentError("out_indices: requires features_only=True; set it, or leave them out")
     if features_only:
         options["num_classes"] = 0
     model = family.model(**{**family.variants[name], **options})

@@ -14,6 +14,7 @@ from ..modules.initialization import initialize_linear
 from ..modules.manhattan import ManhattanAttention
 from ..modules.rmt_block import ConvDownsample, ConvStem, ManhattanBlock, StagePosition
 from .registry import Family, State, register_family
+from .stage import stage_maps
 from .vision_model import VisionModel
 
 TOKEN_LABEL = ("map", "projected")
@@ -55,36 +56,30 @@ class RMT(VisionModel):
 
     ``forward_features`` gives the last map ``[B, H / 32, W / 32, C]``, before projection and batch norm.
 
+    Arguments that every family takes are described in ``VisionModel``.
+
     Args:
-        num_classes: 0 for none.
-        in_chans: channels of the image.
-        embed_dims, depths, num_heads, mlp_ratios: one value a stage.
-        initial_decays, decay_ranges: per stage, as in `ManhattanPosition`; not trained, and not told by the weights'
+        embed_dims, depths, num_heads, mlp_ratios: one value per stage.
+        initial_decays, decay_ranges: per stage, as in ``ManhattanPosition``; not trained, and not told by the weights'
             shapes, so that weights with other decays are refused.
         decomposed: per stage, whether attention goes along rows and columns instead of over the whole map.
         layer_scales: per stage, whether residual branches have trained factors, initially ``layer_scale_init``.
         projection: width of the projection before the classifier, in generation 2024.
-        drop_path_rate: of the last block.
-        generation: ``"2024"`` or ``"2023"``, the two public codes, whose weights do not fit each other; `load_official`
-            finds out which.
-        rotary, ffn_conv: None is as in the generation; as in `ManhattanPosition` and `ConvFFN`.
-        decay_placement, lce: as in `ManhattanAttention`.
+        generation: ``"2024"`` or ``"2023"``, the two public codes, whose weights do not fit each other;
+            ``load_official`` finds out which.
+        rotary, ffn_conv: None is as in the generation; as in ``ManhattanPosition`` and ``ConvFFN``.
+        decay_placement, lce: as in ``ManhattanAttention``.
         token_label: a second classifier for tokens (Jiang et al. 2021); half of each class's strongest token is added
             to the logits. ``"map"`` reads the last map, as the released code does, ``"projected"`` the projected one:
             only so wide is the classifier in the released log of size S.
         dense: the backbone for detection and segmentation: no projection, batch norm and classifier, but a layer norm
             (``extra_norms``) on every feature map.
-        global_pool: ``"avg"``, or ``""`` for none.
-
-    Raises:
-        ArgumentError: for arguments that do not fit each other.
     """
 
     def __init__(
         self,
         *,
-        num_classes: int = 1000,
-        in_chans: int = 3,
+        generation: str = "2024",
         embed_dims: Sequence[int] = (64, 128, 256, 512),
         depths: Sequence[int] = (2, 2, 8, 2),
         num_heads: Sequence[int] = (4, 4, 8, 16),
@@ -94,15 +89,16 @@ class RMT(VisionModel):
         decomposed: Sequence[bool] = (True, True, False, False),
         layer_scales: Sequence[bool] = (False, False, False, False),
         layer_scale_init: float = 1e-6,
-        projection: int = 1024,
         drop_path_rate: float = 0.1,
-        generation: str = "2024",
+        projection: int = 1024,
         rotary: str | None = None,
         ffn_conv: bool | None = None,
         decay_placement: str = "inside",
         lce: bool = True,
         token_label: str | None = None,
         dense: bool = False,
+        num_classes: int = 1000,
+        in_chans: int = 3,
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
@@ -161,10 +157,10 @@ class RMT(VisionModel):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """``[B, H / 32, W / 32, C]``, sides rounded up at each halving."""
-        return self._stage_maps(image)[-1]
+        return stage_maps(self.layers, self.patch_embed(image))[-1]
 
     def feature_maps(self, image: Tensor) -> list[Tensor]:
-        maps = self._stage_maps(image)
+        maps = stage_maps(self.layers, self.patch_embed(image))
         if self.extra_norms is not None:
             maps = [norm(source) for norm, source in zip(self.extra_norms, maps, strict=True)]
         return [source.permute(0, 3, 1, 2) for source in maps]
@@ -179,14 +175,6 @@ class RMT(VisionModel):
         projected = self._projected(features)
         tokens = self.aux_head(features if self.token_label == "map" else projected)
         return self.head(projected.mean((1, 2))) + TOKEN_SHARE * tokens.amax((1, 2))
-
-    def _stage_maps(self, image: Tensor) -> list[Tensor]:
-        """What the last block of each stage gives, ``[B, H, W, C]``."""
-        maps, source = [], self.patch_embed(image)
-        for stage in self.layers:
-            last, source = stage(source)
-            maps.append(last)
-        return maps
 
     def _projected(self, features: Tensor) -> Tensor:
         """``[B, H, W, head_hidden_size]``: the last map as the classifier sees it."""
@@ -213,7 +201,7 @@ def _check(
         raise ArgumentError("num_classes: a dense backbone has no classifier; pass num_classes=0")
     if len({len(values) for values in per_stage}) != 1:
         raise ArgumentError(
-            f"depths: all options given per stage must be as long, got {[len(values) for values in per_stage]}"
+            f"depths: all per-stage options must have the same length, got {[len(values) for values in per_stage]}"
         )
 
 
@@ -226,7 +214,7 @@ def _refuse_other_decays(model: nn.Module, state: Mapping[str, Tensor], prefix: 
         assert isinstance(position, StagePosition)
         if name in state and not position.agrees(state[name]):
             raise CheckpointError(
-                f"{name}: the weights were trained with other decays than this model's; "
+                f"{name}: the weights were trained with decays that differ from this model's; "
                 "build it with their initial_decays and decay_ranges"
             )
 

@@ -20,3 +20,12 @@ class Stage(nn.Module):
         for block in self.blocks:
             source = block(source)
         return source, source if self.downsample is None else self.downsample(source)
+
+
+def stage_maps(stages: Iterable[nn.Module], source: Tensor) -> list[Tensor]:
+    """What the last block of each ``Stage`` gives, ``[B, H, W, C]``, of the map before the first."""
+    maps = []
+    for stage in stages:
+        last, source = stage(source)
+        maps.append(last)
+    return maps

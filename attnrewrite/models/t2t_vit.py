@@ -24,31 +24,26 @@ REDUCTION = 16
 class T2TViT(VisionModel):
     """Image ``[B, in_chans, H, W]`` of any size to logits.
 
-    ``forward_features`` gives the normalised tokens ``[B, 1 + N, embed_dim]``, the class token first.
+    ``forward_features`` gives the normalized tokens ``[B, 1 + N, embed_dim]``, the class token first.
 
     Positions start as sine and cosine codes of the raster index, not of row and column, and are not trained. The state
     holds them for the map of ``img_size``. To an image with another map they are resampled over rows and columns, as
     the official loader does it before fine-tuning.
 
+    Arguments that every family takes are described in ``VisionModel``.
+
     Args:
-        num_classes: 0 for none.
-        in_chans: channels of the image.
         img_size: whose positions the state holds, in pixels: one side or height and width. Images of any size are
             taken all the same.
-        kind, token_dims: as in `TokensToToken`.
+        kind, token_dims: as in ``TokensToToken``.
         embed_dim, depth, num_heads, mlp_ratio: of the transformer.
         qkv_bias: whether its query, key and value have a bias.
         qk_scale: of its dot products; None is ``head_dim ** -0.5``, with which the published weights are evaluated
             (the official code takes ``embed_dim ** -0.5`` only when asked for pretrained weights by name).
-        drop_path_rate: of the last block.
-        global_pool: ``"token"``, or ``""`` for none.
 
     Attributes:
         position_grid: rows and columns of the map whose positions ``pos_embed`` ``[1, 1 + rows * columns, embed_dim]``
             holds, the class token's first. Whoever replaces them by those of another map sets it too.
-
-    Raises:
-        ArgumentError: for arguments that do not fit each other.
     """
 
     default_pool: ClassVar[str] = "token"
@@ -56,18 +51,18 @@ class T2TViT(VisionModel):
     def __init__(
         self,
         *,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        img_size: int | Sequence[int] = 224,
         kind: str = "performer",
         token_dims: Sequence[int] = (64, 64),
+        img_size: int | Sequence[int] = 224,
         embed_dim: int = 384,
         depth: int = 14,
-        num_heads: int = 6,
-        mlp_ratio: float = 3.0,
-        qkv_bias: bool = False,
-        qk_scale: float | None = None,
         drop_path_rate: float = 0.0,
+        num_heads: int = 6,
+        qk_scale: float | None = None,
+        qkv_bias: bool = False,
+        mlp_ratio: float = 3.0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
         global_pool: str = "token",
     ) -> None:
         super().__init__()
@@ -75,7 +70,7 @@ class T2TViT(VisionModel):
         self.feature_info = [{"num_chs": embed_dim, "reduction": REDUCTION, "module": "norm"}]
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(height, width) < SMALLEST_SIDE:
-            raise ArgumentError(f"img_size: sides of at least {SMALLEST_SIDE} pixels are needed, got {img_size}")
+            raise ArgumentError(f"img_size: sides must be at least {SMALLEST_SIDE} pixels, got {img_size}")
         self.position_grid = TokensToToken.grid(height, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         positions = sinusoid_table(1 + math.prod(self.position_grid), embed_dim).unsqueeze(0).to(self.cls_token)
@@ -98,7 +93,7 @@ class T2TViT(VisionModel):
         return features[:, 0]
 
     def feature_maps(self, image: Tensor) -> list[Tensor]:
-        """One level: the normalised tokens of the map."""
+        """One level: the normalized tokens of the map."""
         tokens = self.tokens_to_token(image)
         features = self._encode(tokens)[:, 1:]
         return [features.unflatten(1, tokens.shape[1:3]).permute(0, 3, 1, 2)]
@@ -126,7 +121,7 @@ class T2TViT(VisionModel):
         return {**state, "pos_embed": resample_positions(positions, (side, side), self.position_grid)}
 
     def _encode(self, tokens: Tensor) -> Tensor:
-        """``[B, H', W', embed_dim]`` to the normalised tokens, the class token before them."""
+        """``[B, H', W', embed_dim]`` to the normalized tokens, the class token before them."""
         positions = self._positions(tokens.shape[1], tokens.shape[2])
         class_token = self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         tokens = torch.cat([class_token, tokens.flatten(1, 2)], dim=1) + positions

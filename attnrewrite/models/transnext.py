@@ -41,13 +41,13 @@ class OverlapPatchEmbed(nn.Module):
 
 
 class TransNeXtBlock(nn.Module):
-    """Attention and `ConvGLU`, each after a layer norm and beside a residual.
+    """Attention and ``ConvGLU``, each after a layer norm and beside a residual.
 
     Args:
         attention: of maps ``[B, H, W, dim]``.
         dim: channels.
-        hidden_dim: of `ConvGLU`.
-        dropout: rate in `ConvGLU`.
+        hidden_dim: of ``ConvGLU``.
+        dropout: rate in ``ConvGLU``.
         drop_path: rate of both branches.
         norm_eps: of the layer norms.
     """
@@ -80,14 +80,14 @@ class TransNeXt(VisionModel):
 
     ``forward_features`` gives the last map ``[B, H / 32, W / 32, C]``, after its norm.
 
+    Arguments that every family takes are described in ``VisionModel``.
+
     Args:
-        num_classes: 0 for none.
-        in_chans: channels of the image.
-        embed_dims, depths, num_heads, mlp_ratios: one value a stage; a block's gated unit is two thirds of
+        embed_dims, depths, num_heads, mlp_ratios: one value per stage; a block's gated unit is two thirds of
             ``mlp_ratio * embed_dim`` wide.
-        sr_ratios: per stage, pixels a side that a cell of the pooled map stands for; 1 is `CosineAttention` to the
-            whole map instead of `AggregatedAttention`.
-        window_size: of `AggregatedAttention`, one for all stages or one per stage (unused where the ratio is 1).
+        sr_ratios: per stage, pixels per side that a cell of the pooled map stands for; 1 is ``CosineAttention`` to the
+            whole map instead of ``AggregatedAttention``.
+        window_size: of ``AggregatedAttention``, one for all stages or one per stage (unused where the ratio is 1).
         fixed_pool_size: side of the pooled map for images of any size, instead of ``sr_ratios`` ("linear mode").
         patch_size: pixels between the first patches, whose kernel is ``2 * patch_size - 1``.
         pretrain_size: of the image in pretraining, a side or (height, width), the unit of the position bias.
@@ -95,34 +95,29 @@ class TransNeXt(VisionModel):
             detectors and segmenters do by default, instead of computing it for the size.
         qkv_bias: whether the projections to queries, keys and values have a bias.
         drop_rate, attn_drop_rate: dropout of projections and gated units, and of attention weights.
-        drop_path_rate: of the last block.
         norm_eps: of the blocks' and stages' layer norms.
-        global_pool: ``"avg"``, or ``""`` for none.
-
-    Raises:
-        ArgumentError: for arguments that do not fit each other.
     """
 
     def __init__(
         self,
         *,
-        num_classes: int = 1000,
-        in_chans: int = 3,
+        patch_size: int = 4,
         embed_dims: Sequence[int] = (72, 144, 288, 576),
         depths: Sequence[int] = (2, 2, 15, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-        sr_ratios: Sequence[int] = (8, 4, 2, 1),
-        window_size: int | Sequence[int | None] = 3,
-        fixed_pool_size: int | None = None,
-        patch_size: int = 4,
-        pretrain_size: int | tuple[int, int] = 224,
-        interpolate_bias: bool = False,
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-6,
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        window_size: int | Sequence[int | None] = 3,
+        pretrain_size: int | tuple[int, int] = 224,
+        interpolate_bias: bool = False,
+        fixed_pool_size: int | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
@@ -168,7 +163,7 @@ class TransNeXt(VisionModel):
         return [part.permute(0, 3, 1, 2) for part in self._stage_maps(image)]
 
     def _stage_maps(self, image: Tensor) -> list[Tensor]:
-        """The normalised, channels-last map of each stage; the next one continues from it."""
+        """The normalized, channels-last map of each stage; the next one continues from it."""
         maps, source = [], image
         for stage in range(1, self.num_stages + 1):
             source = self.get_submodule(f"patch_embed{stage}")(source)
@@ -182,7 +177,9 @@ class TransNeXt(VisionModel):
 def _check(per_stage: dict[str, Sequence[Any]], stages: int) -> None:
     for argument, values in per_stage.items():
         if len(values) != stages:
-            raise ArgumentError(f"{argument}: one value for each of the {stages} embed_dims, got {len(values)}")
+            raise ArgumentError(
+                f"{argument}: must have one value for each of the {stages} embed_dims, got {len(values)}"
+            )
 
 
 def _attention(
@@ -192,7 +189,9 @@ def _attention(
     if ratio == 1:
         return CosineAttention(dim, heads, **options)
     if window is None:
-        raise ArgumentError(f"window_size: a stage with sr_ratio {ratio} needs one, got None; 3 is the official one")
+        raise ArgumentError(
+            f"window_size: required by a stage with sr_ratio {ratio}, got None; the official value is 3"
+        )
     return AggregatedAttention(
         dim,
         heads,

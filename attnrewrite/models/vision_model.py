@@ -17,11 +17,20 @@ class VisionModel(nn.Module, ABC):
     A family implements ``forward_features``, ``pool`` and ``feature_maps``, and sets the attributes below before the
     first call of ``reset_classifier``.
 
+    Args:
+        num_classes: width of the logits; 0 returns the pooled features.
+        in_chans: channels of the image.
+        global_pool: the family's ``default_pool``, or ``""`` to leave the features unpooled.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+
+    Raises:
+        ArgumentError: for arguments of any family that do not fit each other.
+
     Attributes:
         num_classes: width of the logits; 0 means none, and the pooled features are returned.
         num_features: channels of ``forward_features``.
         head_hidden_size: channels of the pooled features, which the classifier reads.
-        feature_info: one entry a level of ``feature_maps``: ``num_chs``, ``reduction`` (pixels a side), ``module``.
+        feature_info: one entry per level of ``feature_maps``: ``num_chs``, ``reduction`` (pixels per side), ``module``.
         default_pool: how this family pools, ``"avg"`` or ``"token"``.
     """
 
@@ -35,7 +44,7 @@ class VisionModel(nn.Module, ABC):
 
     @abstractmethod
     def forward_features(self, image: Tensor) -> Tensor:
-        """The last normalised features, in the family's own layout."""
+        """The last normalized features, in the family's own layout."""
 
     @abstractmethod
     def pool(self, features: Tensor) -> Tensor:
@@ -65,7 +74,7 @@ class VisionModel(nn.Module, ABC):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, randomly initialised classifier.
+        """A new, randomly initialized classifier.
 
         Args:
             num_classes: 0 removes it.

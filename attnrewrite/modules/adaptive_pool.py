@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def adaptive_average(source: Tensor, cells: tuple[int, int]) -> Tensor:
-    """``[B, H, W, C]`` to ``[B, *cells, C]``, each the mean of its cell, as `torch.nn.AdaptiveAvgPool2d` cuts them."""
+    """``[B, H, W, C]`` to ``[B, *cells, C]``, each the mean of its cell, as ``torch.nn.AdaptiveAvgPool2d`` cuts
+    them."""
     rows, columns = cells
     by_row = _average(source.flatten(2), rows).unflatten(2, source.shape[2:])
     return _average(by_row.flatten(0, 1), columns).unflatten(0, by_row.shape[:2])

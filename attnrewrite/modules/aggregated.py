@@ -32,9 +32,9 @@ class AggregatedAttention(LengthScaledAttention):
     scale=head_dim ** -0.5, length_scale=False, query_embedding=False, learnable_tokens=False``.
 
     Args:
-        dim, num_heads, position_bias, options: of `LengthScaledAttention`.
+        dim, num_heads, position_bias, options: of ``LengthScaledAttention``.
         window_size: side of the window, odd; it may exceed the map.
-        sr_ratio: pixels a side, or (rows, columns), that a cell of the pooled map stands for; the pooled map has
+        sr_ratio: pixels per side, or (rows, columns), that a cell of the pooled map stands for; the pooled map has
             ``side // sr_ratio`` cells, at least one; two at least where it is exported with sides that are not known.
         pool_size: cells of the pooled map, a side or (rows, columns), for maps of any size, instead of ``sr_ratio``.
         pool: whether there is a pooled map; without it and a position bias this is attention in windows.
@@ -44,7 +44,7 @@ class AggregatedAttention(LengthScaledAttention):
         qkv_bias: whether the projections to queries, keys and values have a bias.
 
     The window's bias ``relative_pos_bias_local`` ``[heads, window_size ** 2]`` is a free table, of places in the order
-    of `local_window`; with ``-inf`` in it, those places take part after the softmax only.
+    of ``local_window``; with ``-inf`` in it, those places take part after the softmax only.
 
     Raises:
         ArgumentError: for arguments that do not fit each other.
@@ -179,7 +179,9 @@ class AggregatedAttention(LengthScaledAttention):
             found = f"{tuple(local_mask.shape)}, {local_mask.dtype}"
             raise ArgumentError(f"local_mask: must be {tuple(seen.shape)}, torch.bool for this map, got {found}")
         if alone and not torch.compiler.is_compiling() and not bool((seen & local_mask).any(-1).all()):
-            raise ArgumentError("local_mask: leaves a pixel without a key; let it see a place in its window")
+            raise ArgumentError(
+                "local_mask: leaves a pixel without a key; let it see at least one position of its window"
+            )
         return local_mask
 
     def extra_repr(self) -> str:
@@ -194,9 +196,9 @@ def _pooling(
     given = {"sr_ratio": sr_ratio, "pool_size": pool_size}
     named = [name for name, value in given.items() if value is not None]
     if not pool and (named or reducer is not None):
-        raise ArgumentError(f"{named[0] if named else 'reducer'}: there is no pooled map with pool=False; leave it out")
+        raise ArgumentError(f"{named[0] if named else 'reducer'}: has no effect with pool=False; leave it out")
     if reducer is not None and named:
-        raise ArgumentError(f"{named[0]}: the reducer decides the size of the pooled map; leave it out")
+        raise ArgumentError(f"{named[0]}: the reducer determines the size of the pooled map; leave it out")
     if pool and reducer is None and len(named) != 1:
         raise ArgumentError(f"sr_ratio, pool_size: pass one of them, got {' and '.join(named) or 'none'}")
     sizes = {name: as_pair(value) for name, value in given.items() if value is not None}

@@ -28,7 +28,7 @@ class ConvGLU(nn.Module):
 
     Args:
         dim: channels in.
-        hidden_dim: channels of gate and value each; `gated_width` gives the official one.
+        hidden_dim: channels of gate and value each; ``gated_width`` gives the official one.
         out_dim: channels out; None is ``dim``.
         activation: name of the gate's activation.
         pre_activation: name of what acts before the convolution, as in PVT v2's linear variant.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..ir.heads import as_pair
+from .heads import require_heads
 from .initialization import initialize
 from .log_cpb import BiasCache, Size, log_cpb, resample_bias
 
@@ -20,7 +21,7 @@ INITIAL_SCALE = 1 / 0.24
 
 
 class ScoreOptions(TypedDict, total=False):
-    """Options of `LengthScaledAttention` that its subclasses hand on."""
+    """Options of ``LengthScaledAttention`` that its subclasses hand on."""
 
     qk_norm: bool
     scale: float | None
@@ -33,7 +34,7 @@ class ScoreOptions(TypedDict, total=False):
 
 
 class LengthScaledAttention(nn.Module, ABC):
-    """What `CosineAttention` and `AggregatedAttention` share: scores
+    """What ``CosineAttention`` and ``AggregatedAttention`` share: scores
     ``scale * ln(keys seen) * (unit query + query embedding) . unit key``, and a log-spaced continuous position bias.
 
     In eval mode without gradients the bias of the last size is kept, until the weights change.
@@ -42,7 +43,7 @@ class LengthScaledAttention(nn.Module, ABC):
         dim: channels.
         num_heads: heads; they divide ``dim``.
         qk_norm: whether queries and keys are scaled to unit length.
-        scale: of the scores; None is softplus of a parameter a head, ``temperature``.
+        scale: of the scores; None is softplus of a parameter per head, ``temperature``.
         length_scale: whether scores grow with the logarithm of how many keys the query sees.
         query_embedding: whether a parameter is added to the (unit) queries.
         position_bias: whether there is a position bias.
@@ -54,7 +55,7 @@ class LengthScaledAttention(nn.Module, ABC):
         proj_drop: dropout rate of the result.
 
     Raises:
-        ArgumentError: for arguments that do not fit each other.
+        ArgumentError: if the heads do not divide the channels, or for an interpolated bias of no size.
     """
 
     def __init__(
@@ -73,8 +74,7 @@ class LengthScaledAttention(nn.Module, ABC):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ArgumentError(f"num_heads: must divide dim={dim}, got {num_heads}")
+        require_heads(dim, num_heads)
         if interpolate_bias and pretrain_size is None:
             raise ArgumentError("pretrain_size: interpolate_bias resamples the bias of that size; pass it")
         self.num_heads, self.qk_norm, self.scale, self.length_scale = num_heads, qk_norm, scale, length_scale
@@ -161,10 +161,10 @@ class LengthScaledAttention(nn.Module, ABC):
 
 
 class CosineAttention(LengthScaledAttention):
-    """Every pixel attends to the whole map, with `LengthScaledAttention`'s scores (the last stage of TransNeXt).
+    """Every pixel attends to the whole map, with ``LengthScaledAttention``'s scores (the last stage of TransNeXt).
 
     Args:
-        dim, num_heads, position_bias, options: of `LengthScaledAttention`.
+        dim, num_heads, position_bias, options: of ``LengthScaledAttention``.
         qkv_bias: whether the projection to queries, keys and values has a bias.
     """
 

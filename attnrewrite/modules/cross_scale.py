@@ -16,7 +16,7 @@ class CrossScaleStem(nn.Module):
 
     Args:
         in_chans: channels of the image.
-        dim: of the map; see `scale_widths`.
+        dim: of the map; see ``scale_widths``.
         kernel_sizes: ascending.
         stride: pixels a token; None is the smallest kernel.
         norm: whether a layer norm follows.
@@ -51,7 +51,7 @@ class CrossScaleMerge(nn.Module):
         kernel_sizes: ascending.
 
     Raises:
-        ArgumentError: as for `CrossScaleStem`.
+        ArgumentError: as for ``CrossScaleStem``.
     """
 
     STRIDE = 2

@@ -47,7 +47,9 @@ class ManhattanPosition(nn.Module):
         if rotary not in ROTARY:
             raise ArgumentError(f"rotary: must be one of {', '.join(ROTARY)}, got {rotary!r}{nearest(rotary, ROTARY)}")
         if rotary != "none" and head_dim % 2:
-            raise ArgumentError(f"head_dim: rotary position turns pairs of channels, got {head_dim}; use rotary='none'")
+            raise ArgumentError(
+                f"head_dim: must be even for rotary position embedding, got {head_dim}; use rotary='none'"
+            )
         self.head_dim, self.num_heads = head_dim, num_heads
         self.initial_decay, self.decay_range, self.rotary = initial_decay, decay_range, rotary
 

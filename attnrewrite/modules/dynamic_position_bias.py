@@ -30,7 +30,7 @@ class DynamicPositionBias(nn.Module):
         return self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
 
     def table(self, rows: int, columns: int) -> Tensor:
-        """``[(2 * rows - 1) * (2 * columns - 1), num_heads]``: of all offsets, as `relative_index` counts."""
+        """``[(2 * rows - 1) * (2 * columns - 1), num_heads]``: of all offsets, as ``relative_index`` counts."""
         weight = self.pos_proj.weight
         steps = (
             torch.arange(1 - side, side, device=weight.device, dtype=weight.dtype).expand(count, -1)

@@ -16,7 +16,7 @@ def initialize_linear(module: nn.Module) -> None:
 
 
 def initialize(module: nn.Module) -> None:
-    """As `initialize_linear`, and convolutions He normal by their outputs, biases 0, norms the identity (Wang et al.
+    """As ``initialize_linear``, and convolutions He normal by their outputs, biases 0, norms the identity (Wang et al.
     2022, PVT v2)."""
     initialize_linear(module)
     if isinstance(module, nn.Conv2d):

@@ -28,7 +28,7 @@ def log_cpb(fc1: nn.Module, fc2: nn.Module, pixels: Size, cells: Size, pretrain:
     Args:
         fc1, fc2: 2 to hidden to heads channels.
         pixels: ``H, W`` of the queries' map.
-        cells: rows and columns of the keys' map, which is `adaptive_average` of the other.
+        cells: rows and columns of the keys' map, which is ``adaptive_average`` of the other.
         pretrain: the queries' map in pretraining; it sets the unit of length.
     """
     weight = next(fc1.parameters())

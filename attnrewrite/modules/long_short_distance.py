@@ -10,19 +10,20 @@ from ..ir.heads import as_pair
 from ..operators.long_short_attention import LongShortGeometry, long_short_attention
 from ..operators.partition_rule import Grouping, cropped_map, padded_map
 from .dynamic_position_bias import DynamicPositionBias, central_table, relative_index
+from .heads import require_heads
 
 BIASES = ("dpb", "table", "both", "none")
-PADDINGS = ("mask", "phantom")
+PADDINGS = ("mask", "keys")
 SMALL_MAPS = ("shrink", "global")
 
 
 class LongShortDistanceAttention(nn.Module):
     """Attention inside groups of a map of any size: of neighbors (short), or of tokens ``interval`` apart (long).
 
-    The map is cut into regions of ``group_size * interval`` tokens a side (short: an interval of 1). Tokens at the same
-    place modulo the interval in the same region form a group. What the size of the map decides is decided at each
-    call; an exported program with sizes that vary keeps the branches of the map it was traced with: more than one
-    region an axis, or a map that a group covers.
+    The map is cut into regions of ``group_size * interval`` tokens per side (short: an interval of 1). Tokens at the
+    same place modulo the interval in the same region form a group. What depends on the map's size is decided at each
+    call; an exported program with dynamic sizes keeps the branches of the map it was traced with: more than one
+    region per axis, or a map that one group covers.
 
     Args:
         dim: channels in and out.
@@ -30,9 +31,9 @@ class LongShortDistanceAttention(nn.Module):
         group_size: rows and columns of a group, or one number for both.
         interval: None for short distance, a number of steps for long, or ``"adaptive"`` for long with the fewest steps
             that make one region of the map: ``ceil(H / group_size)`` (with ``small_map="global"`` of the longer side).
-        position_bias: ``"dpb"``, a `DynamicPositionBias`; ``"table"``, a trained table, as Swin's; ``"both"``, their
+        position_bias: ``"dpb"``, a ``DynamicPositionBias``; ``"table"``, a trained table, as Swin's; ``"both"``, their
             sum; ``"none"``.
-        padding: at sides that regions do not divide. ``"mask"`` hides the padded keys (CrossFormer); ``"phantom"``
+        padding: at sides that regions do not divide. ``"mask"`` hides the padded keys (CrossFormer); ``"keys"``
             leaves them, with the biases of the key and value projection as key and value (Swin).
         centered: pad half in front, instead of all behind.
         small_map: for maps that a group covers on an axis; attention is then short. ``"shrink"`` cuts groups down to
@@ -77,8 +78,7 @@ class LongShortDistanceAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def _check(self, dim: int, num_heads: int, interval: int | str | None) -> None:
-        if num_heads < 1 or dim % num_heads:
-            raise ArgumentError(f"num_heads: must divide dim={dim}, got {num_heads}")
+        require_heads(dim, num_heads)
         if min(self.group_size) < 1:
             raise ArgumentError(f"group_size: must be at least 1, got {self.group_size}")
         if isinstance(interval, str) and interval != "adaptive":

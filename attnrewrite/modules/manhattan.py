@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
 from ..operators.manhattan_attention import ManhattanGeometry, check_placement, manhattan_attention
 from .decay import ManhattanPosition, PositionTables, rotate
 from .depthwise import DepthwiseConv
+from .heads import require_heads
 
 BIAS_TOKENS = 1024
 """On maps up to this size a bias costs less than position codes; it is built anew in every call."""
@@ -17,19 +17,19 @@ BIAS_TOKENS = 1024
 class ManhattanAttention(nn.Module):
     """Attention whose weights decay with the Manhattan distance on the map, for maps of any size.
 
-    ``out_proj(attention + lepe(value))``, the attention being `manhattan_attention` of the projected map and ``lepe``
-    a depthwise 5 x 5 convolution, the paper's local context enhancement. It holds no table: see `ManhattanPosition`.
+    ``out_proj(attention + lepe(value))``, the attention being ``manhattan_attention`` of the projected map and ``lepe``
+    a depthwise 5 x 5 convolution, the paper's local context enhancement. It holds no table: see ``ManhattanPosition``.
 
     Args:
         dim: channels of the map.
         num_heads: heads; they divide ``dim``.
         decomposed: attend along rows, then along columns, instead of to the whole map.
-        initial_decay, decay_range, rotary: of `ManhattanPosition`.
-        decay_placement: `"inside"` or `"outside"` the softmax, of `ManhattanGeometry`.
+        initial_decay, decay_range, rotary: of ``ManhattanPosition``.
+        decay_placement: ``"inside"`` or ``"outside"`` the softmax, of ``ManhattanGeometry``.
         lce: whether there is a local context enhancement.
 
     Raises:
-        ArgumentError: for arguments that do not fit each other.
+        ArgumentError: if the heads do not divide the channels, or for an unknown placement.
     """
 
     def __init__(
@@ -44,8 +44,7 @@ class ManhattanAttention(nn.Module):
         lce: bool = True,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ArgumentError(f"num_heads: must divide dim={dim}, got {num_heads}")
+        require_heads(dim, num_heads)
         check_placement(decay_placement, "decay_placement")
         self.num_heads, self.decomposed, self.decay_placement = num_heads, decomposed, decay_placement
         self.position = ManhattanPosition(dim // num_heads, num_heads, initial_decay, decay_range, rotary)

@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..functional import neighborhood_attention
 from .drop_path import DropPath
 from .feed_forward import FeedForward
+from .heads import require_heads
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -28,7 +29,7 @@ class NeighborhoodAttention2d(nn.Module):
     Args:
         dim: channels in and out.
         num_heads: must divide ``dim``.
-        kernel_size: keys a side, in tokens.
+        kernel_size: keys per side, in tokens.
         dilation: distance of neighboring keys, in tokens.
         qkv_bias: whether query, key and value have a bias.
         scale: of the dot products; None is ``head_dim ** -0.5``.
@@ -49,8 +50,7 @@ class NeighborhoodAttention2d(nn.Module):
         rel_pos_bias: bool = True,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ArgumentError(f"num_heads: {num_heads} heads do not divide {dim} channels")
+        require_heads(dim, num_heads)
         for name, value in (("kernel_size", kernel_size), ("dilation", dilation)):
             if value < 1:
                 raise ArgumentError(f"{name}: must be at least 1, got {value}")
@@ -91,10 +91,10 @@ class NeighborhoodAttention2d(nn.Module):
 
 
 class NeighborhoodBlock(nn.Module):
-    """Neighborhood attention and a feed-forward network, each normalised before and added to its input.
+    """Neighborhood attention and a feed-forward network, each normalized before and added to its input.
 
     Args:
-        dim, num_heads, kernel_size, dilation, qkv_bias, scale: as in `NeighborhoodAttention2d`.
+        dim, num_heads, kernel_size, dilation, qkv_bias, scale: as in ``NeighborhoodAttention2d``.
         mlp_ratio: hidden channels of the feed-forward network over ``dim``.
         drop_path: rate of stochastic depth.
         layer_scale: initial value of trained factors on both branches; None is none.

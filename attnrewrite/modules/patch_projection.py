@@ -8,7 +8,7 @@ from ..operators.soft_split import PatchGrid, PatchNorm, soft_split
 
 
 def project_patches(image: Tensor, norm: nn.Module, linear: nn.Linear, patches: PatchGrid) -> Tensor:
-    """``linear(norm(patch))`` for every patch of an image; see `soft_split`.
+    """``linear(norm(patch))`` for every patch of an image; see ``soft_split``.
 
     Args:
         image: ``[B, C, H, W]``.

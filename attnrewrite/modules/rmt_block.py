@@ -94,7 +94,7 @@ class ManhattanBlock(nn.Module):
         )
 
     def forward(self, source: Tensor, tables: PositionTables | None = None) -> Tensor:
-        """``[B, H, W, dim]`` to the same shape; ``tables`` as in `ManhattanAttention`."""
+        """``[B, H, W, dim]`` to the same shape; ``tables`` as in ``ManhattanAttention``."""
         source = source + self.pos(source)
         source = source + self._branch(self.retention(self.retention_layer_norm(source), tables), self.gamma_1)
         return source + self._branch(self.ffn(self.final_layer_norm(source)), self.gamma_2)

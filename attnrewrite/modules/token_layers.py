@@ -72,7 +72,7 @@ class TokenTransformer(TokenLayer):
         dim: channels of a patch.
         out_dim: channels of a token.
         mlp_ratio: hidden channels of the feed-forward network over ``out_dim``.
-        qkv_bias, scale: as in `ValueResidualAttention`.
+        qkv_bias, scale: as in ``ValueResidualAttention``.
     """
 
     def __init__(

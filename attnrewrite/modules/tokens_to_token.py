@@ -50,9 +50,9 @@ class TokensToToken(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in KINDS:
-            raise ArgumentError(f"kind: {kind!r} is none of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+            raise ArgumentError(f"kind: must be one of {', '.join(KINDS)}, got {kind!r}{nearest(kind, KINDS)}")
         if len(token_dims) != 2 or min(token_dims) < 1:
-            raise ArgumentError(f"token_dims: two positive widths are needed, one a token layer, got {token_dims}")
+            raise ArgumentError(f"token_dims: must be two positive widths, one per token layer, got {token_dims}")
         first, second = token_dims
         self.attention1: TokenLayer = KINDS[kind](in_chans * PIXELS.kernel_size**2, first)
         self.attention2: TokenLayer = KINDS[kind](first * TOKENS.kernel_size**2, second)
@@ -70,7 +70,7 @@ class TokensToToken(nn.Module):
         """
         if min(image.shape[-2:]) < SMALLEST_SIDE:
             raise ArgumentError(
-                f"image: sides of at least {SMALLEST_SIDE} pixels are needed, got {tuple(image.shape[-2:])}"
+                f"image: sides must be at least {SMALLEST_SIDE} pixels, got {tuple(image.shape[-2:])}"
             )
         tokens = self.attention1.forward_patches(image, PIXELS).permute(0, 3, 1, 2)
         tokens = self.attention2.forward_patches(tokens, TOKENS).permute(0, 3, 1, 2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
 from .drop_path import DropPath
 from .feed_forward import FeedForward
+from .heads import require_heads
 
 
 class SelfAttention(nn.Module):
@@ -25,8 +25,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, scale: float | None = None) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ArgumentError(f"num_heads: {num_heads} heads do not divide {dim} channels")
+        require_heads(dim, num_heads)
         self.num_heads, self.scale = num_heads, scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -39,10 +38,10 @@ class SelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a feed-forward network, each normalised before and added to its input.
+    """Attention and a feed-forward network, each normalized before and added to its input.
 
     Args:
-        dim, num_heads, qkv_bias, scale: as in `SelfAttention`.
+        dim, num_heads, qkv_bias, scale: as in ``SelfAttention``.
         mlp_ratio: hidden channels of the feed-forward network over ``dim``.
         drop_path: rate of stochastic depth.
     """

@@ -1,4 +1,4 @@
-"""Activations, recognised by their values and not by how they are spelled."""
+"""Activations, recognized by their values and not by how they are spelled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def probe_points() -> Tensor:
     return torch.linspace(-8.0, 8.0, 401, dtype=torch.float64)
 
 
-def recognise_activation(values: Tensor) -> str | None:
+def recognize_activation(values: Tensor) -> str | None:
     """The activation whose values at ``probe_points`` are ``values``, or None."""
     points = probe_points()
     for name, activation in ACTIVATIONS.items():

@@ -1,4 +1,4 @@
-"""Normalised head vectors, and the learned scale of their scores, on heads-last queries and keys."""
+"""Normalized head vectors, and the learned scale of their scores, on heads-last queries and keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def normalise_heads(
+def normalize_heads(
     value: Tensor, kind: str, place: str, eps: float, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """``value`` ``[..., head_dim]`` with every head vector divided by its length, in ``value``'s dtype.
@@ -30,7 +30,7 @@ def normalise_heads(
 
 
 def scale_heads(query: Tensor, scale: Tensor) -> Tensor:
-    """``[..., heads, head_dim]`` times one number a head, or one for all: what multiplies a head's scores."""
+    """``[..., heads, head_dim]`` times one number per head, or one for all: what multiplies a head's scores."""
     return query * scale.reshape(-1, 1).to(query.dtype)
 
 

@@ -11,7 +11,7 @@ from ..capture import image_sides, training_look
 from ..certify import collect_values
 from ..errors import NothingToDo, Refusal
 from ..graph.restating import restate
-from ..rewrite.check import misbehaviour, misbehaviour_in_model
+from ..rewrite.check import misbehavior, misbehavior_in_model
 from ..rewrite.owners import OwnerProgram, build_program
 from ..rewrite.structure import structure_of
 from ..rewrite.training import same_place, steps_of_training
@@ -37,7 +37,7 @@ def check_training(plan: Plan) -> Plan:
     return _without(plan, reasons)
 
 
-def check_behaviour(plan: Plan) -> Plan:
+def check_behavior(plan: Plan) -> Plan:
     """Run one rewritten module of every structure beside its donor; an inexact one with cores that change nothing.
     Those that do not run alone, such as a block whose parent tells it the sides of its map, run inside the model."""
     sides = image_sides(plan.capture)
@@ -47,7 +47,7 @@ def check_behaviour(plan: Plan) -> Plan:
     reasons = dict(alone.reasons)
     if alone.unrun:
         twins = [twin for _, twin in alone.unrun]
-        reason = misbehaviour_in_model(twins, plan.model, plan.capture.example, plan.capture.batch)
+        reason = misbehavior_in_model(twins, plan.model, plan.capture.example, plan.capture.batch)
         told = f"rewritten, the model differs from the original ({reason})"
         reasons |= {id(site): told for owner, _ in alone.unrun if reason for site in owner.sites}
     plan.looks.size.forget()
@@ -80,7 +80,7 @@ def _run_alone(plan: Plan) -> _Alone:
         if structure not in verdicts or verdicts[structure] is None:
             twin = owner if kept else _with_own_function(owner, plan)
         if structure not in verdicts:
-            verdicts[structure], keeps = misbehaviour(twin, *given) if twin else ("", [])
+            verdicts[structure], keeps = misbehavior(twin, *given) if twin else ("", [])
             alike = [path for path, other in structures.items() if keeps and other == structure]
             seen.keeps |= dict.fromkeys(alike, keeps)
         verdict = verdicts[structure]

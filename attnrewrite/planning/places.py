@@ -138,11 +138,11 @@ class _Residuals:
             if isinstance(conversion, WholeSite):
                 raise Refusal("its output projection was replaced")
             assert isinstance(site, AttentionSite | MlpSite)
-            merged = site.nodes.merged if isinstance(site, AttentionSite) else site.second
+            out_proj = site.nodes.out_proj if isinstance(site, AttentionSite) else site.second
             start = site.nodes.result if isinstance(site, AttentionSite) else site.result
-            if merged is None or start is None:
+            if out_proj is None or start is None:
                 raise Refusal("it has no output projection")
-            projection = self._projection(site, merged, owner, conversion)
+            projection = self._projection(site, out_proj, owner, conversion)
             scale, before, after = self._residual(start)
             place = replace(
                 place, projection=projection, scale=scale, before=self._tap(before, "before"),
@@ -165,12 +165,12 @@ class _Residuals:
         return [Place(head.path, "classifier", None, self._called(head), None, Tap(head.path, result=True))]
 
     def _projection(
-        self, site: Site, merged: Node, owner: OwnerProgram | None, conversion: Conversion | None
+        self, site: Site, out_proj: Node, owner: OwnerProgram | None, conversion: Conversion | None
     ) -> LinearMap:
-        """The output projection ``merged``: a module that is called, else a function whose input the core gives."""
-        if any(_output(call) is merged for call in self.calls if call.path in self.linears):
-            return self._called(self._linear_call(merged))
-        names = self._parameters(merged)
+        """The output projection ``out_proj``: a module that is called, else a function whose input the core gives."""
+        if any(_output(call) is out_proj for call in self.calls if call.path in self.linears):
+            return self._called(self._linear_call(out_proj))
+        names = self._parameters(out_proj)
         output = site.output if isinstance(site, AttentionSite) else None
         if names is None or output is None or owner is None or not isinstance(conversion, BetweenProjections):
             raise Refusal("its output projection is not a linear module that is called")

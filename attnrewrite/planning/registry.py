@@ -1,4 +1,4 @@
-"""Which targets and recognisers there are: those in ``patterns``, and those that other packages bring.
+"""Which targets and recognizers there are: those in ``patterns``, and those that other packages bring.
 
 Nothing is listed: whatever module lies there is looked through. A package brings its own by an entry point of the group
 ``attnrewrite.patterns`` whose value is a module.
@@ -17,13 +17,13 @@ from typing import Any
 
 from ..errors import ArgumentError, first_line, nearest
 from ..graph.dataflow import Dataflow
-from ..ir.contract import Recogniser, Target
+from ..ir.contract import Recognizer, Target
 from ..ir.sites import Refused, Site
 
 ENTRY_POINT_GROUP = "attnrewrite.patterns"
 
 _targets: dict[str, type[Target]] = {}
-_recognisers: list[Recogniser] = []
+_recognizers: list[Recognizer] = []
 
 
 def register_target(target: type[Target]) -> type[Target]:
@@ -42,12 +42,12 @@ def known_targets() -> dict[str, type[Target]]:
     return dict(_targets)
 
 
-def recognise_all(flow: Dataflow) -> list[Site | Refused]:
-    """Run every recogniser, in order; each is given the sites found before it."""
+def recognize_all(flow: Dataflow) -> list[Site | Refused]:
+    """Run every recognizer, in order; each is given the sites found before it."""
     _discover()
     found: list[Site | Refused] = []
-    for recogniser in _recognisers:
-        found += recogniser(flow, [site for site in found if not isinstance(site, Refused)])
+    for recognizer in _recognizers:
+        found += recognizer(flow, [site for site in found if not isinstance(site, Refused)])
     return found
 
 
@@ -94,9 +94,9 @@ def _look_through(module: ModuleType) -> None:
             continue  # what it imports is another module's
         if inspect.isclass(value) and issubclass(value, Target) and value.name:
             _registered(value)
-        elif inspect.isfunction(value) and hasattr(value, "order") and value not in _recognisers:
-            _recognisers.append(value)
-            _recognisers.sort(key=lambda recogniser: recogniser.order)  # type: ignore[attr-defined]  # set by its mark
+        elif inspect.isfunction(value) and hasattr(value, "order") and value not in _recognizers:
+            _recognizers.append(value)
+            _recognizers.sort(key=lambda recognizer: recognizer.order)  # type: ignore[attr-defined]  # set by its mark
 
 
 def _installed(entry: EntryPoint) -> ModuleType:

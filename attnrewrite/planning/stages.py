@@ -24,13 +24,13 @@ from ..ir.contract import Conversion, Exactness, Target, exactness_of
 from ..ir.sites import AttentionSite, Refused, Site
 from ..lift.looks import Looks, Seen
 from ..numerics.draws import Stream
-from .checks import check_behaviour, check_training
+from .checks import check_behavior, check_training
 from .donor import Donor, nodes_of
 from .measurement import measure, value_of
 from .plan import Plan, Wish, matching
 from .planned_site import PlannedSite
 from .product_cost import count_products
-from .registry import recognise_all, target_of
+from .registry import recognize_all, target_of
 
 Selector = str | Iterable[str] | Callable[[Site], bool]
 """Sites by a glob of their names, by several, or by a predicate."""
@@ -62,7 +62,7 @@ def planned(
 
 def checked(plan: Plan) -> Plan:
     """The plan without what is another function once it is rewritten, and without the values that this was seen on."""
-    plan = count_products(check_behaviour(check_training(plan)))
+    plan = count_products(check_behavior(check_training(plan)))
     return replace(plan, values={node: plan.values[node] for node in plan.donor.output_nodes})  # the rest is memory
 
 
@@ -84,9 +84,9 @@ def decided(plan: Plan, to: Any, fidelity: str, options: dict[str, Any]) -> Plan
 
 @plain_modes()
 def lifted(model: nn.Module, example_inputs: Any | None) -> Plan:
-    """Everything recognised in ``model``, with nothing decided yet."""
+    """Everything recognized in ``model``, with nothing decided yet."""
     donor = Donor.of(capture(model, example_inputs))
-    found = recognise_all(donor.flow)
+    found = recognize_all(donor.flow)
     refused = tuple(site for site in found if isinstance(site, Refused))
     return Plan(donor, tuple(map(PlannedSite, _sites(found))), refused)
 
@@ -101,7 +101,7 @@ def look_around(plan: Plan) -> Plan:
     def seen(look: Capture) -> Seen | None:
         try:
             flow = Dataflow(look)
-            return flow, _sites(recognise_all(flow))
+            return flow, _sites(recognize_all(flow))
         except UNFORESEEN:  # shapes alone were traced: on values, such as an index beyond a table, it does not run
             return None
 
@@ -158,7 +158,7 @@ def _require_sites(plan: Plan, wish: Wish) -> None:
     reasons = "".join(f"\n  {r.name or '(root)'}: {r.reason}" for r in plan.refused)
     if not plan.sites:
         raise ConversionError(
-            f"no attention, MLP or stem was recognised in {plan.donor.name}"
+            f"no attention, MLP or stem was recognized in {plan.donor.name}"
             + (f"; what came near:{reasons}" if reasons else "; is it a vision transformer?")
         )
     kinds = {kind for target in wish.targets.values() for kind in target.kinds}

@@ -1,4 +1,4 @@
-"""What a conversion did, or would do: one row a site, and the whole model."""
+"""What a conversion did, or would do: one row per site, and the whole model."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class ConversionReport:
         if refused:
             problems += [f"{s.name}: refused, {s.why}" for s in self.sites if s.status == "refused"]
         if problems:
-            raise ConversionError(f"the conversion of {self.model} is out of bounds:\n  " + "\n  ".join(problems))
+            raise ConversionError(f"the conversion of {self.model} exceeds its bounds:\n  " + "\n  ".join(problems))
 
     def headline(self) -> str:
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)

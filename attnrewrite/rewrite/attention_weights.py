@@ -36,7 +36,7 @@ class Unavailable:
         raise ConversionError(
             "this module's attention was converted, and its new attention weights are not computed: convert the model "
             "with example inputs that make it return them (for transformers output_attentions=True, with eager "
-            "attention); where the new operator has none, leave the module out with `keep`, or revert the model"
+            "attention); where the new operator has none, exclude the module with keep=, or revert the model"
         )
 
 
@@ -91,7 +91,7 @@ def exchange_weights(outlined: Outlined, site: AttentionSite, read: Reader | Non
     viewers = _viewers(outlined, site, weights.node)
     if viewers and site.dropout > 0:
         raise Refusal(
-            "the model looks at its attention weights, and in training their dropout would be drawn a second time "
+            "the model reads its attention weights, and in training their dropout would be drawn a second time "
             "for them",
             "build the model without attention dropout",
         )
@@ -103,7 +103,7 @@ def exchange_weights(outlined: Outlined, site: AttentionSite, read: Reader | Non
         elif all(viewer.op == "output" for viewer in viewers):
             _hide(outlined, node)
         else:
-            raise Refusal("the model computes with its attention weights, which the new operator does not have")
+            raise Refusal("the model computes with its attention weights, which the new operator does not produce")
 
 
 def _viewers(outlined: Outlined, site: AttentionSite, weights: Node) -> set[Node]:

@@ -29,7 +29,7 @@ TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Else 1e-3, relative to the largest value: float32 leaves 1e-6, a wrong axis or a swapped batch far more."""
 
 
-def misbehaviour(
+def misbehavior(
     owner: OwnerProgram,
     model: nn.Module,
     root: ModuleCall,
@@ -72,7 +72,7 @@ def misbehaviour(
     return None, []
 
 
-def misbehaviour_in_model(owners: list[OwnerProgram], model: nn.Module, example: Inputs, batch: int) -> str:
+def misbehavior_in_model(owners: list[OwnerProgram], model: nn.Module, example: Inputs, batch: int) -> str:
     """The same for modules that do not run alone, all at once: the model, and a copy with these modules rewritten.
 
     On two samples, or on the example inputs where the model takes no other batch.

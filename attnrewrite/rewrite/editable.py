@@ -47,7 +47,7 @@ class Editable:
     def first(self, captured: Node) -> Node:
         """What computes ``captured``."""
         if captured not in self.made:
-            raise Refusal(f"{captured.name} is computed inside a child that stays a whole")
+            raise Refusal(f"{captured.name} is computed inside a child module that is not opened")
         return self.made[captured][0]
 
     def latest(self, captured: Node) -> Node:

@@ -27,8 +27,8 @@ class SilentHooks(OrderedDict[int, Any]):
     def __setitem__(self, key: int, hook: Any) -> None:
         if self.path:
             warnings.warn(
-                f"{self.path} is not called any more since the model was converted, so this hook will not fire; hook "
-                "the module around it, or leave the site out with `keep`",
+                f"{self.path} is no longer called since the model was converted, so this hook will not fire; hook "
+                "the enclosing module, or exclude the site with keep=",
                 ConversionWarning,
                 stacklevel=3,
             )

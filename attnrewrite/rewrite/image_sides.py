@@ -68,7 +68,7 @@ class SameImage(nn.Module):
         for sides in self.size.possible():
             if tuple(sides) != self.captured:
                 raise ConversionError(
-                    f"an image of {sides[0]}x{sides[1]}, but this module could only be converted for images of "
+                    f"the image is {sides[0]}x{sides[1]}, but this module could only be converted for images of "
                     f"{self.captured[0]}x{self.captured[1]}; convert the model again with example inputs of this size"
                 )
 

@@ -20,7 +20,7 @@ from ..ir.heads import from_heads_last, heads_last, merge_heads, take_heads, zer
 from ..ir.sites import AttentionSite, MapGroups, MlpSite, Operand, Projection, Site, StemSite
 from .attention_weights import Reader, unit_mixture
 from .editable import Editable
-from .head_norms import again, normalised, scaled
+from .head_norms import again, normalized, scaled
 
 
 def install(outlined: Editable, site: Site, conversion: Conversion) -> Reader | None:
@@ -53,7 +53,7 @@ def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node
     """Captured nodes that a graph must show itself, and those it may also show as the result of a child."""
     if isinstance(conversion, WholeSite):
         ends = whole_ends(site, conversion)
-        return [], [*ends, *([site.nodes.merged] if isinstance(site, AttentionSite) and site.nodes.merged else [])]
+        return [], [*ends, *([site.nodes.out_proj] if isinstance(site, AttentionSite) and site.nodes.out_proj else [])]
     if isinstance(site, MlpSite):
         return [stage.node for stage in site.stages if stage.kind in ("activation", "gate")], []
     if isinstance(site, StemSite):
@@ -61,7 +61,7 @@ def must_open(site: Site, conversion: Conversion) -> tuple[list[Node], list[Node
     nodes = site.nodes
     if isinstance(site.keys, MapGroups):
         norms = [norm.node for norm in (site.query_norm, site.key_norm) if norm is not None]
-        return [], [n for n in (*nodes.linears, nodes.merged, nodes.source, nodes.result) if n is not None] + norms
+        return [], [n for n in (*nodes.linears, nodes.out_proj, nodes.source, nodes.result) if n is not None] + norms
     assert isinstance(conversion, BetweenProjections)
     projected_again = conversion.core.operands is Operands.OWN_MAP_TOO
     return [nodes.product, nodes.output.node], list(nodes.linears) if projected_again else []
@@ -150,15 +150,15 @@ def _windowed(outlined: Editable, site: AttentionSite, core: AttentionCore) -> N
         source = outlined.value(site.source)
         project = _projector(outlined, site, source)
         query, key, value = (project(part, source) for part in (site.query, site.key, site.value))
-        query = scaled(outlined, site, normalised(outlined, site, site.query_norm, query))
-        arguments: list[Node | None] = [query, normalised(outlined, site, site.key_norm, key), value]
+        query = scaled(outlined, site, normalized(outlined, site, site.query_norm, query))
+        arguments: list[Node | None] = [query, normalized(outlined, site, site.key_norm, key), value]
         arguments += _block_bias(outlined, site)
         if core.padded is not None:
             zero = graph.call_function(zero_token, (source,))
             call = partial(_padding_call, outlined, site, query, core.padded.size)
             padding = _projector(outlined, site, source, call)
             key, value = (graph.call_function(operator.getitem, (padding(p, zero), 0)) for p in (site.key, site.value))
-            arguments += [*([None] if site.bias is None else []), normalised(outlined, site, site.key_norm, key), value]
+            arguments += [*([None] if site.bias is None else []), normalized(outlined, site, site.key_norm, key), value]
         placed = core if site.place is None else InTokenOrder(core, site.place, site.map_grid)
         if site.place is not None:
             outlined.tied.append("the order of its tokens")
@@ -237,14 +237,14 @@ def _addend(outlined: Editable, captured: Node, shape: list[int]) -> Node:
 
 def _after_projection(outlined: Editable, site: AttentionSite, mixed: Node) -> Node:
     """The output projection and what follows it up to the result, without the rearrangement of tokens."""
-    assert site.nodes.merged is not None
-    return _after_merge(outlined, site, again(outlined, site, outlined.first(site.nodes.merged), mixed))
+    assert site.nodes.out_proj is not None
+    return _after_merge(outlined, site, again(outlined, site, outlined.first(site.nodes.out_proj), mixed))
 
 
 def _after_merge(outlined: Editable, site: AttentionSite, new: Node) -> Node:
     """What follows the output projection up to the result, on another value of it: dropout, for one."""
-    assert site.nodes.merged is not None
-    first, step = outlined.first(site.nodes.merged), outlined.latest(site.result)
+    assert site.nodes.out_proj is not None
+    first, step = outlined.first(site.nodes.out_proj), outlined.latest(site.result)
     follow = []
     while step is not first:
         if step.op == "call_module":
@@ -317,5 +317,5 @@ def _steps(rows: Tensor) -> tuple[int, int, int]:
     dim_step = int(rows[0, 1]) - start if dims > 1 else 1
     expected = start + torch.arange(heads)[:, None] * head_step + torch.arange(dims) * dim_step
     if not torch.equal(rows, expected):
-        raise Refusal("the heads are packed in an irregular order")
+        raise Refusal("the channels of the heads are packed in an irregular order")
     return head_step, start, dim_step

@@ -204,7 +204,7 @@ def _dissolved(outlined: Outlined) -> list[str]:
     for call in outlined.dissolved():
         path = outlined.relative(call.path)
         if has_hooks(outlined.donor.module_of(call)):
-            raise Refusal(f"hooks on its child {path} would not fire any more")
+            raise Refusal(f"hooks on its child {path} would no longer fire")
         paths[path] = None
     return list(paths)
 
@@ -223,7 +223,7 @@ def _require_no_decisions(outlined: Outlined) -> None:
         decision = next((each for each in outlined.capture.sizes.decisions if id(each.call) in inside), None)
         if decision is not None:
             raise Refusal(
-                f"its child {outlined.relative(child.path)} would be given a whole map, and hangs on {decision}"
+                f"its child {outlined.relative(child.path)} would receive a whole map, and depends on {decision}"
             )
 
 

@@ -119,12 +119,12 @@ def expect_keywords(what: str, given: dict[str, Any], captured: frozenset[str], 
     for name in needed:
         if name not in given:
             raise ConversionError(
-                f"{what}[{name!r}] was given when this module was converted and is not given now; {_REMEDY}"
+                f"{what}[{name!r}] was passed when this module was converted and is missing now; {_REMEDY}"
             )
     for name in given:
         if name not in captured and is_read(name, read):
             raise ConversionError(
-                f"{what}[{name!r}] was not given when this module was converted; the rewritten forward does not "
+                f"{what}[{name!r}] was not passed when this module was converted; the rewritten forward does not "
                 f"know it: {_REMEDY}"
             )
 
@@ -186,7 +186,7 @@ def expect_alias(what: str, first: Any, other: Any) -> None:
     if first is not other:
         raise ConversionError(
             f"{what} were the same tensor when this module was converted and differ now; attention of one value to "
-            "another is not what was converted: use `keep` for this site"
+            "another is not what was converted: exclude this site with keep="
         )
 
 

@@ -26,6 +26,6 @@ def expect_course(ways: list[list[tuple[Any, bool]]], what: str) -> None:
     """
     if not any(all(bool(holds) is outcome for holds, outcome in way) for way in ways):
         raise ConversionError(
-            f"{what} turns out otherwise at this size than when this module was converted, and the original then takes "
-            "another course; convert the model with example inputs of this size"
+            f"{what} differs at this size from when this module was converted, so the original would take "
+            "another branch; convert the model with example inputs of this size"
         )

@@ -1,1 +1,1 @@
-"""The models of `zoo_sweep.py`, and how one of them is judged."""
+"""The models of ``zoo_sweep.py``, and how one of them is judged."""

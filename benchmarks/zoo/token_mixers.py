@@ -160,7 +160,7 @@ class SoftmaxOverQueries(Packed):
 
 
 class ChannelAttention(Packed):
-    """Attention between channels, normalised, as in XCiT."""
+    """Attention between channels, normalized, as in XCiT."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.transpose(-2, -1) for part in self.heads(x))

@@ -33,7 +33,7 @@ def digits(train: bool) -> tuple[Tensor, Tensor]:
 
 
 def placed(images: Tensor, side: int, seed: int) -> Tensor:
-    """Every digit at a random size (75 to 100 % of the canvas), place and angle (up to 10 degrees), normalised."""
+    """Every digit at a random size (75 to 100 % of the canvas), place and angle (up to 10 degrees), normalized."""
     generator = torch.Generator().manual_seed(seed)
     size, angle, right, down = torch.rand(4, len(images), generator=generator)
     size = 0.75 + 0.25 * size
@@ -54,7 +54,7 @@ def test_images(name: str) -> tuple[Tensor, Tensor]:
 
 
 def calibration_images(name: str, count: int = 256) -> Tensor:
-    """Unlabelled images of the training split."""
+    """Unlabeled images of the training split."""
     return placed(digits(train=True)[0][:count], SIDES[name], seed=20_000)
 
 

@@ -1,4 +1,4 @@
-"""Convert the trained digit networks to every target, calibrate on 256 unlabelled images, and print a Markdown table.
+"""Convert the trained digit networks to every target, calibrate on 256 unlabeled images, and print a Markdown table.
 
 python examples/calibration/table.py
 """
@@ -70,16 +70,16 @@ def row(case: Case) -> str:
     if case.target not in known_targets():
         return f"| {case.network} | {case.title} | there is no target {case.target!r} | | |"
     original, (images, labels) = trained(case.network), test_images(case.network)
-    unlabelled = calibration_images(case.network)
-    automatic = {"measure": unlabelled} if case.convert else {}
+    unlabeled = calibration_images(case.network)
+    automatic = {"measure": unlabeled} if case.convert else {}
     try:
         converted = attnrewrite.convert(
-            original, case.target, unlabelled[:8], progress=False, **automatic, **case.convert, **case.options
+            original, case.target, unlabeled[:8], progress=False, **automatic, **case.convert, **case.options
         )
     except AttnRewriteError as refusal:
         return f"| {case.network} | {case.title} | refused: {str(refusal).splitlines()[0]} | | |"
     started = time.perf_counter()
-    calibrated = attnrewrite.calibrate(converted, original, unlabelled, progress=False, **case.calibration)
+    calibrated = attnrewrite.calibrate(converted, original, unlabeled, progress=False, **case.calibration)
     seconds = time.perf_counter() - started
     before, after = (cell(model, original, images, labels) for model in (converted, calibrated))
     return f"| {case.network} | {case.title} | {before} | {after} | {seconds:.0f} |"

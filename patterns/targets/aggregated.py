@@ -38,7 +38,7 @@ class Aggregated(Target):
 
     Args:
         window_size: side of the local window, odd.
-        pool: tokens a side that a pooled cell stands for, or (rows, columns); 1 keeps every key. None is 2, but 1 on
+        pool: tokens per side that a pooled cell stands for, or (rows, columns); 1 keeps every key. None is 2, but 1 on
             maps of up to 64 tokens, as the paper's last stage attends fully.
         local_bias: what the window's scores start with; ``-inf`` leaves it out of the softmax. None is 0 where keys are
             pooled, and ``-inf`` where none are lost: over the reduced keys of spatial reduction, which are kept, and at
@@ -71,7 +71,7 @@ class Aggregated(Target):
             raise ArgumentError(f"local_bias: expected a number or -inf, got {self.local_bias!r}")
         require_one_of("windows", self.windows, ("pool", "mask"))
         if self.windows == "mask" and (self.pool is not None or self.local_bias is not None):
-            raise ArgumentError("windows: 'mask' pools nothing and keeps the scores; leave pool and local_bias out")
+            raise ArgumentError("windows: 'mask' does not pool and keeps the scores; leave pool and local_bias out")
         require_one_of("official", self.official, (False, True))
         if self.official:
             windows = None if self.windows == "pool" else self.windows
@@ -94,7 +94,7 @@ class Aggregated(Target):
         if self.official:
             return self._published(site, weights)
         if site.dropout:
-            raise Refusal("it drops attention weights in training, which this core cannot")
+            raise Refusal("it applies dropout to attention weights, which this core does not support")
         if isinstance(site.keys, Reduced):
             return self._reduced(site, site.keys)
         if isinstance(site.keys, Window) and self.windows == "mask":
@@ -132,8 +132,8 @@ class Aggregated(Target):
         grid = site.map_grid
         if not blocks.divides(grid):
             raise Refusal(
-                f"its windows of {text_of(blocks.size)} pad the {grid} map, and padded slots count as keys that no "
-                "window of tokens holds",
+                f"its windows of {text_of(blocks.size)} pad the {grid} map, and padded slots count as keys, which no "
+                "window of tokens contains",
                 "use windows='pool', or to='neighborhood', which keeps them",
             )
         side = 2 * max(blocks.size) - 1
@@ -148,7 +148,7 @@ class Aggregated(Target):
         """The source's reducer makes the pooled keys: exact for as long as the window has no part in the softmax."""
         grid_of_site(site)  # or it is refused: the window needs the map
         if site.bias is not None or site.key is None:
-            raise Refusal("its reduced keys have a bias, or are no plain projection")
+            raise Refusal("its reduced keys have a bias or are not a plain projection")
         bias = self._bias(OFF)
         core = ReducedAggregatedCore(self._local(site, bias), site.scale_of_operands)
         settings = {"window_size": self.window_size, "reducer": keys.reducer, "local_bias": bias}

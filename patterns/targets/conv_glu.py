@@ -73,7 +73,7 @@ def _kept(site: MlpSite, weights: Weights) -> Conversion:
     last = max(number for number, stage in enumerate(site.stages) if stage.kind in ("activation", "gate"))
     stage = site.stages[last]
     if shape_of(stage.node)[:-1] != shape_of(site.source)[:-1] or _is_moved(site):
-        raise Refusal("its activation acts on another layout than its input has")
+        raise Refusal("its activation acts on a layout that differs from its input's")
     convolves = _convolves(site)
     grid = None if convolves else _grid_of(site)
     source_dim = None if stage.kind == "gate" else site.width
@@ -165,7 +165,7 @@ def _of_kept_units(site: MlpSite, weights: Weights, kept: Tensor) -> ConvGatedMl
 def _matched_width(site: MlpSite) -> int:
     width = gated_width(site.hidden_width)
     if width < 1:
-        raise Refusal(f"two thirds of {site.hidden_width} hidden units are none", "use hidden='keep'")
+        raise Refusal(f"two thirds of {site.hidden_width} hidden units round to zero", "use hidden='keep'")
     return width
 
 
@@ -177,7 +177,7 @@ def _published(site: MlpSite, weights: Weights, thinned: ConvGatedMlp | None) ->
     """TransNeXt's unit: hidden units and values are halves of one map."""
     last, third = site.stages[-1], site.stages[0].name if len(site.stages) == 3 else "identity"
     if last.kind == "norm":
-        raise Refusal("its inner norm has no place in the unit as published", "leave official out")
+        raise Refusal("the published unit has no inner norm", "leave official out")
     require_no_dropout(_dropout(site))
     parts = _kept_parts(site, weights) if thinned is None else _parts_of(thinned)
     first, value, convolution, second = parts
@@ -270,7 +270,7 @@ def _grid_of(site: MlpSite) -> Grid | None:
     if site.grid is not None and sides == (site.grid.height, site.grid.width):
         return None
     if site.grid is None or sides != (site.grid.tokens,):
-        raise Refusal("where its tokens lie on the map is not known, and a convolution needs that")
+        raise Refusal("the positions of its tokens on the map are unknown, and a convolution needs them")
     return site.grid
 
 

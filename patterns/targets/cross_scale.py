@@ -59,7 +59,7 @@ class CrossScale(Target):
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, StemSite)
         if len({*site.kernel}) > 1 or len({*site.stride}) > 1 or len({*site.padding}) > 1:
-            raise Refusal("its patches are not square, and cross-scale kernels are")
+            raise Refusal("its patches are not square, but cross-scale kernels are")
         kernels = self._kernels(site)
         if self.official:
             return _published(site, kernels, weights)
@@ -71,16 +71,19 @@ class CrossScale(Target):
         stride = site.stride[0]
         kernels = tuple(KERNEL_SIZES.get(stride, ()) if self.kernel_sizes is None else self.kernel_sizes)
         if not kernels:
-            raise Refusal(f"no kernels are known for stride {stride}", f"give kernel_sizes=({stride}, {2 * stride})")
+            raise Refusal(
+                f"there are no default kernels for stride {stride}",
+                f"pass kernel_sizes=({stride}, {2 * stride})",
+            )
         if any(size < stride or (size - stride) % 2 for size in kernels):
             raise Refusal(
                 f"kernels {kernels} do not share the center of a {stride}x{stride} patch",
-                f"take sizes from {stride} on, by even differences",
+                f"use sizes from {stride} up, in even steps",
             )
         if site.out_channels % 2 ** (len(kernels) - 1):
             raise Refusal(
-                f"{site.out_channels} channels cannot be shared out by halves among {len(kernels)} kernels",
-                "give fewer kernel_sizes",
+                f"{site.out_channels} channels cannot be split by halves among {len(kernels)} kernels",
+                "pass fewer kernel_sizes",
             )
         return kernels
 
@@ -116,7 +119,7 @@ def _geometry(site: StemSite) -> tuple[Pair, tuple[int, ...]]:
     """Of a merge: the sides of its map, and the order in which a patch's places lie in the channels."""
     assert site.patches is not None
     geometry = patch_geometry(site.patches, site.kernel, map_width(site.source))
-    assert geometry is not None, "a merge is recognised by its geometry"
+    assert geometry is not None, "a merge is recognized by its geometry"
     return geometry
 
 
@@ -188,7 +191,7 @@ def _published(site: StemSite, kernels: tuple[int, ...], weights: Weights) -> Co
         return _published_stem(site, kernels, weights)
     if site.out_channels != 2 * site.in_channels:
         raise Refusal(
-            f"the merge as published doubles the channels, and this makes {site.out_channels} of {site.in_channels}",
+            f"the published merge doubles the channels, but this one maps {site.in_channels} to {site.out_channels}",
             "leave official out",
         )
     return _published_merge(site, kernels, weights)
@@ -232,7 +235,7 @@ def _published_merge(site: StemSite, kernels: tuple[int, ...], weights: Weights)
         weight, shape = _filters_of_places(weight, order), (site.kernel[0], stride, 0)
         adapter = adapter_between(site.source, site.result, site.grid)
     kept = _carry_filters(made, "reductions", weight, kernels, shape, bias)
-    return _published_conversion(made, kept, kernels, adapter, "; every token is normalised by itself")
+    return _published_conversion(made, kept, kernels, adapter, "; every token is normalized by itself")
 
 
 def _carry_filters(

@@ -48,6 +48,6 @@ def _stem_core(site: StemSite) -> StageCore:
     if site.patches is None:
         return MapToTokens(flat)
     geometry = patch_geometry(site.patches, site.kernel, map_width(site.source))
-    assert geometry is not None, "a merge is recognised by its geometry"
+    assert geometry is not None, "a merge is recognized by its geometry"
     grid, order = geometry
     return GatherPatches(site.kernel, order, grid, flat)

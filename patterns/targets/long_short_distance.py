@@ -77,14 +77,14 @@ class LongShortDistance(Target):
             return on_pixels(site, lambda pixels: self.convert(pixels, index, weights), weights)
         if isinstance(site.keys, Reduced):
             raise Refusal(
-                "it attends to reduced keys, and groups need a key for every token, which the reducer has not left",
+                "it attends to reduced keys, and groups need one key per token",
                 "use to='aggregated' or to='neighborhood', which keep its keys, or reduced_keys='refit', which fits "
-                "keys of tokens to them",
+                "one key per token to them",
             )
         grid = grid_of_site(site)
         bias_entries(site, grid)
         if site.bias is not None:
-            raise Refusal("its bias is learned for the whole map", "use to='neighborhood', which follows it")
+            raise Refusal("its bias is learned for the whole map", "use to='neighborhood', which keeps it")
         group, interval = self._groups(grid, as_pair(self.group_size or 7), index % 2 == 1)
         core = GroupedCore(group, interval, grid, site.scale_of_operands, site.dropout)
         settings = {"group_size": group, "interval": interval}
@@ -116,7 +116,7 @@ class LongShortDistance(Target):
             return BetweenProjections(Exactness.EXACT, why, core, settings=settings, benefit="the same keys")
         group, interval = self._groups(grid, size, long=True)
         if group != size:
-            raise Refusal("its windows are larger than the map", "leave it with shifted='keep'")
+            raise Refusal("its windows are larger than the map", "use shifted='keep'")
         grouped = OfMap(GroupedCore(group, interval, grid, site.scale, site.dropout))
         settings = {"group_size": group, "interval": interval, "bias": "table"}
         why = _why(group, interval)
@@ -127,7 +127,10 @@ class LongShortDistance(Target):
             ("group_size", self.group_size, groups.group), ("interval", self.interval, groups.interval)
         ):  # fmt: skip
             if wanted is not None and as_pair(wanted) != own:
-                raise Refusal(f"it attends inside {groups} groups already", f"leave {argument} out, or the site")
+                raise Refusal(
+                    f"it already attends within {groups} groups",
+                    f"leave {argument} out, or exclude the site",
+                )
         core = InterleavedAttention(groups, site.map_grid, site.scale, site.dropout)
         settings = {"group_size": groups.group, "interval": groups.interval, "bias": "table"}
         why = f"{groups} is long distance attention"
@@ -139,7 +142,7 @@ class LongShortDistance(Target):
         grid, window, width = attention_map(site), site.keys, width_of(site)
         if width < 32:  # a layer norm over one channel is constant
             raise Refusal(
-                f"the position bias as published is a 16th of {width} channels wide, and needs two",
+                f"the published position bias has a 16th of {width} channels, but needs at least two",
                 "leave official out",
             )
         group = as_pair(self.group_size or (window.size if isinstance(window, Window) else 7))

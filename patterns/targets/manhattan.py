@@ -91,12 +91,13 @@ class Manhattan(Target):
     def _reduced(self, site: AttentionSite, keys: Reduced) -> Conversion:
         if self.reduced_keys == "refuse":
             raise Refusal(
-                f"it attends to {keys.height}x{keys.width} reduced keys, and decay needs one key for every token",
-                "use reduced_keys='keep' (the same keys, decayed towards their cells), reduced_keys='refit' (keys of "
-                "tokens, fitted on images), or to='aggregated'",
+                f"it attends to {keys.height}x{keys.width} reduced keys, and decay needs one key per token",
+                "use reduced_keys='keep' (the same keys, decayed by distance to their cells), reduced_keys='refit' "
+                "(one "
+                "key per token, fitted on images), or to='aggregated'",
             )
         if self.placement == "outside" or site.bias is not None:
-            raise Refusal("over reduced keys the decay acts inside the softmax, without a bias")
+            raise Refusal("with reduced keys the decay acts inside the softmax, which leaves no room for its bias")
         grid, reduced = grid_of_site(site), keys.grid
         decay = head_decay(self.decay, site.heads)
         core = ReducedManhattanCore(decay, grid, reduced, site.scale_of_operands, site.dropout)
@@ -140,12 +141,18 @@ class DecomposedManhattan(Target):
         if self.official:
             return _published(site, weights, decomposed=True)
         if isinstance(site.keys, Reduced):
-            raise Refusal("it attends to reduced keys, which have no rows and columns of tokens", "use to='aggregated'")
+            raise Refusal(
+                "it attends to reduced keys, which are not the rows and columns of the tokens",
+                "use to='aggregated'",
+            )
         grid = map_of(site, "the rows and columns of the map are longer than its windows")
         if site.bias is not None:
             raise Refusal("its bias is not a sum over the two axes", "use to='manhattan', which keeps it")
         if site.dropout:
-            raise Refusal("it drops attention weights in training, which two passes cannot", "use to='manhattan'")
+            raise Refusal(
+                "it applies dropout to attention weights, which attention in two passes does not support",
+                "use to='manhattan'",
+            )
         decay = head_decay(self.decay, site.heads)
         channels = _channels(site, self.lce)
         scale = site.scale if isinstance(site.keys, Window) else site.scale_of_operands
@@ -182,7 +189,7 @@ def map_of(site: AttentionSite, trouble: str) -> Grid:
         return grid
     if not is_whole_map(site):
         raise Refusal(
-            f"it attends inside {site.keys}, and {trouble}",
+            f"it attends within {site.keys}, and {trouble}",
             "use to='neighborhood' or to='long_short_distance'",
         )
     return site.map_grid
@@ -212,7 +219,7 @@ def _published(site: AttentionSite, weights: Weights, decomposed: bool, placemen
         map_of(site, "decay would spread it over the whole map")
     if site.head_dim % 2:
         raise Refusal(
-            f"rotary position turns pairs of channels, and its heads have {site.head_dim}",
+            f"rotary position embedding needs an even head_dim, and its heads have {site.head_dim}",
             "leave official out",
         )
     module = ManhattanAttention(width_of(site), site.heads, decomposed, *OFFICIAL, decay_placement=placement)

@@ -60,28 +60,30 @@ class TokensToToken(Target):
         if self.token_dim is not None and (type(self.token_dim) is not int or self.token_dim < 1):
             raise ArgumentError(f"token_dim: expected a positive number, got {self.token_dim!r}")
         if self.mode == "exact" and self.token_dim is not None:
-            raise ArgumentError("token_dim: mode='exact' takes as many channels as it needs; leave token_dim out")
+            raise ArgumentError("token_dim: mode='exact' determines it; leave token_dim out")
         if self.covariance is None:
             return
         if self.mode != "fit":
-            raise ArgumentError(f"covariance: only mode='fit' has a use for it, not mode={self.mode!r}")
+            raise ArgumentError(f"covariance: requires mode='fit', got mode={self.mode!r}; leave it out")
         square = isinstance(self.covariance, Tensor) and self.covariance.ndim == 2
         if not square or self.covariance.shape[0] != self.covariance.shape[1]:
             raise ArgumentError("covariance: expected a square matrix of the pixels of a patch")
         if not bool(self.covariance.isfinite().all()):
-            raise ArgumentError("covariance: contains NaN or infinite values")
+            raise ArgumentError("covariance: contains NaN or infinity; estimate it from finite images")
 
     def convert(self, site: Site, index: int, weights: Weights) -> Conversion:
         assert isinstance(site, StemSite)
         side = TokensToTokenStem.STRIDE
         if site.patches is not None or site.stride != (side, side):
             raise Refusal(
-                f"a tokens-to-token stem makes one token of {side}x{side} pixels, and this has stride "
+                f"a tokens-to-token stem makes one token per {side}x{side} pixels, but this one has stride "
                 f"{site.stride[0]}: the number of tokens would change",
                 "use to='cross_scale' for this site",
             )
         if site.kernel != (side, side) or site.padding != (0, 0):
-            raise Refusal(f"its patches are no plain {side}x{side} ones (kernel {site.kernel}, padding {site.padding})")
+            raise Refusal(
+                f"its patches are not plain {side}x{side} ones (kernel {site.kernel}, padding {site.padding})"
+            )
         settings: dict[str, Any] = {"mode": self.mode, "kind": self.kind}
         if self.mode == "branch":
             return self._branch(site, settings)
@@ -123,7 +125,7 @@ class TokensToToken(Target):
         dims = self._token_dims()
         if dims[0] < site.in_channels * 16:
             raise Refusal(
-                f"{dims[0]} channels cannot hand on the {site.in_channels * 16} pixels between two tokens",
+                f"{dims[0]} channels cannot carry the {site.in_channels * 16} values between neighboring tokens",
                 f"use token_dim={site.in_channels * 16} or more",
             )
         weight = weights(site.weight).detach()

@@ -141,7 +141,7 @@ def test_the_identity_target_covers_what_it_says(exact):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_weights_packed_for_quantised_kernels_are_refused_by_name():
+def test_weights_packed_for_quantized_kernels_are_refused_by_name():
     model = torch.ao.quantization.quantize_dynamic(timm_vit().float(), {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(ArgumentError, match=r"the weights of blocks\.0\.attn\.qkv\S* are packed or quantised"):
+    with pytest.raises(ArgumentError, match=r"the weights of blocks\.0\.attn\.qkv\S* are packed or quantized"):
         attnrewrite.convert(model, "neighborhood", torch.randn(1, 3, 64, 64), progress=False)

@@ -15,9 +15,10 @@ GUARD = 64  # numbers of poison before and behind a tensor: more than a vector r
 class Layout:
     """How a tensor lies in its storage.
 
-    `order` lists the axes from the outermost in memory to the innermost. Along each axis the tensor takes one of `step`
-    places, and `gap` places of poison follow: `spacings` are these pairs. Axes that are `expanded` have stride 0, and
-    `offset` shifts all. What is `negated`, as `imag` of a conjugate is, holds the opposite in its storage.
+    ``order`` lists the axes from the outermost in memory to the innermost. Along each axis the tensor takes one of
+    ``step`` places, and ``gap`` places of poison follow: ``spacings`` are these pairs. Axes that are ``expanded`` have
+    stride 0, and ``offset`` shifts all. What is ``negated``, as ``imag`` of a conjugate is, holds the opposite in its
+    storage.
     """
 
     order: tuple[int, ...]
@@ -46,7 +47,7 @@ class Guarded:
 
 
 def layouts(rank: int, may_expand: bool = True) -> st.SearchStrategy[Layout]:
-    """Layouts of a tensor with `rank` axes; a row-major one without gaps is among them."""
+    """Layouts of a tensor with ``rank`` axes; a row-major one without gaps is among them."""
 
     def each(options):
         return st.tuples(*[st.sampled_from(options)] * rank)
@@ -63,7 +64,7 @@ def layouts(rank: int, may_expand: bool = True) -> st.SearchStrategy[Layout]:
 
 
 def guarded(values: Tensor, layout: Layout) -> Guarded:
-    """Lay out `values`, or the first of them along expanded axes, inside poison."""
+    """Lay out ``values``, or the first of them along expanded axes, inside poison."""
     kept = values
     for axis, expanded in enumerate(layout.expanded):
         kept = kept.narrow(axis, 0, min(1, kept.shape[axis])) if expanded else kept

@@ -78,7 +78,7 @@ def test_a_projection_read_in_the_wrong_order_is_refused():
     swapped = replace(place.projection, columns=place.projection.columns[16:] + place.projection.columns[:16])
     converted.attnrewrite_places = [replace(place, projection=swapped), *others]
     done = attnrewrite.report(attnrewrite.calibrate(converted, original, pictures(12), n=12, progress=False))
-    assert done.calibration.sites[place.name].startswith("skipped: the stream after it is not")
+    assert done.calibration.sites[place.name].startswith("skipped: the residual stream after it is not")
 
 
 def logits(output):

@@ -78,7 +78,7 @@ def test_a_shift_that_no_map_of_this_size_shows_is_not_certified(shift: tuple[in
     """Larger maps would be cut at it."""
     model = covered(with_table=True)
     site = model.attention
-    assert site.keys == Window((7, 7), phantom=site.keys.phantom, cyclic=site.keys.cyclic)
+    assert site.keys == Window((7, 7), padding_keys=site.keys.padding_keys, rolled_first=site.keys.rolled_first)
     assert model.certificate(site).passed
     certificate = model.certificate(replace(site, keys=replace(site.keys, shift=shift)))
     assert not certificate.passed

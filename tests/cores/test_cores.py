@@ -36,7 +36,7 @@ def test_windows_equal_attention_within_their_slots(
     height: int, width: int, rows: int, columns: int, data: st.DataObject
 ) -> None:
     shift = (data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1)))
-    window = Window((rows, columns), shift, phantom=True, cyclic=data.draw(st.booleans()))
+    window = Window((rows, columns), shift, padding_keys=True, rolled_first=data.draw(st.booleans()))
     grid = Grid(height, width)
     query, key, value = operands(grid.tokens, grid.tokens)
     bias = torch.randn(HEADS, rows * columns, rows * columns, dtype=torch.float64)

@@ -50,19 +50,19 @@ def test_a_strided_side_is_torchs(side, kernel, stride, padding):
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 8), st.booleans(), st.booleans())
-def test_block_pairs_are_those_of_the_slots_present(length, size, shift, phantom, cyclic):
+def test_block_pairs_are_those_of_the_slots_present(length, size, shift, padding_keys, rolled_first):
     shift = shift % size if length > size else 0
     padded = -(-length // size) * size
-    extent = padded if phantom else length
+    extent = padded if padding_keys else length
     block = [(place - shift) // size for place in range(extent)]
-    if cyclic and shift:  # rolled, then padded: the last block falls apart where the rolled-over tokens would begin
+    if rolled_first and shift:  # the last block falls apart where the rolled-over tokens would begin
         slot = {(place - shift) % length: place for place in range(length)} | {p: p for p in range(length, padded)}
         block = [0] * extent
         for rolled, place in slot.items():
             if place < extent:
                 block[place] = rolled // size if rolled < padded - shift else -1
     expected = sum(block[token] == block[slot] for token in range(length) for slot in range(extent))
-    pairs = block_pairs(H, *map(Integer, (size, shift, phantom, cyclic)))
+    pairs = block_pairs(H, *map(Integer, (size, shift, padding_keys, rolled_first)))
     assert evaluator(pairs)(1, length, 1) == expected
     if length % size == 0 and length > size:
         assert pairs.subs(H, size * W).subs(W, length // size) == expected

@@ -51,7 +51,7 @@ def test_counts_equal_the_table(row):
     model = on_meta(row.built_with)
     report = analyze(model, image(row.side))
     assert (report.parameters.total, report.total) == (row.parameters, row.macs)
-    assert report.cost.macs + report.cost.normalisation == row.fvcore
+    assert report.cost.macs + report.cost.normalization == row.fvcore
     assert report.unsupported == []
 
 

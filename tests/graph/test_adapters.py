@@ -1,4 +1,4 @@
-"""Low-rank adapters and parametrisations, added before and after a conversion."""
+"""Low-rank adapters and parametrizations, added before and after a conversion."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Adapted(nn.Module):
         return result
 
 
-class Factorised(nn.Sequential):
+class Factorized(nn.Sequential):
     """A layer of low rank, with a bias at both of its maps."""
 
     def __init__(self, base):
@@ -96,7 +96,7 @@ KINDS = {
     "scaled": Adapted,
     "dropping": lambda base: Adapted(base, dropout=0.5),
     "several": lambda base: Adapted(base, count=3),
-    "factorised": Factorised,
+    "factorized": Factorized,
 }
 
 

@@ -70,14 +70,14 @@ def test_loads_from_a_file(own_file):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("tim:vit_tiny_patch16_224", "no library is called 'tim'; did you mean 'timm"),
+        ("tim:vit_tiny_patch16_224", "unknown library, got 'tim'; did you mean 'timm"),
         ("timm:vit_tiny_patch16_223", "did you mean 'vit_tiny_patch16_224"),
         ("torchvision:swin_tt", "did you mean 'swin_t"),
         ("transformers:VitForImageClassification", "did you mean 'ViTForImageClassification"),
-        ("transformers:AutoModel", "not the class of a single model"),
-        ("transformers:ViTConfig", "not the class of a single model"),
+        ("transformers:AutoModel", "not a concrete model class"),
+        ("transformers:ViTConfig", "not a concrete model class"),
         ("vit_tiny_patch16_223", "did you mean 'vit_tiny_patch16_224"),
-        ("", "no model is called ''"),
+        ("", "unknown model, got ''"),
         ("nowhere/file.py:Model", r"no such file: nowhere.file\.py"),
     ],
 )
@@ -89,9 +89,9 @@ def test_unknown_names_are_refused_with_the_nearest(spec, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("own", "no factory in .* is called 'own'; did you mean 'Own"),
-        ("instance", "not a class or function that makes a model"),
-        ("WIDTH", "not a class or function that makes a model"),
+        ("own", "unknown factory in .*, got 'own'; did you mean 'Own"),
+        ("instance", "not a class or function that returns a model"),
+        ("WIDTH", "not a class or function that returns a model"),
         ("number", "returned int, not an nn.Module"),
     ],
 )

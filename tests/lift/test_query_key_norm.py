@@ -1,4 +1,4 @@
-"""Windows whose queries and keys are normalised after the projection: any spelling is lifted, certified, rewritten."""
+"""Windows whose queries and keys are normalized after the projection: any spelling is lifted, certified, rewritten."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ REFUSED: dict[str, tuple[Norm, tuple[int, ...], str]] = {
     "over heads": (lambda x: F.normalize(x, dim=1), (HEADS, 1, 1), "between projection and product"),
     "mixed channels": (lambda x: x + x.roll(1, -1), (HEADS, 1, 1), "between projection and product"),
     "another norm": (lambda x: F.normalize(x, p=1.0, dim=-1), (HEADS, 1, 1), "between projection"),
-    "a scale of every key": (lambda x: F.normalize(x, dim=-1), (1, 1, 4), "more than one number a head"),
-    "a scale of every query": (lambda x: F.normalize(x, dim=-1), (1, 4, 1), "more than one number a head"),
-    "a scale of every window": (lambda x: F.normalize(x, dim=-1), (16, 1, 1, 1), "more than one number a head"),
+    "a scale of every key": (lambda x: F.normalize(x, dim=-1), (1, 1, 4), "more than one number per head"),
+    "a scale of every query": (lambda x: F.normalize(x, dim=-1), (1, 4, 1), "more than one number per head"),
+    "a scale of every window": (lambda x: F.normalize(x, dim=-1), (16, 1, 1, 1), "more than one number per head"),
 }
 
 

@@ -1,4 +1,4 @@
-"""One attention, spelled in many ways: the same roles must be read from all of them."""
+"""One attention, spelled in many ways: the same projections must be read from all of them."""
 
 from __future__ import annotations
 

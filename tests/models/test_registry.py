@@ -52,9 +52,9 @@ def test_no_weights_are_pretended_to_be_hosted():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("transnext_tini", {}, r"no model is called 'transnext_tini'; did you mean 'transnext_tiny'\?"),
+        ("transnext_tini", {}, r"name: unknown model, got 'transnext_tini'; did you mean 'transnext_tiny'\?"),
         ("nat_tiny", {"kernel_sise": 3}, r"kernel_sise: nat_tiny has no such option; did you mean 'kernel_size'\?"),
-        ("nat_tiny", {"out_indices": (0,)}, r"out_indices: only with features_only=True"),
+        ("nat_tiny", {"out_indices": (0,)}, r"out_indices: requires features_only=True"),
         ("nat_tiny", {"features_only": True, "out_indices": (4,)}, r"out_indices: there are 4 levels, got 4"),
         ("nat_tiny", {"num_classes": -1}, r"num_classes: must not be negative, got -1"),
     ],

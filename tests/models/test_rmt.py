@@ -276,7 +276,7 @@ def test_decays_that_are_only_rounded_are_accepted():
         ({"token_label": "maps"}, "token_label: must be None or one of map, projected"),
         ({"token_label": "projected", "generation": "2023"}, "token_label: generation 2023 has no projected map"),
         ({"dense": True}, "num_classes: a dense backbone has no classifier"),
-        ({"depths": (1, 1, 1)}, "depths: all options given per stage must be as long"),
+        ({"depths": (1, 1, 1)}, "depths: all per-stage options must have the same length"),
         ({"num_heads": (2, 2, 5, 4)}, "num_heads: must divide dim=32"),
         ({"rotary": "raste"}, "rotary: .* did you mean 'raster'"),
         ({"decay_placement": "before"}, "decay_placement: must be one of inside, outside"),

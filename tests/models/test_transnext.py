@@ -117,7 +117,7 @@ def test_export_with_any_number_of_images():
     assert torch.allclose(exported(image), model(image), atol=1e-5)
 
 
-def test_official_weights_are_recognised_in_their_wrappers(tmp_path):
+def test_official_weights_are_recognized_in_their_wrappers(tmp_path):
     model = create_model("transnext_micro", num_classes=3)
     state = model.state_dict()
     torch.save({"model": {f"module.{name}": part for name, part in state.items()}, "epoch": 3}, tmp_path / "best.pth")

@@ -65,20 +65,20 @@ def test_a_small_map_leaves_no_trace():
     assert torch.equal(module(large), before)
 
 
-def test_phantom_keys_are_zero_tokens():
-    phantom, masked = attention(4, 2, padding="phantom"), attention(4, 2)
+def test_padding_keys_are_zero_tokens():
+    padded_keys, masked = attention(4, 2, padding="keys"), attention(4, 2)
     source = torch.randn(1, 9, 10, DIM, dtype=torch.float64)
     padded = nn.functional.pad(source, (0, 0, 0, 6, 0, 7))
-    torch.testing.assert_close(phantom(source), masked(padded)[:, :9, :10], atol=1e-12, rtol=1e-10)
-    assert (phantom(source) - masked(source)).abs().max() > 1e-3
+    torch.testing.assert_close(padded_keys(source), masked(padded)[:, :9, :10], atol=1e-12, rtol=1e-10)
+    assert (padded_keys(source) - masked(source)).abs().max() > 1e-3
 
 
 def test_centered_padding_moves_the_groups():
     source = torch.randn(1, 6, 6, DIM, dtype=torch.float64)
     padded = attention(4)
     shifted = padded(nn.functional.pad(source, (0, 0, 1, 1, 1, 1)))[:, 1:7, 1:7]
-    phantom = attention(4, centered=True, padding="phantom")
-    torch.testing.assert_close(phantom(source), shifted, atol=1e-12, rtol=1e-10)
+    padded_keys = attention(4, centered=True, padding="keys")
+    torch.testing.assert_close(padded_keys(source), shifted, atol=1e-12, rtol=1e-10)
 
 
 def test_the_fewest_steps_make_one_region():
@@ -115,7 +115,7 @@ def test_groups_of_padding_alone_give_finite_gradients(dtype):
     assert all(part.grad.isfinite().all() for part in [source, *module.parameters()])
 
 
-@pytest.mark.parametrize("padding", ["mask", "phantom"])
+@pytest.mark.parametrize("padding", ["mask", "keys"])
 def test_gradients(padding):
     module = attention(2, 2, padding=padding)
     source = torch.randn(1, 3, 5, DIM, dtype=torch.float64, requires_grad=True)

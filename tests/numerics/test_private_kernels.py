@@ -93,7 +93,8 @@ def test_shapes_without_memory_are_neither_copied_nor_refused():
 
 
 def private_lookups(source):
-    """What a source looks up in torch by a private name (`torch.ops.aten._x`), or in `torch.ops` by a computed one."""
+    """What a source looks up in torch by a private name (``torch.ops.aten._x``), or in ``torch.ops`` by a computed
+    one."""
     nodes, meaning = list(ast.walk(ast.parse(source))), {}
     for node in nodes:
         if isinstance(node, ast.Import):

@@ -110,12 +110,12 @@ def test_shifted_windows_are_swins(grid, shift, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_phantom_keys_of_zero_are_zero_padding(backend):
+def test_padding_keys_of_zero_are_zero_padding(backend):
     query, key, value, *_ = grouped_operands((6, 6), (4, 4), value_dim=3)
     zero = torch.zeros(2, 3, dtype=torch.float64)
-    phantom = grouped_attention(query, key, value, 4, pad_key=zero, pad_value=zero, backend=backend)
+    with_zeros = grouped_attention(query, key, value, 4, pad_key=zero, pad_value=zero, backend=backend)
     padded = [pad(x, (0, 0, 0, 0, 0, 2, 0, 2)) for x in (query, key, value)]
-    assert_same([phantom], [grouped_attention(*padded, 4, backend=backend)[:, :6, :6]])
+    assert_same([with_zeros], [grouped_attention(*padded, 4, backend=backend)[:, :6, :6]])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -50,7 +50,7 @@ def build(golden: Golden) -> Subject:
 def _attention_options(options):
     """The arguments of official blocks and models that go to attention."""
     return {
-        "padding": "phantom" if options.pop("no_mask", False) else "mask",
+        "padding": "keys" if options.pop("no_mask", False) else "mask",
         "centered": options.pop("pad_type", 0) != 0,
         "qkv_bias": options.pop("qkv_bias", True),
         "scale": options.pop("qk_scale", None) or None,

@@ -1,4 +1,4 @@
-"""``make golden DIR=…``: compare every golden file under a directory with our modules, one line a file."""
+"""``make golden DIR=…``: compare every golden file under a directory with our modules, one line per file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks fire in a converted model, and what they change is honoured."""
+"""Hooks fire in a converted model, and what they change is honored."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_hooks_on_blocks_and_mlps_fire_as_often_as_before(pair):
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "torchvision_vit"])  # it has no such child
-def test_a_hook_that_changes_a_projection_is_honoured(pairs, name):
+def test_a_hook_that_changes_a_projection_is_honored(pairs, name):
     donor, converted = pairs(name).copies()
     before = run(donor, pairs(name).batch)
     for model in (donor, converted):
@@ -148,7 +148,7 @@ def test_a_hook_on_a_child_fires_after_conversion_or_the_site_is_refused(child, 
     converted(torch.randn(2, 3, 32, 32))
     reasons = [site.why for site in report.sites if site.status == "refused"]
     assert seen == [1]
-    assert (to == "conv_glu") == child.startswith("mlp") or not reasons or "would not fire any more" in reasons[0]
+    assert (to == "conv_glu") == child.startswith("mlp") or not reasons or "would no longer fire" in reasons[0]
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
@@ -156,7 +156,7 @@ def test_a_hook_put_on_later_on_a_child_that_is_not_called_says_so(kind):
     converted = attnrewrite.convert(swin(), "identity", torch.randn(1, 3, 32, 32), progress=False)
     for path in ("attn", "attn.softmax", "attn.attn_drop"):
         child = converted.layers[0].blocks[0].get_submodule(path)
-        with pytest.warns(ConversionWarning, match=rf"layers.0.blocks.0.{path} is not called any more") as told:
+        with pytest.warns(ConversionWarning, match=rf"layers.0.blocks.0.{path} is no longer called") as told:
             getattr(child, f"register_{kind}")(lambda *_: None)
         assert told[0].filename == __file__ or "torch" in told[0].filename
 
@@ -199,7 +199,7 @@ def test_a_copy_of_a_converted_model_still_tells_and_converts_again():
 @pytest.mark.parametrize(("size", "times"), [(32, 1), (40, 1), (36, 2)])
 @pytest.mark.parametrize(("to", "options"), [("identity", {}), ("neighborhood", {"kernel_size": 3})])
 def test_a_projection_fires_once_and_again_for_the_padding_that_the_original_gives_it(size, times, to, options):
-    """36 pixels are 18 tokens a side, which windows of 4 do not divide."""
+    """36 pixels are 18 tokens per side, which windows of 4 do not divide."""
     donor, seen = swin(strict_img_size=False), []
     converted = attnrewrite.convert(donor, to, torch.randn(1, 3, 32, 32), progress=False, **options)
     converted.layers[0].blocks[0].attn.qkv.register_forward_hook(lambda m, given, made: seen.append(tuple(made.shape)))

@@ -17,7 +17,7 @@ from attnrewrite.certify.certificate import wanted_nodes
 from attnrewrite.errors import CaptureError
 from attnrewrite.graph.dataflow import Dataflow
 from attnrewrite.ir.sites import AttentionSite
-from attnrewrite.planning.registry import recognise_all, target_of
+from attnrewrite.planning.registry import recognize_all, target_of
 from attnrewrite.planning.stages import lifted
 from attnrewrite.rewrite.in_graph import replaced_in_graph
 
@@ -29,7 +29,7 @@ MODELS = [
 
 
 class Backend:
-    """Of ``torch.compile``: recognises and proves what it is given, and runs it with the attention sites replaced by
+    """Of ``torch.compile``: recognizes and proves what it is given, and runs it with the attention sites replaced by
     ``to``; ``module`` is what runs."""
 
     def __init__(self, to="identity", **options):
@@ -38,7 +38,7 @@ class Backend:
     def __call__(self, compiled, example_inputs):
         self.captured = captured_by_dynamo(compiled, example_inputs)
         flow = Dataflow(self.captured)
-        self.sites = [site for site in recognise_all(flow) if isinstance(site, AttentionSite)]
+        self.sites = [site for site in recognize_all(flow) if isinstance(site, AttentionSite)]
         values = collect_values(flow, wanted_nodes(self.sites))
         self.certificates = [certify(site, flow, values) for site in self.sites]
         conversions = {id(s): self.target.convert(s, i, flow.weights) for i, s in enumerate(self.sites)}
@@ -104,7 +104,7 @@ def test_a_planted_fault_is_seen_in_this_graph_too():
     model, batch, backend = small_model("timm_vit"), images("timm_vit"), Backend()
     run(torch.compile(model, backend=backend, dynamic=False), batch)
     flow = Dataflow(backend.captured)
-    (site, *_) = (each for each in recognise_all(flow) if isinstance(each, AttentionSite))
+    (site, *_) = (each for each in recognize_all(flow) if isinstance(each, AttentionSite))
     values = collect_values(flow, wanted_nodes([site]))
     wrong = replace(site, query=replace(site.query, rows=site.query.rows.flip(1)))
     with torch.no_grad():

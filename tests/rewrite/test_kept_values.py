@@ -93,7 +93,7 @@ def test_a_warning_that_is_an_error_leaves_the_model():
     kinds = [type(module) for module in model.modules()]
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConversionWarning)
-        with pytest.raises(ConversionWarning):
+        with pytest.raises(ConversionWarning, match="rewritten modules do not set the attributes"):
             attnrewrite.convert(model, "identity", x, inplace=True, progress=False)
     assert [type(module) for module in model.modules()] == kinds
 

@@ -69,8 +69,8 @@ def test_a_small_digit_of_a_scale_tells_two_modules_apart(
 ) -> None:
     right = 1 / math.sqrt(HEAD_DIM)
     checked: list[str] = []
-    run = checks.misbehaviour
-    monkeypatch.setattr(checks, "misbehaviour", lambda owner, *given: checked.append(owner.path) or run(owner, *given))
+    run = checks.misbehavior
+    monkeypatch.setattr(checks, "misbehavior", lambda owner, *given: checked.append(owner.path) or run(owner, *given))
     attnrewrite.plan(model, ByNumber((right, right * (1 + 1e-6), right), (1.0, 1.0, 1.0)), batch)
     assert checked == ["blocks.0.attn", "blocks.1.attn"]
 
@@ -133,4 +133,4 @@ def test_of_two_sites_in_one_module_only_that_whose_child_has_hooks_is_refused(h
     statuses = ["convert", "convert"]
     statuses[hooked] = "refused"
     assert [planned.status for planned in plan.sites if planned.site.kind == "attention"] == statuses
-    assert f"hooks on its child out.{hooked} would not fire any more" in plan.sites[hooked].why
+    assert f"hooks on its child out.{hooked} would no longer fire" in plan.sites[hooked].why

@@ -68,12 +68,12 @@ def names_in(function):
 
 
 def steps_at(recipe, *places):
-    """Keys of their own, for a dictionary of modules has a method `values`."""
+    """Keys of their own, for a dictionary of modules has a method ``values``."""
     return nn.ModuleDict({f"at_{place}": Steps(recipe.at(place), recipe.dim) for place in places if recipe.at(place)})
 
 
 class Heads(nn.Module):
-    """Attention of `x` [b, n, c] on `keys` [b, m, c], whose tokens lie on maps of h x w and kh x kw."""
+    """Attention of ``x`` [b, n, c] on ``keys`` [b, m, c], whose tokens lie on maps of h x w and kh x kw."""
 
     def __init__(self, recipe):
         super().__init__()

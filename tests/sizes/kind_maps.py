@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class Windows(nn.Module):
-    """Windows of 4x4 on a map [b, h, w, c]; `attended` takes them as [windows, 16, c]."""
+    """Windows of 4x4 on a map [b, h, w, c]; ``attended`` takes them as [windows, 16, c]."""
 
     def __init__(self, dim=16, heads=2, side=4):
         super().__init__()
@@ -135,7 +135,7 @@ WINDOWS = (
 
 
 class Reduced(Tokens):
-    """Keys on a map reduced four times (`how`: by a convolution, by pooling, or along rows only)."""
+    """Keys on a map reduced four times (``how``: by a convolution, by pooling, or along rows only)."""
 
     def __init__(self, how="convolution", dim=16, heads=2):
         super().__init__(nn.Identity())
@@ -165,8 +165,8 @@ class Reduced(Tokens):
 
 
 class WindowsOnTokens(nn.Module):
-    """The sides of the map by `side`: its own attribute, the root of the number of tokens, or what the model set before
-    the call. The batch, when windows become a map again, by `back`."""
+    """The sides of the map by ``side``: its own attribute, the root of the number of tokens, or what the model set
+    before the call. The batch, when windows become a map again, by ``back``."""
 
     def __init__(self, side="own", back="given", dim=12, heads=2, window=4):
         super().__init__()
@@ -210,7 +210,7 @@ class SetsSides(Tokens):
 
 
 class LeavesTokensOut(Tokens):
-    """A part of the tokens in training, `how`: by chance, the largest, or every n-th."""
+    """A part of the tokens in training, ``how``: by chance, the largest, or every n-th."""
 
     def __init__(self, how="chance", keep=0.25, dim=16):
         super().__init__(SequenceAttention(dim))

@@ -1,6 +1,6 @@
-"""Every known way in which a model depends on its image's size, batch or mode, one test a kind, in several spellings.
+"""Every known way in which a model depends on its image's size, batch or mode, one test per kind, in several spellings.
 
-What is converted at one size gives the donor's numbers at any other, or refuses with a `ConversionError`.
+What is converted at one size gives the donor's numbers at any other, or refuses with a ``ConversionError``.
 """
 
 from __future__ import annotations

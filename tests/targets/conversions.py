@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from attention_definitions import LocalWeights
-from target_donors import attention_rows, donor, images, new_parameters
+from target_donors import attention_rows, distance, donor, images, logits, new_parameters
 from torch import Tensor, nn
 
 import attnrewrite
@@ -77,6 +78,21 @@ def converted(case: Case, fidelity: str = "projected") -> nn.Module:
 
 def copied(case: Case, fidelity: str = "projected") -> nn.Module:
     return copy.deepcopy(converted(case, fidelity))
+
+
+def float32_distance(case: Case, **options: Any) -> float:
+    """Of a conversion made in float32 from its donor, on a batch."""
+    name, target, own = case
+    batch, plain = images(name, dtype=torch.float32), copy.deepcopy(donor(name)).float()
+    rewritten = attnrewrite.convert(plain, target, batch, **own, **options)
+    return distance(logits(rewritten, batch), logits(plain, batch))
+
+
+def through_a_file(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def learned(model: nn.Module, name: str) -> list[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Interleaved groups kept by `identity`, as dilated neighborhoods and as long distance attention."""
+"""Interleaved groups kept by ``identity``, as dilated neighborhoods and as long distance attention."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_other_kernels_are_projected_to_what_they_say(name, options, kernel, dil
         ("manhattan_decomposed", {}, "groups, which spread over the map"),
         ("aggregated", {}, "groups, which spread over the map"),
         ("aggregated", {"windows": "mask"}, "groups, which spread over the map"),
-        ("long_short_distance", {"interval": 3}, "groups already; leave interval out"),
+        ("long_short_distance", {"interval": 3}, "groups; leave interval out, or exclude the site"),
         ("long_short_distance", {"official": True, "fidelity": "fresh"}, "groups, which spread over the map"),
     ],
 )
@@ -156,7 +156,7 @@ def test_what_has_no_meaning_is_refused(target: str, options: dict[str, object],
 
 
 def test_tokens_group_by_group_are_no_map_for_a_published_layer() -> None:
-    with pytest.raises(ConversionError, match="come group by group and not as a map"):
+    with pytest.raises(ConversionError, match="arrive grouped and not as a map"):
         attnrewrite.convert(
             donor("torchvision"), "neighborhood", images("torchvision", 1), official=True, sites="*window_attention*"
         )

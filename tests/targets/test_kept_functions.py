@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
-from conversions import Case, case_marks, case_name, converted, copied
+from conversions import Case, case_marks, case_name, converted, copied, float32_distance, through_a_file
 from target_donors import attention_rows, distance, donor, images, logits
 from torch import nn
 
@@ -102,21 +101,14 @@ def test_the_function_is_kept_in_training(case: Case) -> None:
 
 @FEW
 def test_the_function_is_kept_in_float32(case: Case) -> None:
-    name, target, options = case
-    batch = images(name, dtype=torch.float32)
-    plain = copy.deepcopy(donor(name)).float()
-    rewritten = attnrewrite.convert(plain, target, batch, fidelity="continuous", **options)
-    assert distance(logits(rewritten, batch), logits(plain, batch)) <= 2e-5
+    assert float32_distance(case, fidelity="continuous") <= 2e-5
 
 
 @CASES
 def test_copies_and_files_compute_the_same(case: Case) -> None:
     batch, model = images(case[0], 1, seed=7), kept(case)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
     expected = logits(model, batch)
-    assert torch.equal(logits(torch.load(file, weights_only=False), batch), expected)
+    assert torch.equal(logits(through_a_file(model), batch), expected)
     assert torch.equal(logits(copied(case, "continuous"), batch), expected)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
-from conversions import Case, case_marks, case_name, converted, copied
+from conversions import Case, case_marks, case_name, converted, copied, float32_distance, through_a_file
 from site_donors import rows_of
 from target_donors import distance, donor, images, logits
 
@@ -106,21 +105,14 @@ def test_the_function_is_kept_at_another_image_size(name: str, target: str, opti
     ids=case_name,
 )
 def test_the_function_is_kept_in_float32(case: Case) -> None:
-    name, target, options = case
-    batch = images(name, dtype=torch.float32)
-    plain = copy.deepcopy(donor(name)).float()
-    rewritten = attnrewrite.convert(plain, target, batch, **options)
-    assert distance(logits(rewritten, batch), logits(plain, batch)) <= 2e-5
+    assert float32_distance(case) <= 2e-5
 
 
 @EVERY
 def test_copies_and_files_compute_the_same(case: Case) -> None:
     batch, model = images(case[0], 1, seed=7), converted(case)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
     expected = logits(model, batch)
-    assert torch.equal(logits(torch.load(file, weights_only=False), batch), expected)
+    assert torch.equal(logits(through_a_file(model), batch), expected)
     assert torch.equal(logits(copied(case), batch), expected)
 
 

@@ -170,7 +170,7 @@ def _first_stem(name):
     return sites[0].name
 
 
-def test_the_published_merge_normalises_every_token_by_itself():
+def test_the_published_merge_normalizes_every_token_by_itself():
     name = "swin"
     model, expected = published(name, "cross_scale"), copy.deepcopy(donor(name))
     merge = expected.layers[1].downsample
@@ -229,14 +229,14 @@ def test_untrained_layers_need_to_be_asked_for():
 @pytest.mark.parametrize(
     ("name", "target", "options", "reason"),
     [
-        ("vit", "neighborhood", {}, r"no place for 1 class or register tokens; leave official out, which carries them"),
-        ("vit, qk norm", "aggregated", {"pool": 2}, r"live\(.*\) stands between its projections and its scores"),
-        ("pvt v2", "long_short_distance", {}, r"a 16th of 8 channels wide, and needs two"),
-        ("swin", "manhattan", {}, r"it attends inside window\(4, phantom\)"),
-        ("swin", "dilated_neighborhood", {}, r"dilation over window\(4, phantom\) keys is not defined here"),
-        ("vit, dropout", "conv_glu", {}, r"it drops values in training .*; set its rate to 0, or leave official out"),
-        ("vit, swiglu and norm", "conv_glu", {}, r"its inner norm has no place"),
-        ("pvt v2", "cross_scale", {}, r"the merge as published doubles the channels, and this makes 12 of 8"),
+        ("vit", "neighborhood", {}, r"not support 1 class or register tokens; leave official out, which keeps them"),
+        ("vit, qk norm", "aggregated", {"pool": 2}, r"live\(.*\) acts between its projections and its scores"),
+        ("pvt v2", "long_short_distance", {}, r"a 16th of 8 channels, but needs at least two"),
+        ("swin", "manhattan", {}, r"it attends within window\(4, padding keys\)"),
+        ("swin", "dilated_neighborhood", {}, r"dilation is not defined over window\(4, padding keys\) keys"),
+        ("vit, dropout", "conv_glu", {}, r"it applies dropout in training .*; set its dropout rate to 0, or leave"),
+        ("vit, swiglu and norm", "conv_glu", {}, r"the published unit has no inner norm"),
+        ("pvt v2", "cross_scale", {}, r"the published merge doubles the channels, but this one maps 8 to 12"),
     ],
 )
 def test_what_has_no_place_in_a_published_layer_is_refused(name, target, options, reason):

@@ -173,5 +173,5 @@ def test_dropout_is_not_hidden_by_eval_mode() -> None:
     for block in dropping.blocks:
         block.attn.attn_drop.p = 0.1
     for target in ("aggregated", "manhattan_decomposed"):
-        with pytest.raises(ConversionError, match="drops attention weights in training"):
+        with pytest.raises(ConversionError, match="applies dropout to attention weights"):
             attnrewrite.convert(dropping, target, images("vit"))

@@ -15,13 +15,14 @@ from attnrewrite.planning.registry import target_of
 from attnrewrite.planning.stages import lifted
 
 E, C, P = "EXACT", "CONTINUOUS", "PROJECTED"
-OVER_REDUCED = "one key for every token; use reduced_keys='keep' .* or to='aggregated'"
+OVER_REDUCED = "one key per token; use reduced_keys='keep' .* or to='aggregated'"
 NO_OUTSIDE = "inside the softmax.*; leave it out with keep="
-NO_LINES = "no rows and columns of tokens; use to='aggregated'"
-NO_GROUPS = "key for every token.*; use to='aggregated' or to='neighborhood'"
-WINDOWED = "it attends inside window.*; use to='neighborhood' or to='long_short_distance'"
+NO_LINES = "not the rows and columns of the tokens; use to='aggregated'"
+NO_GROUPS = "one key per token.*; use to='aggregated' or to='neighborhood'"
+WINDOWED = "it attends within window.*; use to='neighborhood' or to='long_short_distance'"
 NOT_A_SUM = "not a sum over the two axes; use to='manhattan'"
-UNDILATED = "is not defined here; use to='neighborhood'"
+UNDILATED_REDUCED = "dilation is not defined over reduced keys; use to='neighborhood'"
+UNDILATED = "dilation is not defined over window.* keys; use to='neighborhood'"
 VITS = ("vit", "vit, registers", "vit, average", "vit, torchvision", "vit, transformers")
 SWINS = ("swin", "swin, torchvision", "swin, transformers")
 PVTS = ("pvt v2", "pvt v1, twins", "pvt v1, transformers")
@@ -74,7 +75,7 @@ CELLS: list[tuple[tuple[str, ...], str, dict[str, Any], list[str]]] = [
     (("pvt v2, linear",), "long_short_distance", {}, [NO_GROUPS] * 4),
     (("pvt v2", "pvt v2, linear", "pvt v1, twins"), "neighborhood", {}, [E, E, E, E]),
     (("pvt v2", "pvt v1, twins"), "neighborhood", {"kernel_size": (1, 2)}, [P, P, P, P]),
-    (("pvt v2", "pvt v1, twins"), "neighborhood", {"dilation": 2}, ["no dilation; use to='neighborhood'"] * 3 + [P]),
+    (("pvt v2", "pvt v1, twins"), "neighborhood", {"dilation": 2}, [UNDILATED_REDUCED] * 3 + [P]),
     (("pvt v2, linear",), "dilated_neighborhood", {}, [UNDILATED] * 4),
     (("pvt v2", "pvt v1, twins", "pvt v1, transformers"), "neighborhood", {"kernel_size": 1} | REFIT, [P, P, P, P]),
     (("pvt v2", "pvt v1, twins", "pvt v1, transformers"), "long_short_distance", REFIT, [P, P, P, E]),

@@ -27,7 +27,7 @@ from attnrewrite.planning.registry import target_of
         ("aggregated", {"local_bias": [0.0]}, r"local_bias: expected a number or -inf, got \[0\.0\]"),
         ("aggregated", {"kernel_size": 3}, r"does not take \['kernel_size'\]; it takes: window_size, pool, local_bias"),
         ("aggregated", {"windows": "keep"}, r"windows: expected 'pool' or 'mask', got 'keep'"),
-        ("aggregated", {"windows": "mask", "pool": 2}, r"windows: 'mask' pools nothing .*pool and local_bias out"),
+        ("aggregated", {"windows": "mask", "pool": 2}, r"windows: 'mask' does not pool .*pool and local_bias out"),
         ("manhattan", {"decay": 0}, r"decay: expected None, 'official' or a number in \(0, 1\], got 0"),
         ("manhattan", {"decay": 1.5}, r"decay: .* got 1\.5"),
         ("manhattan", {"decay": True}, r"decay: .* got True"),

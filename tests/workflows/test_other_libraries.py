@@ -19,7 +19,7 @@ TARGETS = [
 
 
 def extra(name):
-    """A library of the extra ``workflows``, which `make workflows` installs; without it the test is skipped."""
+    """A library of the extra ``workflows``, which ``make workflows`` installs; without it the test is skipped."""
     return pytest.importorskip(name, reason=f"{name} is in the extra `workflows`")
 
 
@@ -33,13 +33,13 @@ class Images(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(("to", "options"), TARGETS)
-@pytest.mark.parametrize("labelled", [False, True])
-def test_transformers_trainer(to, options, labelled, tmp_path):
+@pytest.mark.parametrize("labeled", [False, True])
+def test_transformers_trainer(to, options, labeled, tmp_path):
     extra("accelerate")
     from transformers import Trainer, TrainingArguments
 
     donor = transformers_vit().eval()
-    example = {"pixel_values": torch.randn(1, 3, *IMAGE)} | ({"labels": torch.tensor([1])} if labelled else {})
+    example = {"pixel_values": torch.randn(1, 3, *IMAGE)} | ({"labels": torch.tensor([1])} if labeled else {})
     model = attnrewrite.convert(donor, to, example, progress=False, **options)
     arguments = TrainingArguments(
         output_dir=tmp_path, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3, report_to=[],

@@ -91,7 +91,7 @@ def interleaved_attention(
 
 def window_pairs(height: Extent, width: Extent, window: Window) -> Expr:
     """Pairs of a token and a slot of its block."""
-    flags = Integer(window.phantom), Integer(window.cyclic)
+    flags = Integer(window.padding_keys), Integer(window.rolled_first)
     rows, columns = (
         block_pairs(sympify(side), Integer(size), Integer(offset), *flags)
         for side, size, offset in zip((height, width), window.size, window.shift, strict=True)

@@ -29,12 +29,17 @@ def _quotient(printer: Any, x: Expr, m: Expr) -> str:
     return f"({printer.doprint(x)})/{m}" if isinstance(x, Add) else printer.doprint(x / m)
 
 
-class down(Function):
+class _Count(Function):
+    """A function whose values are natural numbers or zero."""
+
+    is_integer = True
+    is_nonnegative = True
+
+
+class down(_Count):
     """``⌊x / m⌋``."""
 
     nargs = 2
-    is_integer = True
-    is_nonnegative = True
 
     @classmethod
     def eval(cls, x: Expr, m: Expr) -> Expr | None:
@@ -47,12 +52,10 @@ class down(Function):
         return rf"\left\lfloor {printer.doprint(self.args[0] / self.args[1])} \right\rfloor"
 
 
-class up(Function):
+class up(_Count):
     """``⌈x / m⌉``."""
 
     nargs = 2
-    is_integer = True
-    is_nonnegative = True
 
     @classmethod
     def eval(cls, x: Expr, m: Expr) -> Expr | None:
@@ -65,21 +68,19 @@ class up(Function):
         return rf"\left\lceil {printer.doprint(self.args[0] / self.args[1])} \right\rceil"
 
 
-class block_pairs(Function):
+class block_pairs(_Count):
     """Pairs (token, slot of its block) along an axis of ``length`` cut into blocks of ``size`` at ``shift``.
 
-    ``phantom`` (0 or 1): padded slots count as keys; otherwise border blocks are truncated. ``cyclic`` (0 or 1): the
-    axis is rolled before it is padded, which only tells where padding is.
+    ``padding_keys`` (0 or 1): padded slots count as keys; otherwise border blocks are truncated. ``rolled_first``
+    (0 or 1): the axis is rolled before it is padded, which only tells where padding is.
     """
 
     nargs = 5
-    is_integer = True
-    is_nonnegative = True
 
     @classmethod
-    def eval(cls, length: Expr, size: Expr, shift: Expr, phantom: Expr, cyclic: Expr) -> Expr | None:
-        if all(isinstance(value, Integer) for value in (length, size, shift, phantom, cyclic)):
-            return Integer(count_block_pairs(int(length), int(size), int(shift), int(phantom), int(cyclic)))
+    def eval(cls, length: Expr, size: Expr, shift: Expr, padding_keys: Expr, rolled_first: Expr) -> Expr | None:
+        if all(isinstance(value, Integer) for value in (length, size, shift, padding_keys, rolled_first)):
+            return Integer(count_block_pairs(int(length), int(size), int(shift), int(padding_keys), int(rolled_first)))
         if (length / size).is_integer:
             return length * size - 2 * shift * (size - shift)
         return None
@@ -93,12 +94,10 @@ class block_pairs(Function):
         return rf"\operatorname{{pairs}}_{{{size},{shift}}}\left({length}\right)"
 
 
-class offsets(Function):
+class offsets(_Count):
     """Distinct distances, along an axis, from its pixels to the centers of the ``cells`` they are pooled to."""
 
     nargs = 2
-    is_integer = True
-    is_nonnegative = True
 
     @classmethod
     def eval(cls, side: Expr, cells: Expr) -> Expr | None:
@@ -121,12 +120,10 @@ def count_offsets(side: int, cells: int) -> int:
     return len({2 * pixel - (start + end - 1) for start, end in bounds for pixel in range(side)})
 
 
-class grouped_cells(Function):
+class grouped_cells(_Count):
     """Cells of a map padded to groups of ``group`` x ``group``, ``interval`` apart, which small maps do without."""
 
     nargs = 4
-    is_integer = True
-    is_nonnegative = True
 
     @classmethod
     def eval(cls, height: Expr, width: Expr, group: Expr, interval: Expr) -> Expr | None:
@@ -151,12 +148,10 @@ def count_grouped_cells(height: int, width: int, group: int, interval: int) -> i
     return -(-height // unit) * unit * (-(-width // unit) * unit)
 
 
-class grouped_side(Function):
+class grouped_side(_Count):
     """An axis padded to groups of ``group`` places, ``interval`` apart; one that a group covers is not padded."""
 
     nargs = 3
-    is_integer = True
-    is_nonnegative = True
 
     @classmethod
     def eval(cls, side: Expr, group: Expr, interval: Expr) -> Expr | None:
@@ -179,11 +174,11 @@ def count_grouped_side(side: int, group: int, interval: int) -> int:
 
 
 @cache
-def count_block_pairs(length: int, size: int, shift: int, phantom: int, cyclic: int) -> int:
+def count_block_pairs(length: int, size: int, shift: int, padding_keys: int, rolled_first: int) -> int:
     """The number that ``block_pairs`` stands for. An axis that fits into one block is not shifted."""
-    if cyclic and length % size:
-        return Window((size, size), (shift, shift), bool(phantom), True).axis_pairs(length)
-    return attended_slots(AxisPartition(length, size, shift if length > size else 0, bool(phantom)))
+    if rolled_first and length % size:
+        return Window((size, size), (shift, shift), bool(padding_keys), True).axis_pairs(length)
+    return attended_slots(AxisPartition(length, size, shift if length > size else 0, bool(padding_keys)))
 
 
 def strided(x: Expr, kernel: int, stride: int, padding: int) -> Expr:

@@ -48,4 +48,4 @@ def cost_of_core_call(core: nn.Module, arguments: dict[str, Any]) -> Cost | None
     pooled = 0
     if isinstance(core, AggregatedCore) and core.pool != (1, 1):
         pooled = 2 * grid.height * grid.width * channels
-    return Cost(formula.macs_of(query.shape[0], 1, 1), normalisation=query.shape[0] * pooled)
+    return Cost(formula.macs_of(query.shape[0], 1, 1), normalization=query.shape[0] * pooled)

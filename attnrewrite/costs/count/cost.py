@@ -16,7 +16,7 @@ class Cost:
     Attributes:
         macs: multiply-accumulates of contractions (matrix products, convolutions, attention products).
         elementwise: everything else that computes, in operations (weights in ``op_costs``).
-        normalisation: what fvcore adds to the contractions: 5 an element of layer norm, 2 of batch norm, 1 of the input
+        normalization: what fvcore adds to the contractions: 5 an element of layer norm, 2 of batch norm, 1 of the input
             of an adaptive pooling or an interpolation.
         bytes_read, bytes_written: of operands and results, each once; a view moves nothing.
         saved: bytes that stay for the backward pass, parameters excluded.
@@ -25,7 +25,7 @@ class Cost:
 
     macs: int = 0
     elementwise: int = 0
-    normalisation: int = 0
+    normalization: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     saved: int = 0
@@ -45,15 +45,15 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 
 LAYER_NORM, BATCH_NORM = 5, 2
-"""What fvcore charges an element of a normalisation."""
+"""What fvcore charges an element of a normalization."""
 
 CONVENTIONS: dict[str, Callable[[Cost], int]] = {
     "mac": lambda cost: cost.macs,
     "flop": lambda cost: 2 * cost.macs,
-    "fvcore": lambda cost: cost.macs + cost.normalisation,
+    "fvcore": lambda cost: cost.macs + cost.normalization,
 }
 """``mac``: contractions, one multiply-accumulate each, as the papers of these families count. ``flop``: two each.
-``fvcore``: multiply-accumulates plus fvcore's price of normalisation and pooling."""
+``fvcore``: multiply-accumulates plus fvcore's price of normalization and pooling."""
 
 UNITS = {"mac": "MAC", "flop": "FLOP", "fvcore": "MAC (fvcore)"}
 
@@ -68,6 +68,6 @@ def require_convention(name: str) -> str:
     """
     if name not in CONVENTIONS:
         raise ArgumentError(
-            f"convention: {name!r} is not known{nearest(str(name), CONVENTIONS)}; use one of {', '.join(CONVENTIONS)}"
+            f"convention: unknown, got {name!r}{nearest(str(name), CONVENTIONS)}; use one of {', '.join(CONVENTIONS)}"
         )
     return name

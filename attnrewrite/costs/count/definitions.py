@@ -39,7 +39,7 @@ class Definition:
         beside: further arguments, which change no cost; any other one does.
         replaces_count: whether the module is counted by the formula.
         result: the sides of the map it makes, where those are others; ``result_first`` says how that lies.
-        normalisation: what fvcore charges an image for norms and poolings that are no operations of their own.
+        normalization: what fvcore charges an image for norms and poolings that are no operations of their own.
     """
 
     formula: Callable[[Any, Extent, Extent], SiteFormula | None]
@@ -50,7 +50,7 @@ class Definition:
     kind: str = "attention"
     result: Callable[[Extent, Extent], tuple[Any, Any]] | None = None
     result_first: bool = False
-    normalisation: Callable[[Any, Extent, Extent], Any] | None = None
+    normalization: Callable[[Any, Extent, Extent], Any] | None = None
 
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return (shape[2], shape[3]) if self.channels_first else (shape[1], shape[2])
@@ -85,8 +85,8 @@ def defined_cost(module: nn.Module, arguments: dict[str, Any]) -> Cost | None:
     formula = definition.formula(module, *sides)
     if formula is None:
         return None
-    absorbed = 0 if definition.normalisation is None else int(definition.normalisation(module, *sides))
-    return Cost(formula.macs_of(shape[0], 1, 1), normalisation=shape[0] * absorbed)
+    absorbed = 0 if definition.normalization is None else int(definition.normalization(module, *sides))
+    return Cost(formula.macs_of(shape[0], 1, 1), normalization=shape[0] * absorbed)
 
 
 def _aggregated(module: AggregatedAttention, height: Extent, width: Extent) -> SiteFormula | None:
@@ -166,22 +166,22 @@ def _widths(module: Any) -> Widths:
 
 STRIDE = Integer(TokensToTokenStem.STRIDE)
 _DEFINITIONS: dict[type[nn.Module], Definition] = {
-    AggregatedAttention: Definition(_aggregated, replaces_count=True, normalisation=_pooling),
+    AggregatedAttention: Definition(_aggregated, replaces_count=True, normalization=_pooling),
     CosineAttention: Definition(_cosine),
     NeighborhoodAttention2d: Definition(_neighborhood),
     ManhattanAttention: Definition(_manhattan, replaces_count=True),
     LongShortDistanceAttention: Definition(_long_short),
     TokensToToken: Definition(
         _tokens_to_token, "image", channels_first=True, replaces_count=True, kind="stem",
-        result=lambda height, width: formulas.soft_splits(height, width)[-1], normalisation=_patch_norms,
+        result=lambda height, width: formulas.soft_splits(height, width)[-1], normalization=_patch_norms,
     ),
     TokensToTokenStem: Definition(
         _tokens_to_token, "image", channels_first=True, replaces_count=True, kind="stem",
         result=lambda height, width: (down(height, STRIDE), down(width, STRIDE)), result_first=True,
-        normalisation=_patch_norms,
+        normalization=_patch_norms,
     ),
     TokensToTokenBranch: Definition(
         _tokens_to_token, "source", ("projected",), channels_first=True, replaces_count=True, kind="stem",
-        normalisation=_patch_norms,
+        normalization=_patch_norms,
     ),
 }  # fmt: skip

@@ -65,7 +65,7 @@ class SizeTracer:
                 self._require_its_size(cause)
                 raise CaptureError(
                     f"{type(self.model).__name__} does not run on shapes alone ({first_line(cause)}): its cost depends "
-                    "on values, or it makes tensors on a fixed device; analyze the submodule that does not"
+                    "on values, or it creates tensors on a fixed device; analyze a submodule that does not"
                 ) from cause
         found = self._traces[key]
         assert found is not None
@@ -80,7 +80,7 @@ class SizeTracer:
             return
         height, width = stated.shape[-2:]
         raise ArgumentError(
-            f"example_inputs: {type(self.model).__name__} does not take {self.size[0]}x{self.size[1]} "
+            f"example_inputs: {type(self.model).__name__} rejects {self.size[0]}x{self.size[1]} "
             f"({first_line(cause)}); build it for that size, or analyze it at {height}x{width} and ask the report's "
             f"at({self.size[0]}, {self.size[1]})"
         ) from cause
@@ -129,7 +129,7 @@ def _set_input_size(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     windows = {module: vars(module)["window_size"] for module in model.modules() if "window_size" in vars(module)}
     model.set_input_size(img_size=size)  # type: ignore[operator]  # nn.Module says: a tensor or module
     if any(vars(module)["window_size"] != before for module, before in windows.items()):
-        raise ArgumentError("size: the windows of this model would change with it")
+        raise ArgumentError("size: the windows of this model would change with it; analyze the model at that size")
     return {}
 
 

@@ -18,7 +18,7 @@ from ..algebra.symbols import evaluator
 from .cost import Cost
 from .size_tracer import SizeTracer
 
-PARTS = ("elementwise", "normalisation", "bytes_read", "bytes_written")
+PARTS = ("elementwise", "normalization", "bytes_read", "bytes_written")
 """Of a ``Cost``, what has a polynomial here."""
 
 
@@ -31,7 +31,7 @@ class ModuleWork:
     """
 
     elementwise: Expr
-    normalisation: Expr
+    normalization: Expr
     bytes_read: Expr
     bytes_written: Expr
     unit: int

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...capture.examples import normalise_inputs
+from ...capture.examples import normalize_inputs
 from ...errors import ArgumentError
 from ...ir.contract import Target
 from ..count.cost import require_convention
@@ -39,7 +39,7 @@ def analyze(
         to, fidelity: what ``convert`` takes, or several of the former: the cost of that conversion is stated beside the
             present one, without converting. ``options`` are those of a single target (``kernel_size``, ``pool``, …).
         convention: ``"mac"`` (multiply-accumulates of contractions: what papers of these families call FLOPs),
-            ``"flop"`` (twice that) or ``"fvcore"`` (plus its price of normalisation and pooling).
+            ``"flop"`` (twice that) or ``"fvcore"`` (plus its price of normalization and pooling).
         hardware: for ``Report.roofline``.
 
     Raises:
@@ -51,14 +51,14 @@ def analyze(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if compare is not None and to is not None:
-        raise ArgumentError("compare: give compare or to, not both; a report's compare() takes further ones")
+        raise ArgumentError("compare: pass compare or to, not both; call the report's compare() for more models")
     if options and to is None:
-        raise ArgumentError(f"{next(iter(options))}: options are those of a target; pass to= as well")
+        raise ArgumentError(f"{next(iter(options))}: options belong to a target; pass to= as well")
     machine = None if hardware is None else hardware_of(hardware)
-    found = Report(model, normalise_inputs(model, example_inputs), require_convention(convention), machine)
+    found = Report(model, normalize_inputs(model, example_inputs), require_convention(convention), machine)
     targets = [] if to is None else [to] if isinstance(to, str | Target | Mapping) else list(to)
     if options and len(targets) > 1:
-        raise ArgumentError(f"{next(iter(options))}: with several targets, give their options in target objects")
+        raise ArgumentError(f"{next(iter(options))}: with several targets, set options in target objects")
     found.comparisons = [converted_cost(found, target, options, fidelity) for target in targets]
     if compare is not None:
         other = compare if isinstance(compare, Report) else analyze(compare, example_inputs, convention=convention)

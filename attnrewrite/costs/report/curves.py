@@ -14,7 +14,7 @@ SMALLEST, LARGEST, STEP = 64, 1024, 32
 
 @dataclass(frozen=True)
 class Curve:
-    """``(side in pixels, MACs an image)`` of one variant."""
+    """``(side in pixels, MACs per image)`` of one variant."""
 
     name: str
     points: list[tuple[int, int]]

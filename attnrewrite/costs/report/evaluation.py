@@ -19,7 +19,7 @@ def item_bytes(dtype: str) -> int:
     """
     if dtype not in _ITEM_BYTES:
         known = ", ".join(_ITEM_BYTES)
-        raise ArgumentError(f"dtype: {dtype!r} is not known{nearest(str(dtype), _ITEM_BYTES)}; use one of {known}")
+        raise ArgumentError(f"dtype: unknown, got {dtype!r}{nearest(str(dtype), _ITEM_BYTES)}; use one of {known}")
     return _ITEM_BYTES[dtype]
 
 
@@ -28,7 +28,7 @@ class Evaluation:
     """The formulas at one size. ``extrapolated``: the model itself was not seen to take this size.
 
     ``attention_map`` (elements) and ``saved`` (bytes, of the unfused form, sites only) are of the sites.
-    ``elementwise``, ``normalisation``, ``bytes_read`` and ``bytes_written`` are the model's, from ``Report.work``, that
+    ``elementwise``, ``normalization``, ``bytes_read`` and ``bytes_written`` are the model's, from ``Report.work``, that
     is derived when one of them is first asked for. They are None where neither a polynomial nor the model itself
     answers, and bytes for another dtype than the model's.
     """
@@ -53,8 +53,8 @@ class Evaluation:
         return None if (cost := self._work()) is None else cost.elementwise
 
     @property
-    def normalisation(self) -> int | None:
-        return None if (cost := self._work()) is None else cost.normalisation
+    def normalization(self) -> int | None:
+        return None if (cost := self._work()) is None else cost.normalization
 
     @property
     def bytes_read(self) -> int | None:

@@ -32,7 +32,7 @@ class Hardware:
         """
         if dtype not in self.peak:
             raise ArgumentError(
-                f"dtype: no peak of {self.name} is known for {dtype!r}; it has {', '.join(self.peak)}; pass "
+                f"dtype: {self.name} has peaks for {', '.join(self.peak)}, got {dtype!r}; pass "
                 "hardware=Hardware(name, peak={...}, bandwidth=...)"
             )
         return self.peak[dtype] / self.bandwidth
@@ -63,7 +63,7 @@ def hardware_of(given: str | Hardware) -> Hardware:
         return given
     if not isinstance(given, str) or given.lower() not in HARDWARE:
         raise ArgumentError(
-            f"hardware: {given!r} is not in the table{nearest(str(given), HARDWARE)}; it has {', '.join(HARDWARE)}; "
+            f"hardware: not in the table ({', '.join(HARDWARE)}), got {given!r}{nearest(str(given), HARDWARE)}; "
             "or pass Hardware(name, peak={'bfloat16': ...}, bandwidth=...)"
         )
     return HARDWARE[given.lower()]

@@ -194,7 +194,7 @@ class ModelCosts:
         if not fits(side):
             least = next((larger for larger in range(side + 1, seen) if fits(larger)), seen)
             raise ArgumentError(
-                f"{argument}: at {side} px a map of {self.name} has no cells; it takes {least} px and more"
+                f"{argument}: at {side} px a map of {self.name} is empty; use {least} px or more"
             )
 
     @cached_property

@@ -49,7 +49,7 @@ class Report(ModelCosts):
             ArgumentError: ``wrt`` is not ``"pixels"``.
         """
         if wrt != "pixels":
-            raise ArgumentError(f'wrt: crossovers are given in "pixels" of a square image\'s side, got {wrt!r}')
+            raise ArgumentError(f'wrt: crossovers are in "pixels" (the side of a square image), got {wrt!r}')
         return crossings(self.formula.per_image + self.formula.once, other.formula.per_image + other.formula.once)
 
     def roofline(self, hardware: str | Hardware | None = None, dtype: str = "bfloat16") -> Roofline:
@@ -64,7 +64,7 @@ class Report(ModelCosts):
         """
         chosen = hardware or self.hardware
         if chosen is None:
-            raise ArgumentError("hardware: none was given; pass a name of the table or a Hardware")
+            raise ArgumentError("hardware: required; pass a name from the table or a Hardware")
         return roofline(self.sites, self.size, self.batch, hardware_of(chosen), dtype)
 
     def to_records(self) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def _notes(reasons: list[tuple[str, str]]) -> list[str]:
 
 
 def _after(counted: CountedSite, planned: PlannedSite | None, costs: ModelCosts) -> tuple[CountedSite, str, int]:
-    """The site after conversion, what there is to note, and MACs an image that no formula has."""
+    """The site after conversion, what there is to note, and MACs per image that no formula has."""
     if planned is None or planned.status == "untouched":
         return counted, "", 0
     if planned.conversion is None:

@@ -1,1 +1,1 @@
-"""Recognised sites and whole models as formulas in the image's sides, checked against the counts."""
+"""Recognized sites and whole models as formulas in the image's sides, checked against the counts."""

@@ -103,7 +103,7 @@ class Candidates:
             return
         widths = Widths(site.width, site.heads, site.heads * site.head_dim)
         if site.shift is not None:
-            window = Window(site.kernel_size, site.shift, site.phantom)
+            window = Window(site.kernel_size, site.shift, site.padding_keys)
             yield formulas.block_attention(*sides, window, widths)
         else:
             yield formulas.neighborhood_attention(*sides, site.prefix_tokens, site.kernel_size, site.dilation, widths)
@@ -152,6 +152,6 @@ def _after(node: Node) -> Node:
 
 
 def _axis(site: AttentionSite, operand: str, axis: str) -> int:
-    """The length of an operand's axis at capture, by its letter."""
+    """The length of an operand's axis at capture, by its name."""
     part = getattr(site.nodes, operand)
     return shape_of(part.node)[part.axes.index(axis)]

@@ -55,7 +55,7 @@ class ModelFormula:
         rest, rest_once: what belongs to no formula, per image and per call, exact on multiples of ``rest_unit`` pixels.
         checks: the formula against counts.
         refused: what looked like a site and could not be lifted.
-        lifted: everything that was recognised; None if the model could not be captured.
+        lifted: everything that was recognized; None if the model could not be captured.
     """
 
     sites: list[CountedSite]

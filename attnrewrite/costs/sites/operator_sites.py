@@ -27,7 +27,7 @@ class OperatorSite:
     kernel_size: tuple[int, int]
     dilation: tuple[int, int] = (1, 1)
     shift: tuple[int, int] | None = None
-    phantom: bool = False
+    padding_keys: bool = False
     prefix_tokens: int = 0
     kind = "attention"
 
@@ -63,7 +63,8 @@ def _read(node: Node, flow: Dataflow) -> OperatorSite | None:
         name=flow.capture.enclosing_call([*linears, node]).path,
         node=node, source=source, end=end, linears=linears, size=size, heads=shape[3], head_dim=shape[4],
         width=shape_of(source)[-1], kernel_size=kernel, dilation=_pair(node.args[8]) if local else (1, 1),
-        shift=None if local else _pair(node.args[7]), phantom=not local and extra is not None, prefix_tokens=prefix,
+        shift=None if local else _pair(node.args[7]), padding_keys=not local and extra is not None,
+        prefix_tokens=prefix,
     )  # fmt: skip
 
 

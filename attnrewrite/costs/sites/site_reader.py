@@ -1,4 +1,4 @@
-"""From recognised sites to formulas, each checked against the count of its own operations."""
+"""From recognized sites to formulas, each checked against the count of its own operations."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SiteReader:
         """In graph order.
 
         Claimed from the outside in: this library's modules, cores and operators, which hold what looks like sites of
-        their own; then the recognised sites; last the linear maps and convolutions that nobody claimed.
+        their own; then the recognized sites; last the linear maps and convolutions that nobody claimed.
         """
         found: list[tuple[Node, CountedSite]] = self._own_modules(self.flow.capture.root)
         found += [(core.query, counted) for core in self.cores if (counted := self._of_core(core)) is not None]
@@ -163,7 +163,7 @@ def _bounds(site: Site) -> tuple[list[Node], Node, list[Node]]:
     if isinstance(site, AttentionSite):
         nodes = site.nodes
         after = [nodes.output.node, *nodes.linears]
-        end = nodes.merged if nodes.merged is not None else max(after)
+        end = nodes.out_proj if nodes.out_proj is not None else max(after)
         sources = [node for node in (nodes.source,) if node is not None]
         return sources, end, [node for node in nodes.linears if node is not None]
     if isinstance(site, MlpSite):

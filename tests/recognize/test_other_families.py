@@ -191,8 +191,8 @@ def test_attention_that_cannot_be_read_is_named():
     refused = attnrewrite.plan(Blocks(TalkingHeads).eval(), "identity", torch.randn(1, 3, 64, 64)).refused
     assert [site.name for site in refused if site.kind == "attention"] == ["blocks.0", "blocks.1"]
     assert {site.reason for site in refused} == {
-        "something acts on its weights between the softmax and their product with the values; "
-        "only dropout may stand there"
+        "an operation changes the attention weights between the softmax and their product with the values; "
+        "only dropout is allowed there"
     }
 
 

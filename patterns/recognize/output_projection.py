@@ -21,7 +21,7 @@ from ...lift.projections import Grouping, Projected
 
 
 @dataclass(frozen=True)
-class Merged:
+class OutProj:
     """The output projection, and the first value after it whose tokens lie as those of the source."""
 
     linear: Node
@@ -36,7 +36,7 @@ def output_projection(
     ranks: Tensor | None,
     grouped: Grouping,
     flow: Dataflow,
-) -> Merged | None:
+) -> OutProj | None:
     """Follow the product with the values through data movement to a linear map and on to the source's token order;
     of querying tokens alone, to the order of their ``ranks``."""
     linear = follow(core.output.node, flow, flow.is_linear)
@@ -54,15 +54,15 @@ def output_projection(
     token, columns = read
     result = _in_source_order(linear, token if ranks is None else ranks[token], source_shape, flow)
     output = Projection(argument(linear, 1), argument(linear, 2), columns)
-    return None if result is None else Merged(linear, result, output)
+    return None if result is None else OutProj(linear, result, output)
 
 
 def _tokens_and_columns(
-    core: Core, query: Projected, grouped: Grouping, merged: Provenance
+    core: Core, query: Projected, grouped: Grouping, mixed: Provenance
 ) -> tuple[Tensor, Tensor] | None:
     """The token of every row that goes into the output projection, and ``[heads, dims]`` the column of every channel;
     None if rows mix tokens."""
-    if bool((merged.address < 0).any()):
+    if bool((mixed.address < 0).any()):
         return None
     extents = dict(zip(core.output.axes, shape_of(core.output.node), strict=True))
     heads, dims = len(grouped.group_of_head), extents["e"]
@@ -71,7 +71,7 @@ def _tokens_and_columns(
     number = (query.token * width)[..., None] + (head * dims)[:, None, None] + torch.arange(dims)
     number = number.view(*(extents[axis] for axis in core.groups), *number.shape[1:])
     number = canonical(number, core.groups + "xe", core.output.axes).flatten()
-    number = number[merged.address.reshape(-1, merged.address.shape[-1])]  # token and column of every channel
+    number = number[mixed.address.reshape(-1, mixed.address.shape[-1])]  # token and column of every channel
     token, column = number[:, 0] // width, number[0] % width
     if len(column) != width or not torch.equal(number, (token * width)[:, None] + column):
         return None
@@ -82,7 +82,7 @@ def _heads_of_groups(query: Projected, group_of_head: Tensor) -> Tensor:
     """The head of every flat group, of all samples: heads are told apart by their weight rows."""
     rows = query.channel[group_of_head[:, 0]]
     if len(torch.unique(rows, dim=0)) != len(rows):
-        raise Refusal("heads share their queries", "give every head queries of its own")
+        raise Refusal("heads share their queries", "give every head its own queries")
     return (query.channel[:, None] == rows[None]).all(-1).long().argmax(1)
 
 

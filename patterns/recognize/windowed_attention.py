@@ -35,24 +35,24 @@ def windowed_site(
     """Several groups of tokens: they must be the windows of a map, and come back to it after the projection."""
     query, key, value = parts
     source, grid = _map_of(query, flow)
-    merged = output_projection(core, query, shape_of(source)[:-1], None, grouped, flow)
-    if merged is None or key.source is not query.source:
+    out_proj = output_projection(core, query, shape_of(source)[:-1], None, grouped, flow)
+    if out_proj is None or key.source is not query.source:
         raise Refusal(
-            "grouped attention whose result does not come back to its map through a linear map",
-            "give it an output projection",
+            "the result of its grouped attention does not return to the map through a linear map",
+            "add an output projection",
         )
     require_scales_of_heads(core, grouped)
     outside = None if mask is None else excluded(mask)
     grid, place, window = groups_of_map(source, grid, grouped, outside, _likely_border(query, flow), flow)
     if mask is not None and bool(mask[~excluded(mask)].any()):
-        raise Refusal("a constant bias that is not a mask acts inside the windows", "make the bias a parameter")
+        raise Refusal("its windows have a constant bias that is not a mask", "make the bias a parameter")
     if bias is not None and (table := relative_table(bias.values, window.size)) is not None:
         bias = replace(bias, kind=bias.kind if bias.kind != "dense" else "table", shape=tuple(table[0].shape[1:]))
-    region = [n for n in needed_nodes([merged.result], {source: 0}) if n not in flow.constants]
+    region = [n for n in needed_nodes([out_proj.result], {source: 0}) if n not in flow.constants]
     linears = (query.linear, key.linear, value.linear)
-    nodes = attention_nodes(core, head_groups_of(core, *parts), source, source, merged, 0, linears, grouped.placement)
+    nodes = attention_nodes(core, head_groups_of(core, *parts), source, source, out_proj, 0, linears, grouped.placement)
     return AttentionSite(
-        name=path_of(flow, [*linears, *core.nodes, merged.linear]),
+        name=path_of(flow, [*linears, *core.nodes, out_proj.linear]),
         owner=flow.capture.enclosing_call(region),
         heads=len(grouped.group_of_head),
         head_dim=query.channel.shape[1],
@@ -63,7 +63,7 @@ def windowed_site(
         query=projection(query, grouped),
         key=projection(key, grouped),
         value=projection(value, grouped),
-        output=merged.projection,
+        output=out_proj.projection,
         bias=bias,
         learned_scales=core.learned_scales,
         dropout=dropout_rate(core),
@@ -100,6 +100,6 @@ def _map_of(query: Projected, flow: Dataflow) -> tuple[Node, Grid]:
     grid = token_grids(flow, [query.source]).get(query.source)
     if grid is None or grid.prefix_tokens:
         raise Refusal(
-            "the map that the windows are cut from is not known", "let the tokens come from a convolution of the image"
+            "the map that the windows are cut from is unknown", "compute the tokens by a convolution of the image"
         )
     return query.source, grid

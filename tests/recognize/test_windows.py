@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from attnrewrite.patterns.recognise.windows import recognise_window
+from attnrewrite.patterns.recognize.windows import recognize_window
 from attnrewrite.patterns.relative_table import relative_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,11 +29,11 @@ def swin_groups(grid: Grid, window: Window) -> tuple[Tensor, Tensor]:
     shift = tuple(s if p > w else 0 for s, p, w in zip(window.shift, padded, size, strict=True))
     tokens = torch.arange(grid.tokens).view(grid.height, grid.width)
     back = (-shift[0], -shift[1])
-    if window.cyclic:
+    if window.rolled_first:
         tokens = torch.roll(tokens, back, (0, 1))
     full = torch.full(padded, -1)
     full[: grid.height, : grid.width] = tokens
-    if not window.cyclic:
+    if not window.rolled_first:
         full = torch.roll(full, back, (0, 1))
     region = torch.zeros(padded, dtype=torch.long)
     for axis, (s, w) in enumerate(zip(shift, size, strict=True)):
@@ -48,14 +48,14 @@ def swin_groups(grid: Grid, window: Window) -> tuple[Tensor, Tensor]:
 
 @given(SIDES, SIDES, SIZES, SIZES, st.data())
 @settings(max_examples=150, deadline=None)
-def test_windows_as_published_are_recognised(
+def test_windows_as_published_are_recognized(
     height: int, width: int, rows: int, columns: int, data: st.DataObject
 ) -> None:
     shift = (data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1)))
-    window = Window((rows, columns), shift, phantom=True, cyclic=data.draw(st.booleans()))
+    window = Window((rows, columns), shift, padding_keys=True, rolled_first=data.draw(st.booleans()))
     grid = Grid(height, width)
     groups, mask = swin_groups(grid, window)
-    found = recognise_window(groups, groups, mask, grid, (True, window.cyclic))
+    found = recognize_window(groups, groups, mask, grid, (True, window.rolled_first))
     assert found is not None
     assert found.size == window.size or grid.tokens == 1 or rows * columns == found.size[0] * found.size[1]
     assert torch.equal(visible(found, grid), visible(window, grid))
@@ -75,15 +75,15 @@ def visible(window: Window, grid: Grid) -> Tensor:
 
 def test_a_window_holds_every_token_once() -> None:
     for shift in ((0, 0), (2, 1)):
-        slots = Window((3, 4), shift, phantom=True).slots(Grid(7, 9))
+        slots = Window((3, 4), shift, padding_keys=True).slots(Grid(7, 9))
         assert slots[slots >= 0].sort().values.tolist() == list(range(63))
 
 
-def test_groups_that_are_no_windows_are_not_recognised() -> None:
+def test_groups_that_are_no_windows_are_not_recognized() -> None:
     groups = torch.arange(16).view(8, 2).flip(1)
-    assert recognise_window(torch.randperm(16).view(4, 4), torch.randperm(16).view(4, 4), None, Grid(4, 4)) is None
+    assert recognize_window(torch.randperm(16).view(4, 4), torch.randperm(16).view(4, 4), None, Grid(4, 4)) is None
     interleaved = torch.arange(16).view(4, 4).T.contiguous()
-    assert recognise_window(interleaved, groups.view(4, 4), None, Grid(4, 4)) is None
+    assert recognize_window(interleaved, groups.view(4, 4), None, Grid(4, 4)) is None
 
 
 @given(st.integers(1, 4), st.integers(1, 4))

@@ -13,10 +13,10 @@ from ...errors import UNFORESEEN, unforeseen
 from ...graph.dataflow import Dataflow
 from ...graph.movement import moved_operands
 from ...graph.values import argument, input_of, operator_name, run_node, shape_of
-from ...ir.contract import recogniser
+from ...ir.contract import recognizer
 from ...ir.sites import AttentionSite, MlpSite, Refused, Site, Stage
 from ...lift.grid import token_grids
-from ...numerics.activations import ACTIVATIONS, probe_points, recognise_activation
+from ...numerics.activations import ACTIVATIONS, probe_points, recognize_activation
 
 _POINTWISE = {
     f"aten::{name}"
@@ -58,10 +58,10 @@ _POINTWISE = {
 }
 
 
-@recogniser(order=1)
-def recognise_mlps(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
+@recognizer(order=1)
+def recognize_mlps(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
     """Every linear map that is fed, through an activation, by another one; convolutions of kernel 1 are left alone."""
-    taken = {n for site in found if isinstance(site, AttentionSite) for n in (*site.nodes.linears, site.nodes.merged)}
+    taken = {n for site in found if isinstance(site, AttentionSite) for n in (*site.nodes.linears, site.nodes.out_proj)}
     results: list[Site | Refused] = []
     for second in flow.nodes("aten::linear"):
         if second in flow.constants or second in taken or not flow.is_linear(second):
@@ -167,7 +167,7 @@ def _activation(last: Node, flow: Dataflow) -> Stage | None:
     """The pointwise nodes before ``last`` as an activation of one value, or of one times another."""
     inside, leaves = _pointwise_region(last, flow)
     if len(leaves) == 1:
-        name = recognise_activation(_probe(inside, last, {leaves[0]: probe_points()}, flow))
+        name = recognize_activation(_probe(inside, last, {leaves[0]: probe_points()}, flow))
         return None if name is None or name == "identity" else Stage("activation", last, leaves[0], name)
     if len(leaves) != 2:
         return None
@@ -208,7 +208,7 @@ def _back_in_place(value: Node, convolution: Node, other: Node, flow: Dataflow) 
 def _gated_activation(inside: list[Node], last: Node, main: Node, gate: Node, flow: Dataflow) -> str | None:
     """The activation ``f`` if the region computes ``f(main) * gate``."""
     points = probe_points()
-    name = recognise_activation(_probe(inside, last, {main: points, gate: torch.ones_like(points)}, flow))
+    name = recognize_activation(_probe(inside, last, {main: points, gate: torch.ones_like(points)}, flow))
     if name is None:
         return None
     other = torch.linspace(-2.0, 3.0, len(points), dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Several groups of tokens: which windows or interleaved groups of which map they are.
 
-The tokens need not lie as that map: torchvision's MaxViT normalises, attends and runs its MLPs on ``[batch, groups,
+The tokens need not lie as that map: torchvision's MaxViT normalizes, attends and runs its MLPs on ``[batch, groups,
 tokens, channels]``, which looks like a map and is none.
 """
 
@@ -15,8 +15,8 @@ from ...graph.dataflow import Dataflow
 from ...ir.sites import Grid, MapGroups
 from ...lift.grid import token_cells
 from ...lift.projections import Grouping
-from .interleaved import recognise_interleaved
-from .windows import recognise_window
+from .interleaved import recognize_interleaved
+from .windows import recognize_window
 
 
 def groups_of_map(
@@ -26,19 +26,19 @@ def groups_of_map(
 
     Args:
         grid: the map that ``source`` seems to be.
-        excluded, likely: as for ``recognise_window``.
+        excluded, likely: as for ``recognize_window``.
 
     Raises:
         Refusal: the groups are none that are known, or their map is not known.
     """
     grid, place = _true_map(source, grid, grouped.queries, flow)
     queries, keys = (_cells_of(tokens, place) for tokens in (grouped.queries, grouped.keys))
-    found = recognise_window(queries, keys, excluded, grid, likely)
-    groups = found or recognise_interleaved(queries, keys, excluded, grid)
+    found = recognize_window(queries, keys, excluded, grid, likely)
+    groups = found or recognize_interleaved(queries, keys, excluded, grid)
     if groups is None:
         raise Refusal(
-            "the groups of tokens are neither windows of the map nor tokens at one interval",
-            "only such groups are rewritten",
+            "the groups of tokens are neither windows of the map nor tokens at a fixed interval",
+            "only such groups are supported",
         )
     return grid, place, groups
 
@@ -60,7 +60,7 @@ def _true_map(source: Node, grid: Grid, queries: Tensor, flow: Dataflow) -> tupl
         return grid, None
     if not torch.equal(cell.sort().values, torch.arange(grid.tokens)):
         raise Refusal(
-            "the map that the windows are cut from is not known", "let the tokens come from a convolution of the image"
+            "the map that the windows are cut from is unknown", "compute the tokens by a convolution of the image"
         )
     return grid, cell
 

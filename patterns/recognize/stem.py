@@ -16,13 +16,13 @@ from ...errors import UNFORESEEN, unforeseen
 from ...graph.dataflow import Dataflow
 from ...graph.movement import moved_operands
 from ...graph.values import argument, input_of, operator_name, shape_of
-from ...ir.contract import recogniser
+from ...ir.contract import recognizer
 from ...ir.sites import AttentionSite, Grid, MlpSite, Refused, Site, StemSite
 from ..patch_geometry import map_width, patch_geometry
 
 
-@recogniser(order=2)
-def recognise_stems(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
+@recognizer(order=2)
+def recognize_stems(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
     """Every convolution that makes a coarser map, and every linear map of gathered patches."""
     reducing = _between_queries_and_keys(found, flow)
     linears = {n for site in found for n in _linears_of(site)}
@@ -73,7 +73,7 @@ def _convolution(node: Node, flow: Dataflow) -> StemSite | Refused | None:
 
 
 def _merge(node: Node, flow: Dataflow) -> StemSite | Refused | None:
-    """A linear map whose input channels are those of several tokens, normalised first or not."""
+    """A linear map whose input channels are those of several tokens, normalized first or not."""
     gathered: Node = input_of(node)
     norm = None
     if operator_name(gathered) == "aten::layer_norm" and len(argument(gathered, 1)) == 1:
@@ -174,5 +174,5 @@ def _between_queries_and_keys(found: list[Site], flow: Dataflow) -> set[Node]:
 
 def _linears_of(site: Site) -> tuple[Node | None, ...]:
     if isinstance(site, AttentionSite):
-        return (*site.nodes.linears, site.nodes.merged)
+        return (*site.nodes.linears, site.nodes.out_proj)
     return (site.first, site.second) if isinstance(site, MlpSite) else ()

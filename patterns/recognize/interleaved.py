@@ -1,5 +1,5 @@
 """Interleaved groups: attention among tokens that lie at one interval, as in MaxViT's grid and CrossFormer's long
-distance attention. Recognised, as windows are, from which tokens see which."""
+distance attention. Recognized, as windows are, from which tokens see which."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...ir.sites import Grid, Interleaved
 from .windows import seen_by_tokens, seen_in
 
 
-def recognise_interleaved(queries: Tensor, keys: Tensor, excluded: Tensor | None, grid: Grid) -> Interleaved | None:
+def recognize_interleaved(queries: Tensor, keys: Tensor, excluded: Tensor | None, grid: Grid) -> Interleaved | None:
     """The interleaved groups that the given ones are, or None.
 
     Args:

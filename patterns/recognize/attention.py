@@ -12,7 +12,7 @@ from ...capture import ModuleCall
 from ...errors import UNFORESEEN, Refusal, unforeseen
 from ...graph.dataflow import Dataflow
 from ...graph.values import input_of, operator_name, shape_of
-from ...ir.contract import recogniser
+from ...ir.contract import recognizer
 from ...ir.sites import (
     AttentionSite,
     Bias,
@@ -25,7 +25,7 @@ from ...ir.sites import (
 from ...lift.grid import token_grids
 from ...lift.mixture import Core, find_cores
 from ...lift.projections import Grouping, Projected, group_sizes, grouping, projected, projection, source_tokens
-from ...lift.query_key_norm import kind_of, normalised_parts
+from ...lift.query_key_norm import kind_of, normalized_parts
 from ...lift.token_order import is_reordered
 from .added_scores import bias_of_heads, dropout_rate, mask_of_groups, of_groups
 from .attention_parts import attention_nodes, head_groups_of, path_of
@@ -36,8 +36,8 @@ from .unread_queries import why_unread
 from .windowed_attention import is_one_block, windowed_site
 
 
-@recogniser(order=0)
-def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
+@recognizer(order=0)
+def recognize_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refused]:
     """Every softmax attention of the graph, lifted, or refused with the reason."""
     cores, failed = find_cores(flow)
     refused = [Refused(path_of(flow, [anchor]), "attention", reason) for anchor, reason in failed]
@@ -55,7 +55,7 @@ def recognise_attention(flow: Dataflow, found: list[Site]) -> list[Site | Refuse
 def _lift(core: Core, flow: Dataflow) -> AttentionSite:
     query, key, value = (projected(operand, core, flow) for operand in (core.query, core.key, core.value))
     if query is None or key is None or value is None or key.source is not value.source:
-        return _lift_normalised(core, flow) or _lift_live(core, flow)
+        return _lift_normalized(core, flow) or _lift_live(core, flow)
     grouped = grouping(query, key, value)
     bias, mask = bias_of_heads(core, grouped, flow), mask_of_groups(core, grouped)
     sequences = _sequences((query, key, value)) if bias is None and mask is None else None
@@ -68,15 +68,15 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
                 raise
         (query, key, value), grouped = sequences
     queries = querying_tokens(query, grouped)
-    merged = output_projection(core, query, *token_ranks(query, grouped, queries), grouped, flow)
-    if merged is None and sequences is not None:
+    out_proj = output_projection(core, query, *token_ranks(query, grouped, queries), grouped, flow)
+    if out_proj is None and sequences is not None:
         (query, key, value), grouped = sequences
         queries = querying_tokens(query, grouped)
-        merged = output_projection(core, query, *token_ranks(query, grouped, queries), grouped, flow)
+        out_proj = output_projection(core, query, *token_ranks(query, grouped, queries), grouped, flow)
     keys = _whole_map_keys(query, key, grouped, flow)
     linears = (query.linear, key.linear, value.linear)
     nodes = attention_nodes(
-        core, head_groups_of(core, query, key, value), query.source, key.source, merged, grouped.batch_axis, linears,
+        core, head_groups_of(core, query, key, value), query.source, key.source, out_proj, grouped.batch_axis, linears,
         grouped.placement,
     )  # fmt: skip
     return AttentionSite(
@@ -90,7 +90,7 @@ def _lift(core: Core, flow: Dataflow) -> AttentionSite:
         query=projection(query, grouped),
         key=projection(key, grouped),
         value=projection(value, grouped),
-        output=merged.projection if merged else None,
+        output=out_proj.projection if out_proj else None,
         bias=bias,
         mask=mask,
         learned_scales=core.learned_scales,
@@ -116,9 +116,9 @@ def _sequences(parts: tuple[Projected, ...]) -> tuple[tuple[Projected, ...], Gro
     return (own, grouped) if same and grouped.batch_axis == 0 else None
 
 
-def _lift_normalised(core: Core, flow: Dataflow) -> AttentionSite | None:
-    """Windows of queries and keys whose head vectors are normalised after the projection; None if it is not that."""
-    found = normalised_parts(core, flow)
+def _lift_normalized(core: Core, flow: Dataflow) -> AttentionSite | None:
+    """Windows of queries and keys whose head vectors are normalized after the projection; None if it is not that."""
+    found = normalized_parts(core, flow)
     if found is None:
         return None
     parts, norms = found
@@ -148,7 +148,7 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     linears = _nearest([node for node in above if flow.is_linear(node)], core, flow)
     sizes, batch = group_sizes(core), shape_of(flow.capture.inputs[0])[0]
     if not linears or math.prod(sizes) % batch:
-        raise Refusal("query, key and value do not come from linear maps", "project tokens to them by linear maps")
+        raise Refusal("query, key and value are not linear projections", "compute them by linear maps of the tokens")
     source, _ = flow.remembered(source_tokens, input_of(linears[0]))
     queries = shape_of(core.query.node)[core.query.axes.index("x")]
     if queries * batch != math.prod(shape_of(source)[:-1]):
@@ -156,8 +156,8 @@ def _lift_live(core: Core, flow: Dataflow) -> AttentionSite:
     between = [node for node in above if not flow.is_movement(node) and not flow.is_linear(node)]
     acting = {operator_name(node).removeprefix("aten::") for node in between}
     heads = math.prod(sizes) // batch
-    merged = follow(core.output.node, flow, flow.is_linear)
-    following = () if merged is None else (merged,)
+    out_proj = follow(core.output.node, flow, flow.is_linear)
+    following = () if out_proj is None else (out_proj,)
     samples = core.groups[:1] if len(sizes) > 1 and sizes[0] == batch else ""
     head_groups = core.groups.removeprefix(samples)
     first = torch.arange(heads)
@@ -198,8 +198,8 @@ def _whole_map_keys(query: Projected, key: Projected, grouped: Grouping, flow: D
         return Global()
     if len(tokens) > 1 and grouped.keys.shape[1] == 1:
         raise Refusal(
-            "every query sees a single key: attention runs over an axis of length one",
-            "look which axis holds the tokens (batch_first)",
+            "every query sees a single key: attention runs along an axis of length one",
+            "check which axis holds the tokens (batch_first)",
         )
     return Tokens(grouped.keys.shape[1])
 

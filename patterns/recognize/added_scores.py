@@ -21,7 +21,7 @@ def bias_of_heads(core: Core, grouped: Grouping, flow: Dataflow) -> Bias | None:
         return None
     parts, part = _at_groups(core.bias, core, grouped.group_of_head)
     if any(_differ(parts, part[:, 0], other) for other in part.T[1:]):
-        raise Refusal("the learned bias differs from window to window", "share it between the windows")
+        raise Refusal("the learned bias differs between windows", "share it across windows")
     values = parts if len(parts) == 1 else parts[part[:, 0]]
     sources = [flow.provenance_of_constant(node) for node in core.addends]
     kind = "dense" if all(source.op == "placeholder" for source in sources) else "mlp"
@@ -34,7 +34,7 @@ def mask_of_groups(core: Core, grouped: Grouping) -> Tensor | None:
         return None
     parts, part = _at_groups(core.mask, core, grouped.group_of_head)
     if any(_differ(parts, part[0], other) for other in part[1:]):
-        raise Refusal("the mask differs from head to head", "give all heads the same mask")
+        raise Refusal("the mask differs between heads", "use one mask for all heads")
     return parts.expand(part.shape[1], -1, -1) if len(parts) == 1 else parts[part[0]]
 
 

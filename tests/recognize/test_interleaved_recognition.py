@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnrewrite.patterns.recognise.interleaved import recognise_interleaved
-from attnrewrite.patterns.recognise.windows import recognise_window
+from attnrewrite.patterns.recognize.interleaved import recognize_interleaved
+from attnrewrite.patterns.recognize.windows import recognize_window
 from group_donors import DONORS, GroupAttention, donor, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ COUNTS = st.integers(1, 4)
 
 @given(COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, st.data())
 @settings(max_examples=100, deadline=None)
-def test_groups_cut_by_views_are_recognised(
+def test_groups_cut_by_views_are_recognized(
     rows: int, columns: int, down: int, across: int, high: int, wide: int, data: st.DataObject
 ) -> None:
     """Of any number of regions; the last may be short of tokens, by less than leaves a group with one row."""
@@ -28,7 +28,7 @@ def test_groups_cut_by_views_are_recognised(
     groups = GroupAttention(sides, (rows, columns), (down, across)).members
     absent = (groups < 0)[:, None, :].expand(-1, groups.shape[1], -1)
     grid = Grid(*sides)
-    found = recognise_window(groups, groups, absent, grid) or recognise_interleaved(groups, groups, absent, grid)
+    found = recognize_window(groups, groups, absent, grid) or recognize_interleaved(groups, groups, absent, grid)
     assert found is not None
     seen = {frozenset(group) - {-1} for group in groups.tolist()} - {frozenset()}
     assert {frozenset(group) - {-1} for group in found.slots(grid).tolist()} - {frozenset()} == seen
@@ -37,18 +37,18 @@ def test_groups_cut_by_views_are_recognised(
 def test_a_slot_of_padding_that_counts_as_a_key_is_no_interleaved_group() -> None:
     groups = GroupAttention((7, 6), (4, 3), (2, 2)).members
     assert (groups < 0).any()
-    assert recognise_interleaved(groups, groups, None, Grid(7, 6)) is None
+    assert recognize_interleaved(groups, groups, None, Grid(7, 6)) is None
 
 
 @pytest.mark.parametrize("turned", [lambda groups: groups.flip(1), lambda groups: torch.roll(groups, 1, 0)[:, [1, 0]]])
 def test_other_orders_and_other_groups_are_none(turned) -> None:
     groups = turned(GroupAttention((4, 4), (2, 1), (2, 1)).members)
-    assert recognise_interleaved(groups, groups, None, Grid(4, 4)) is None
+    assert recognize_interleaved(groups, groups, None, Grid(4, 4)) is None
 
 
 def test_queries_that_see_another_group_are_none() -> None:
     groups = GroupAttention((4, 6), (2, 2), (2, 3)).members
-    assert recognise_interleaved(groups, groups.roll(1, 0), None, Grid(4, 6)) is None
+    assert recognize_interleaved(groups, groups.roll(1, 0), None, Grid(4, 6)) is None
 
 
 EXPECTED = {

@@ -1,6 +1,6 @@
 """Windows: attention inside the blocks of a partition of the map, shifted or not, padded or not.
 
-Recognised from which tokens see which: whether a library rolls and masks, pads before or after the roll, or cuts the
+Recognized from which tokens see which: whether a library rolls and masks, pads before or after the roll, or cuts the
 blocks directly makes no difference.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ir.sites import Grid, MapGroups, Window
 
 
-def recognise_window(
+def recognize_window(
     queries: Tensor, keys: Tensor, excluded: Tensor | None, grid: Grid, likely: tuple[bool, bool] = (False, False)
 ) -> Window | None:
     """The window whose blocks are the given groups, or None.
@@ -20,7 +20,7 @@ def recognise_window(
     Args:
         queries, keys: ``[groups, slots]`` tokens in raster order, -1 for padding.
         excluded: ``[groups, slots, slots]`` true where a constant mask rules the key out.
-        likely: whether it is phantom and cyclic, for maps on which that cannot be seen.
+        likely: whether it has padding keys and is rolled before padding, for maps on which that cannot be seen.
     """
     if not torch.equal(queries, keys):
         return None
@@ -34,8 +34,8 @@ def recognise_window(
         columns = count // rows
         offset = (-(slot // columns) % rows, -(slot % columns) % columns)
         rolled = (corner // grid.width % rows, corner % grid.width % columns)
-        for phantom, cyclic in (likely, (True, False), (True, True), (False, False), (False, True)):
-            window = Window((rows, columns), rolled if cyclic else offset, phantom, cyclic)
+        for padding_keys, rolled_first in (likely, (True, False), (True, True), (False, False), (False, True)):
+            window = Window((rows, columns), rolled if rolled_first else offset, padding_keys, rolled_first)
             if torch.equal(seen, seen_in(window, grid)):
                 return window
     return None
@@ -43,7 +43,7 @@ def recognise_window(
 
 def seen_by_tokens(queries: Tensor, keys: Tensor, excluded: Tensor | None, tokens: int) -> Tensor | None:
     """``[tokens, slots]``: what every token sees in every slot; None unless each token queries exactly once."""
-    visible = torch.where(keys < 0, Window.PHANTOM, keys)[:, None, :].expand(-1, queries.shape[1], -1)
+    visible = torch.where(keys < 0, Window.PADDING, keys)[:, None, :].expand(-1, queries.shape[1], -1)
     if excluded is not None:
         visible = torch.where(excluded, Window.ABSENT, visible)
     real = queries >= 0
