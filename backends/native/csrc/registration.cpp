@@ -3,9 +3,17 @@
 
 #include <torch/csrc/stable/library.h>
 
+#define LOCAL_OPERANDS \
+  "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? extra_key, Tensor? extra_value, Tensor? extra_bias, " \
+  "Tensor? post"
+#define LOCAL_GEOMETRY "int[] kernel_size, int[] dilation, bool slides, float scale"
+
 STABLE_TORCH_LIBRARY(attnrewrite_native, library) {
   library.def("instruction_set() -> str");
   library.def("exponential(Tensor source) -> Tensor");
+  library.def("local_attention(" LOCAL_OPERANDS ", " LOCAL_GEOMETRY ") -> (Tensor, Tensor)");
+  library.def("local_attention_backward(Tensor grad_output, Tensor grad_lse, " LOCAL_OPERANDS ", " LOCAL_GEOMETRY
+              ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnrewrite_native, CompositeExplicitAutograd, library) {
@@ -14,4 +22,6 @@ STABLE_TORCH_LIBRARY_IMPL(attnrewrite_native, CompositeExplicitAutograd, library
 
 STABLE_TORCH_LIBRARY_IMPL(attnrewrite_native, CPU, library) {
   library.impl("exponential", TORCH_BOX(&attnrewrite::exponential));
+  library.impl("local_attention", TORCH_BOX(&attnrewrite::local_attention));
+  library.impl("local_attention_backward", TORCH_BOX(&attnrewrite::local_attention_backward));
 }

@@ -1,6 +1,8 @@
 // Tensors of torch as operands: what is checked of them, and how results are made.
 #pragma once
 
+#include "local_attention.h"
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -22,6 +24,14 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype
 
 inline void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(to_vector(tensor.sizes()) == shape, name, ": has a shape that does not fit the other operands");
+}
+
+// The elements of a checked tensor, without strides.
+inline Operand untyped(const Tensor& tensor) {
+  Operand operand;
+  operand.data = tensor.const_data_ptr();
+  operand.is_bfloat16 = tensor.scalar_type() == ScalarType::BFloat16;
+  return operand;
 }
 
 // A contiguous float32 tensor on the CPU.

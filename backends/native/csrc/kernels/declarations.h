@@ -4,6 +4,8 @@
 // linkage: an inline function compiled for AVX-512 here must not be the one that the linker keeps for everybody.
 #pragma once
 
+#include "local_attention.h"
+
 #include <cstdint>
 
 #define STRING_OF(name) #name
@@ -12,5 +14,8 @@
 namespace attnrewrite::ISA {
 
 void exponential(const float* source, float* target, int64_t count);
+// Pieces of work from `begin` to `end`.
+void local_forward(const LocalProblem& problem, const LocalResults& results, int64_t begin, int64_t end);
+void local_backward(const LocalProblem& problem, const LocalGradients& gradients, int64_t begin, int64_t end);
 
 }  // namespace attnrewrite::ISA

@@ -6,6 +6,6 @@
 namespace attnrewrite::ISA {
 
 extern const Kernels table;
-const Kernels table = {NAME_OF(ISA), kLanes, exponential};
+const Kernels table = {NAME_OF(ISA), kLanes, exponential, local_forward, local_backward};
 
 }  // namespace attnrewrite::ISA
