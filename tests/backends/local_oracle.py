@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnrewrite.operators.index_rule import AxisRule
 
-OPERANDS = ("query", "key", "value", "bias", "extra_key", "extra_value", "extra_bias", "post")
+OPERANDS = ("query", "key", "value", "bias", "extra_key", "extra_value", "extra_bias", "place_bias", "post")
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,15 @@ class Local:
 
 def attention(operands: dict[str, Tensor | None], local: Local) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of operands in float64."""
-    query, key, value, bias, extra_key, extra_value, extra_bias, post = (operands[name] for name in OPERANDS)
+    query, key, value, bias, extra_key, extra_value, extra_bias, place_bias, post = map(operands.get, OPERANDS)
     keys, valid, entries = seen(tuple(query.shape[1:-2]), local)
     own = query.flatten(1, -3)
     gathered = [torch.where(valid[:, :, None, None], each.flatten(1, -3)[:, keys], 0.0) for each in (key, value)]
     logits = torch.einsum("bnhd,bnphd->bnhp", own, gathered[0]) * local.scale
     if bias is not None:
         logits = logits + bias.flatten(1)[:, entries].transpose(0, 1)
+    if place_bias is not None:
+        logits = logits + place_bias.flatten(1, -2).transpose(0, 1)
     logits = logits.masked_fill(~valid[:, None], -torch.inf)
     if extra_key is not None:
         shared = torch.einsum("bnhd,bahd->bnha", own, extra_key) * local.scale

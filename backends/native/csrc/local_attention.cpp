@@ -32,8 +32,8 @@ Operand map_operand(const Tensor& tensor, int64_t rank) {
 // `[B, extras, heads, channels]`
 Operand extra_operand(const Tensor& tensor) { return map_operand(tensor, 1); }
 
-// `[heads, *grid, extras]`
-Operand extra_bias_operand(const Tensor& tensor, int64_t rank) {
+// `[heads, *grid, channels]`
+Operand head_operand(const Tensor& tensor, int64_t rank) {
   const Sizes strides = to_vector(tensor.strides());
   Operand operand = untyped(tensor);
   operand.head_stride = strides[0];
@@ -49,7 +49,7 @@ Sizes with(Sizes sizes, std::initializer_list<int64_t> more) {
 
 struct LocalOperands {
   const Tensor &query, &key, &value;
-  const std::optional<Tensor>&bias, &extra_key, &extra_value, &extra_bias, &post;
+  const std::optional<Tensor>&bias, &extra_key, &extra_value, &extra_bias, &place_bias, &post;
 };
 
 struct LocalGeometry {
@@ -93,6 +93,7 @@ void check_operands(const LocalOperands& given, const Shape& shape, const Sizes&
   Sizes by_head = {shape.heads};
   by_head.insert(by_head.end(), shape.grid.begin(), shape.grid.end());
   check("extra_bias", given.extra_bias, with(by_head, {shape.extras}));
+  check("place_bias", given.place_bias, with(by_head, {places}));
   check("post", given.post, with(shape.tokens, {places}));
   if (given.bias) {
     Sizes table = {shape.heads};
@@ -109,7 +110,8 @@ void check_window(const LocalGeometry& window, const Shape& shape) {
                   "kernel_size, dilation: must have one entry an axis");
   for (size_t axis = 0; axis < rank; ++axis) {
     const int64_t kernel = window.kernel_size[axis], dilation = window.dilation[axis];
-    STD_TORCH_CHECK(kernel % 2 == 1 && kernel >= 1 && kernel <= kWidestWindow, "kernel_size: must be odd, from 1 to 13");
+    STD_TORCH_CHECK(kernel % 2 == 1 && kernel >= 1 && kernel <= kWidestWindow,
+                    "kernel_size: must be odd, from 1 to 13");
     STD_TORCH_CHECK(dilation >= 1, "dilation: must be at least 1");
     STD_TORCH_CHECK(!window.slides || kernel <= shape.grid[axis] / dilation, "kernel_size: the window exceeds the map");
   }
@@ -138,7 +140,8 @@ LocalProblem local_problem(const LocalOperands& given, const LocalGeometry& wind
   problem.value = map_operand(given.value, shape.rank);
   if (given.extra_key) problem.extra_key = extra_operand(*given.extra_key);
   if (given.extra_value) problem.extra_value = extra_operand(*given.extra_value);
-  if (given.extra_bias) problem.extra_bias = extra_bias_operand(*given.extra_bias, shape.rank);
+  if (given.extra_bias) problem.extra_bias = head_operand(*given.extra_bias, shape.rank);
+  if (given.place_bias) problem.place_bias = head_operand(*given.place_bias, shape.rank);
   if (given.post) problem.post = map_operand(*given.post, shape.rank);
   if (given.bias) problem.bias = given.bias->const_data_ptr<float>();
   return problem;
@@ -158,9 +161,9 @@ int64_t forward_band(const LocalProblem& problem) {
 std::tuple<Tensor, Tensor> local_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& extra_key, const std::optional<Tensor>& extra_value,
-    const std::optional<Tensor>& extra_bias, const std::optional<Tensor>& post, const Sizes& kernel_size,
-    const Sizes& dilation, bool slides, double scale) {
-  LocalProblem problem = local_problem({query, key, value, bias, extra_key, extra_value, extra_bias, post},
+    const std::optional<Tensor>& extra_bias, const std::optional<Tensor>& place_bias, const std::optional<Tensor>& post,
+    const Sizes& kernel_size, const Sizes& dilation, bool slides, double scale) {
+  LocalProblem problem = local_problem({query, key, value, bias, extra_key, extra_value, extra_bias, place_bias, post},
                                        {kernel_size, dilation, slides, scale});
   problem.band = forward_band(problem);
   Sizes tokens = to_vector(query.sizes());
@@ -196,8 +199,8 @@ int64_t backward_band(const LocalProblem& problem) {
 
 // Gradients of what all queries share: partial sums of every piece of work, and where their sums go.
 struct SharedGradients {
-  Tensor bias, extra_key, extra_value, extra_bias;
-  std::vector<float> bias_parts, extra_key_parts, extra_value_parts, extra_bias_parts;
+  Tensor bias, extra_key, extra_value, extra_bias, place_bias;
+  std::vector<float> bias_parts, extra_key_parts, extra_value_parts, extra_bias_parts, place_bias_parts;
 
   SharedGradients(const LocalOperands& given, const LocalProblem& problem, LocalGradients& wanted) {
     const int64_t pieces = pieces_of(problem);
@@ -210,18 +213,18 @@ struct SharedGradients {
     extra_key = make(given.extra_key, extra_key_parts, pieces * problem.extras * problem.channels, wanted.extra_key);
     extra_value = make(given.extra_value, extra_value_parts, pieces * problem.extras * problem.value_channels,
                        wanted.extra_value);
-    extra_bias = make(given.extra_bias, extra_bias_parts,
-                      problem.batch * problem.heads * product(problem.grid) * problem.extras, wanted.extra_bias);
+    const int64_t tokens = problem.batch * problem.heads * product(problem.grid);
+    extra_bias = make(given.extra_bias, extra_bias_parts, tokens * problem.extras, wanted.extra_bias);
+    place_bias = make(given.place_bias, place_bias_parts, tokens * product(problem.kernel), wanted.place_bias);
   }
 
   void sum(const LocalProblem& problem) const {
     const int64_t maps = problem.batch * problem.heads, pieces = maps == 0 ? 0 : pieces_of(problem) / maps;
-    if (!bias_parts.empty() || bias.numel() > 0) sum_images(problem, pieces * product(problem.bias_sizes));
+    if (bias.numel() > 0) sum_images(problem, pieces * product(problem.bias_sizes));
     sum_extras(problem, extra_key_parts, pieces, problem.channels, extra_key);
     sum_extras(problem, extra_value_parts, pieces, problem.value_channels, extra_value);
-    if (extra_bias.numel() > 0) {
-      sum_parts(extra_bias_parts.data(), 1, problem.batch, extra_bias.numel(), extra_bias.mutable_data_ptr<float>());
-    }
+    sum_parts(extra_bias_parts.data(), 1, problem.batch, extra_bias.numel(), extra_bias.mutable_data_ptr<float>());
+    sum_parts(place_bias_parts.data(), 1, problem.batch, place_bias.numel(), place_bias.mutable_data_ptr<float>());
   }
 
  private:
@@ -262,9 +265,9 @@ struct SharedGradients {
 Tensors local_attention_backward(
     const Tensor& grad_output, const Tensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& extra_key, const std::optional<Tensor>& extra_value,
-    const std::optional<Tensor>& extra_bias, const std::optional<Tensor>& post, const Sizes& kernel_size,
-    const Sizes& dilation, bool slides, double scale) {
-  const LocalOperands given{query, key, value, bias, extra_key, extra_value, extra_bias, post};
+    const std::optional<Tensor>& extra_bias, const std::optional<Tensor>& place_bias, const std::optional<Tensor>& post,
+    const Sizes& kernel_size, const Sizes& dilation, bool slides, double scale) {
+  const LocalOperands given{query, key, value, bias, extra_key, extra_value, extra_bias, place_bias, post};
   LocalProblem problem = local_problem(given, {kernel_size, dilation, slides, scale});
   problem.band = backward_band(problem);
   const int64_t rank = query.dim() - 3;
@@ -277,7 +280,8 @@ Tensors local_attention_backward(
   LocalGradients wanted{};
   wanted.output = map_operand(grad_output, rank);
   wanted.lse = map_operand(torch::stable::unsqueeze(grad_lse, -1), rank);
-  const Tensor grad_query = new_floats(query, to_vector(query.sizes())), grad_key = new_floats(query, to_vector(key.sizes()));
+  const Tensor grad_query = new_floats(query, to_vector(query.sizes()));
+  const Tensor grad_key = new_floats(query, to_vector(key.sizes()));
   const Tensor grad_value = new_floats(query, to_vector(value.sizes()));
   const Tensor grad_post = new_floats(query, post ? to_vector(post->sizes()) : Sizes{0});
   wanted.query = grad_query.mutable_data_ptr<float>(), wanted.key = grad_key.mutable_data_ptr<float>();
@@ -288,8 +292,8 @@ Tensors local_attention_backward(
     kernels().local_backward(problem, wanted, begin, end);
   });
   shared.sum(problem);
-  return {grad_query,       grad_key,           grad_value,        shared.bias,
-          shared.extra_key, shared.extra_value, shared.extra_bias, grad_post};
+  return {grad_query,         grad_key,          grad_value,        shared.bias, shared.extra_key,
+          shared.extra_value, shared.extra_bias, shared.place_bias, grad_post};
 }
 
 }  // namespace attnrewrite

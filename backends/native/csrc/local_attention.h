@@ -24,7 +24,7 @@ struct LocalProblem {
   Operand query, key, value;          // by token and channel
   Operand extra_key, extra_value;     // the last axis counts the extra keys
   Operand extra_bias;                 // by token; the channels are the extra keys
-  Operand post;                       // by token; the channels are the places of the window
+  Operand place_bias, post;           // by token; the channels are the places of the window
   const float* bias;                  // contiguous: a table of `bias_entries` a head; null: absent
   int64_t bias_sizes[3];
   int64_t band;                       // rows of the first axis that are one piece of work
@@ -41,7 +41,7 @@ struct LocalGradients {
   Operand lse;       // given, by token; float32
   float *query, *key, *value, *post;  // wanted: contiguous, heads last; post may be null
   float *bias, *extra_key, *extra_value;  // wanted: one partial sum for every piece of work; may be null
-  float* extra_bias;  // wanted: `[B, heads, *grid, extras]`; may be null
+  float *extra_bias, *place_bias;  // wanted: `[B, heads, *grid, extras or places]`; may be null
 };
 
 // Kernels are compiled with other flags than the rest, so that functions of both must not exist as symbols.

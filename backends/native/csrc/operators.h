@@ -23,23 +23,24 @@ Tensor exponential(const Tensor& source);
 // A query sees `kernel_size` keys along each axis, `dilation` apart, around it. With `slides` the window slides inward
 // at borders; `bias`, `[heads, 2 * kernel_size - 1 an axis]`, is indexed by key minus query in steps. Without, places
 // off the map are absent; `bias`, `[heads, *kernel_size]`, is indexed by place. It is float32 and contiguous. Every
-// query sees `extra_key`, `[B, extras, heads, channels]`, too, with `extra_bias`, `[heads, *grid, extras]`. `post`,
-// `[B, *grid, heads, places]`, adds to the weights of the window after the softmax.
+// query sees `extra_key`, `[B, extras, heads, channels]`, too, with `extra_bias`, `[heads, *grid, extras]`.
+// `place_bias`, `[heads, *grid, places]`, adds to the logits of each query's own window, and `post`, `[B, *grid, heads,
+// places]`, to the weights of the window after the softmax.
 //
 // Results, contiguous: output `[B, *grid, heads, value channels]`, log-sum-exp of all logits in float32.
 std::tuple<Tensor, Tensor> local_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& extra_key, const std::optional<Tensor>& extra_value,
-    const std::optional<Tensor>& extra_bias, const std::optional<Tensor>& post,
+    const std::optional<Tensor>& extra_bias, const std::optional<Tensor>& place_bias, const std::optional<Tensor>& post,
     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& dilation, bool slides, double scale);
 
-using Tensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Gradients of the eight tensors in order, contiguous and in float32; an absent one has an empty gradient.
+// Gradients of the nine tensors in order, contiguous and in float32; an absent one has an empty gradient.
 Tensors local_attention_backward(
     const Tensor& grad_output, const Tensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& extra_key, const std::optional<Tensor>& extra_value,
-    const std::optional<Tensor>& extra_bias, const std::optional<Tensor>& post,
+    const std::optional<Tensor>& extra_bias, const std::optional<Tensor>& place_bias, const std::optional<Tensor>& post,
     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& dilation, bool slides, double scale);
 
 }  // namespace attnrewrite

@@ -5,7 +5,7 @@
 
 #define LOCAL_OPERANDS \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? extra_key, Tensor? extra_value, Tensor? extra_bias, " \
-  "Tensor? post"
+  "Tensor? place_bias, Tensor? post"
 #define LOCAL_GEOMETRY "int[] kernel_size, int[] dilation, bool slides, float scale"
 
 STABLE_TORCH_LIBRARY(attnrewrite_native, library) {
@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(attnrewrite_native, library) {
   library.def("exponential(Tensor source) -> Tensor");
   library.def("local_attention(" LOCAL_OPERANDS ", " LOCAL_GEOMETRY ") -> (Tensor, Tensor)");
   library.def("local_attention_backward(Tensor grad_output, Tensor grad_lse, " LOCAL_OPERANDS ", " LOCAL_GEOMETRY
-              ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+              ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnrewrite_native, CompositeExplicitAutograd, library) {

@@ -88,6 +88,7 @@ class Backward {
       if (is_own) write(wanted_.post, row + which, line, tile, logits, own_.places);
       to_logits(row + which, line, tile, own_.weights_of(which), logits);
       if (!problem_.slides) own_.fill_absent(of_which, tile, logits, 0.0f);
+      if (is_own) write_by_head(wanted_.place_bias, row + which, line, tile, logits, own_.places);
       if (is_own) sum_extras(row + which, line, tile, which);
       own_.add_post(row, which, line, tile, values);
       keep(row + which, line, tile, which, is_own);
@@ -114,23 +115,30 @@ class Backward {
     if (problem_.extras == 0) return;
     const float* logits = logits_of(which) + own_.places * kLanes;
     const float* weights = own_.weights_of(which) + own_.places * kLanes;
-    if (wanted_.extra_bias != nullptr) {
-      const int64_t token = map_.token(row, line, tile.column);
-      const int64_t tokens = product(problem_.grid), image = token / tokens;
-      float* target = wanted_.extra_bias + ((image * problem_.heads + map_.head) * tokens + token % tokens) * problem_.extras;
-      unpack(logits, tile.count, problem_.extras, target, problem_.dilation[2] * problem_.extras);
-    }
+    write_by_head(wanted_.extra_bias, row, line, tile, logits, problem_.extras);
     const float* query = own_.query.data + which * problem_.channels * kLanes;
     for (int64_t at = 0; at < problem_.extras; ++at) {
-      add_outer(load(logits + at * kLanes), query, problem_.channels, extra_key_.data + at * problem_.channels * kLanes);
+      add_outer(load(logits + at * kLanes), query, problem_.channels,
+                extra_key_.data + at * problem_.channels * kLanes);
       const Floats weight = choose(tile.is_query, load(weights + at * kLanes), Floats{});
       add_outer(weight, output_tile(which), problem_.value_channels,
                 extra_value_.data + at * problem_.value_channels * kLanes);
     }
   }
 
+  // A tile's part of a contiguous gradient `[B, heads, *grid, channels]`.
+  void write_by_head(float* gradient, int64_t row, int64_t line, const Tile& tile, const float* source,
+                     int64_t channels) const {
+    if (gradient == nullptr) return;
+    const int64_t token = map_.token(row, line, tile.column), tokens = product(problem_.grid), image = token / tokens;
+    float* target = gradient + ((image * problem_.heads + map_.head) * tokens + token % tokens) * channels;
+    unpack(source, tile.count, channels, target, problem_.dilation[2] * channels);
+  }
+
   static void add_outer(Floats weight, const float* tile, int64_t channels, float* sums) {
-    for (int64_t at = 0; at < channels * kLanes; at += kLanes) store(sums + at, load(sums + at) + weight * load(tile + at));
+    for (int64_t at = 0; at < channels * kLanes; at += kLanes) {
+      store(sums + at, load(sums + at) + weight * load(tile + at));
+    }
   }
 
   // Keeps what the keys pull, by distance: gradients of logits, then weights of values.
@@ -146,7 +154,7 @@ class Backward {
       for (int64_t at = first; at < last; ++at) store(target + at * by_distance_.stride, load(spread + at * kLanes));
       if (!is_own || number >= rows || problem_.bias == nullptr) continue;
       float* sums = bias_.data + own_.bias_row(row, line, number) * kLanes;
-      for (int64_t at = first * kLanes; at < last * kLanes; at += kLanes) store(sums + at, load(sums + at) + load(spread + at));
+      add_vectors(sums + first * kLanes, spread + first * kLanes, last - first);
     }
   }
 
@@ -172,7 +180,8 @@ class Backward {
 
   // A tile's part of a contiguous gradient, heads last.
   template <typename AnyTile>
-  void write(float* gradient, int64_t row, int64_t line, const AnyTile& tile, const float* source, int64_t channels) const {
+  void write(float* gradient, int64_t row, int64_t line, const AnyTile& tile, const float* source,
+             int64_t channels) const {
     if (gradient == nullptr) return;
     const int64_t token = map_.token(row, line, tile.column) * problem_.heads + map_.head;
     unpack(source, tile.count, channels, gradient + token * channels, problem_.dilation[2] * problem_.heads * channels);

@@ -125,7 +125,9 @@ class PackedRows {
     for (int64_t row = from; row < to; ++row) {
       for (int64_t line = 0; line < lines; ++line) {
         float* target = at(row, line, -margin);
-        if (row + 1 < to) prefetch(operand, map.offset(operand, row + 1, line, 0), map.step(operand), map.size[2], channels);
+        if (row + 1 < to) {
+          prefetch(operand, map.offset(operand, row + 1, line, 0), map.step(operand), map.size[2], channels);
+        }
         for (int64_t channel = 0; channel < channels; ++channel) {
           float* channel_row = target + channel * stride;
           for (int64_t each = 0; each < margin; ++each) channel_row[each] = 0;

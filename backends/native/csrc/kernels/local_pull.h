@@ -1,8 +1,8 @@
 // Gradients of keys and values: every key pulls from the queries that see it, so that no two threads write one sum.
 //
-// Weights are kept by distance. Where windows slide, several queries of a row have the same key at different places, and
-// a key's queries are no run of lanes; at a fixed distance they are. A row of weights has a vector of queries for every
-// distance that occurs, zero where the key at this distance is not seen.
+// Weights are kept by distance. Where windows slide, several queries of a row have the same key at different places,
+// and a key's queries are no run of lanes; at a fixed distance they are. A row of weights has a vector of queries for
+// every distance that occurs, zero where the key at this distance is not seen.
 #pragma once
 
 #include "local_map.h"

@@ -55,6 +55,7 @@ struct LocalWeights {
                 problem.channels, window);
     for (int64_t which = 0; which < queries; ++which) {
       if (bias != nullptr) add_bias(row + which, line, tile, weights_of(which));
+      add_terms(problem.place_bias, row + which, line, tile, places, weights_of(which));
       if (!problem.slides) remove_absent(window.part(which * window.shift, window.count), tile, weights_of(which));
       if (problem.extras > 0) attend_extras(row + which, line, tile, tiles[which], weights_of(which) + places * kLanes);
       lse[which] = softmax(weights_of(which), keys);
@@ -66,8 +67,7 @@ struct LocalWeights {
     if (problem.post.data == nullptr) return;
     pack_tile(problem.post, row + which, line, tile, places, 1.0f, terms.data);
     if (!problem.slides) fill_absent(window.part(which * window.shift, window.count), tile, terms.data, 0.0f);
-    float* target = weights_of(which);
-    for (int64_t at = 0; at < places * kLanes; at += kLanes) store(target + at, load(target + at) + load(terms.data + at));
+    add_vectors(weights_of(which), terms.data, places);
   }
 
   // What an operand holds for the queries of a tile, `[channels, kLanes]`; lanes without a query are 0.
@@ -111,11 +111,13 @@ struct LocalWeights {
  private:
   void attend_extras(int64_t row, int64_t line, const Tile& tile, const float* own, float* target) {
     shared_products(own, problem.channels, extra_key.data, problem.extras, target);
-    if (problem.extra_bias.data == nullptr) return;
-    pack_tile(problem.extra_bias, row, line, tile, problem.extras, 1.0f, terms.data);
-    for (int64_t at = 0; at < problem.extras * kLanes; at += kLanes) {
-      store(target + at, load(target + at) + load(terms.data + at));
-    }
+    add_terms(problem.extra_bias, row, line, tile, problem.extras, target);
+  }
+
+  void add_terms(const Operand& operand, int64_t row, int64_t line, const Tile& tile, int64_t count, float* target) {
+    if (operand.data == nullptr) return;
+    pack_tile(operand, row, line, tile, count, 1.0f, terms.data);
+    add_vectors(target, terms.data, count);
   }
 
   void remove_absent(const WindowRows& window, const Tile& tile, float* target) const {

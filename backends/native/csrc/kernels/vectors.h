@@ -39,6 +39,10 @@ INLINE void store_first(float* target, int64_t count, Floats values) {
   for (int64_t lane = 0; lane < count; ++lane) target[lane] = values[lane];
 }
 
+INLINE void add_vectors(float* target, const float* source, int64_t count) {
+  for (int64_t at = 0; at < count * kLanes; at += kLanes) store(target + at, load(target + at) + load(source + at));
+}
+
 INLINE Floats broadcast(float value) { return Floats{} + value; }
 
 INLINE Ints lane_numbers() {

@@ -1,17 +1,18 @@
 // The two products of attention over a window: a tile of neighboring queries, one in every lane.
 //
-// Keys lie in packed rows, channel outside and column inside, so that the keys which the lanes see at one place of their
-// windows are one load. At borders windows slide: then the lanes' columns are a permutation of that load, the same for
-// every place.
+// Keys lie in packed rows, channel outside and column inside, so that the keys which the lanes see at one place of
+// their windows are one load. At borders windows slide: then the lanes' columns are a permutation of that load, the
+// same for every place.
 #pragma once
 
 #include "vectors.h"
 
 namespace attnrewrite::ISA {
 
-// Two queries of one column, in neighboring rows, share every load of a key: more than one loads faster than it computes,
-// for most loads cross a cache line. `rows` has the rows of both windows, each from the column of the first place, and
-// null for those off the map. The first query's are the first `count`, the second's begin `shift` later.
+// Two queries of one column, in neighboring rows, share every load of a key: most loads cross a cache line, and with
+// one query to a load they would take longer than the arithmetic. `rows` has the rows of both windows, each from the
+// column of the first place, and null for those off the map. The first query's are the first `count`, the second's
+// begin `shift` later.
 struct WindowRows {
   const float* const* rows;
   int64_t queries, count, shift;
@@ -186,7 +187,7 @@ INLINE Floats softmax(float* logits, int64_t count) {
     store(logits + at * kLanes, weight);
     sum += weight;
   }
-  const Floats factor = 1.0f / sum;
+  const Floats factor = choose(sum < kInfinity, 1.0f / sum, sum - sum);  // infinity among them leaves no weights
   for (at = 0; at < count; ++at) store(logits + at * kLanes, load(logits + at * kLanes) * factor);
   return highest + log(sum);
 }
