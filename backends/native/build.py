@@ -36,6 +36,8 @@ FLAGS = (
     "-fno-math-errno", "-fno-trapping-math", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 )  # fmt: skip
 
+KERNEL_FLAGS = ("-fno-exceptions",)  # kernels throw nothing, and its bookkeeping would be shared among instruction sets
+
 X86 = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -81,7 +83,7 @@ def obstacle() -> str | None:
 @cache
 def binary_name() -> str:
     """Changes with every source and flag, so that an outdated binary is never loaded."""
-    digest = hashlib.sha256(repr((FLAGS, instruction_sets(), platform.system(), platform.machine())).encode())
+    digest = hashlib.sha256(repr((FLAGS, KERNEL_FLAGS, instruction_sets(), platform.system(), platform.machine())).encode())
     for path in _files():
         digest.update(path.relative_to(PACKAGE).as_posix().encode())
         digest.update(path.read_bytes())
@@ -154,7 +156,10 @@ def _variants(source: Path) -> dict[str, tuple[str, ...]]:
     """Flags of every object that a source becomes."""
     if source.parent.name != "kernels":
         return {"common": tuple(f"-DHAS_{name.upper()}" for name in instruction_sets())}
-    return {name: (f"-DISA={name}", f"-DISA_{name.upper()}", *flags) for name, flags in instruction_sets().items()}
+    return {
+        name: (f"-DISA={name}", f"-DISA_{name.upper()}", *KERNEL_FLAGS, *flags)
+        for name, flags in instruction_sets().items()
+    }
 
 
 def _run(command: list[str]) -> None:
