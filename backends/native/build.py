@@ -83,7 +83,8 @@ def obstacle() -> str | None:
 @cache
 def binary_name() -> str:
     """Changes with every source and flag, so that an outdated binary is never loaded."""
-    digest = hashlib.sha256(repr((FLAGS, KERNEL_FLAGS, instruction_sets(), platform.system(), platform.machine())).encode())
+    choices = (FLAGS, KERNEL_FLAGS, instruction_sets(), platform.system(), platform.machine())
+    digest = hashlib.sha256(repr(choices).encode())
     for path in _files():
         digest.update(path.relative_to(PACKAGE).as_posix().encode())
         digest.update(path.read_bytes())
