@@ -58,7 +58,8 @@ INLINE void transpose(Floats (&block)[kLanes]) {
 template <typename T>
 INLINE void pack_square(const T* source, int64_t token_stride, int64_t tokens, float factor, float* target,
                         int64_t target_stride) {
-  Floats block[kLanes] = {};
+  Floats block[kLanes];
+  for (int64_t token = tokens; token < kLanes; ++token) block[token] = Floats{};
   for (int64_t token = 0; token < tokens; ++token) block[token] = load_any(source + token * token_stride) * factor;
   transpose(block);
   for (int row = 0; row < kLanes; ++row) store(target + row * target_stride, block[row]);
