@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two processes of one thread each: a file's tests share models that one process converts once.
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all workflows golden lint typecheck benchmarks clean
+.PHONY: demo test test-all sanitize workflows golden lint typecheck benchmarks clean
 
 demo: $(READY)
 	$(RUN) examples/demo.py
@@ -16,6 +16,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(TEST) -m ""
+
+# The native kernels under the sanitizers of the compiler.
+sanitize: $(READY)
+	$(RUN) -m pytest -m slow tests/backends/test_native_sanitized.py
 
 # Other people's trainers, adapters and explainers around converted models.
 workflows: $(READY)
