@@ -13,6 +13,7 @@ if not (_here / "patterns").exists() and (_here.parent / "patterns" / "__init__.
 if TYPE_CHECKING:
     from .api.conversion import convert, plan, record, replay, report, revert
     from .api.explanation import explain
+    from .api.lowering_report import explain_lowering
     from .calibration import Calibration, calibrate
     from .costs import analyze
     from .errors import AttnRewriteError
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from .version import __version__
 
 __all__ = [
-    "AttnRewriteError", "Calibration", "Record", "__version__", "analyze", "calibrate", "convert", "explain", "plan",
+    "AttnRewriteError", "Calibration", "Record", "__version__", "analyze", "calibrate", "convert", "explain",
+    "explain_lowering", "plan",
     "record", "replay", "report", "revert",
 ]  # fmt: skip
 
@@ -33,6 +35,7 @@ _PLACES = {
     "calibrate": "calibration",
     "convert": "api.conversion",
     "explain": "api.explanation",
+    "explain_lowering": "api.lowering_report",
     "plan": "api.conversion",
     "record": "api.conversion",
     "replay": "api.conversion",

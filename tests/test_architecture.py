@@ -11,7 +11,7 @@ from pathlib import Path
 from plugins import ROOT, run
 
 ROOMS = [
-    "errors", "version", "torchvision_compat", "hosts", "numerics", "capture", "operators", "functional", "lowering",
+    "errors", "version", "torchvision_compat", "hosts", "numerics", "operators", "capture", "functional", "lowering",
     "backends", "graph", "ir", "modules", "models", "cores", "lift", "certify", "patterns", "reports", "rewrite",
     "planning", "calibration", "costs", "api", "__main__", "",
 ]  # fmt: skip

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 from copy import copy
-from dataclasses import replace
 from importlib import invalidate_caches
 
 import pytest
 import torch
+from attention_cases import full_problem, local_problem
 from plugins import install, run
 from torch import nn
 
@@ -18,7 +18,7 @@ import attnrewrite.operators.dispatch as backends
 import attnrewrite.planning.registry as patterns
 from attnrewrite.errors import ArgumentError, BackendError
 from attnrewrite.ir.contract import BetweenLinears, BetweenProjections, Exactness, Target
-from attnrewrite.operators.dispatch import Request
+from attnrewrite.operators.backend import Request
 
 TARGET = '''
 """Softmax without the scores: every token takes the mean of all values."""
@@ -69,30 +69,28 @@ import torch
 import torch.nn.functional as F
 
 from attnrewrite.lowering import Backend, Request
-from attnrewrite.operators.index_rule import axis_rules, windows
+from attnrewrite.operators.index_rule import windows
 
 
-def seen(grid, *geometry):
+def seen(problem):
     """[tokens, tokens]: does the query see the key?"""
     mask = torch.ones(1, 1, dtype=torch.bool)
-    for rule in axis_rules(grid, *geometry):
+    for rule in problem.rules:
         axis = torch.tensor([[key in window for key in range(rule.length)] for window in windows(rule)])
         mask = (mask[:, None, :, None] & axis[None, :, None, :]).flatten(2).flatten(0, 1)
     return mask
 
 
-def local_attention(query, key, value, bias, extra_key, extra_value, kernel_size, stride, dilation, is_causal, scale):
-    query_rows, key_rows, value_rows = (part.flatten(1, -3).transpose(1, 2) for part in (query, key, value))
-    logits = scale * query_rows @ key_rows.transpose(-1, -2)
-    hidden = ~seen(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    logits = logits.masked_fill(hidden, -torch.inf)
-    output = (logits.softmax(-1) @ value_rows).transpose(1, 2)
-    statistics = logits.logsumexp(-1).transpose(1, 2)
-    return output.reshape(*query.shape[:-1], -1), statistics.reshape(query.shape[:-1])
+def local_attention(problem):
+    query, key, value = (part.flatten(1, -3).transpose(1, 2) for part in problem.operands[:3])
+    logits = (problem.scale * query @ key.mT).masked_fill(~seen(problem), -torch.inf)
+    results = (logits.softmax(-1) @ value, logits.logsumexp(-1))
+    return tuple(result.transpose(1, 2).unflatten(1, problem.grid) for result in results)
 
 
 def supports(request: Request) -> str | None:
-    return "it takes neither bias nor additional keys" if request.has_bias or request.extra_keys else None
+    biases_and_more = request.problem.operands[3:]
+    return "it takes neither bias nor additional keys" if biases_and_more != (None,) * 6 else None
 
 
 MASKED = Backend("masked", {"local_attention": local_attention}, lambda request: 1e9, supports, devices=("cpu",))
@@ -135,7 +133,8 @@ def nothing(flow, sites):
 UNREGISTERED = NAMED.format("manhattan").replace("@register_target", "")
 ENTRY = "entry point 'plugin' of attnrewrite.patterns: "
 
-REQUEST = Request("local_attention", "cpu", torch.float32, 1, (8, 8), 2, 4, 4, (3, 3), (1, 1), (1, 1), (False, False))
+PROBLEM = local_problem((8, 8), (3, 3))
+REQUEST = Request.of(PROBLEM)
 
 
 @pytest.fixture
@@ -199,12 +198,13 @@ def test_deferred_implementations_are_imported_by_the_first_run(folder):
     (folder / "plugin_kernels.py").write_text("import no_such_library")
     install(folder, "attnrewrite.backends", "plugin_file:BACKEND", MINIMAL.format(deferred, ""), name="plugin")
     assert backends.select_backend(REQUEST, "plugin").name == "plugin"
-    assert backends.refusals(replace(REQUEST, operator="soft_split"))["plugin"] == "it does not implement soft_split"
+    soft_split = Request.of(full_problem("soft_split"))
+    assert backends.refusals(soft_split)["plugin"] == "it does not implement soft_split"
     with pytest.raises(BackendError, match=r"plugin_kernels could not be imported .*; choose another backend with"):
-        backends.run(REQUEST, "plugin")
-    (folder / "plugin_kernels.py").write_text("def local_attention(x): return x")
+        backends.run(PROBLEM, "plugin")
+    (folder / "plugin_kernels.py").write_text("def local_attention(problem): return problem.query, problem.key")
     invalidate_caches()
-    assert backends.run(REQUEST, "plugin", 7) == 7
+    assert backends.run(PROBLEM, "plugin") == (PROBLEM.query, PROBLEM.key)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 from torch.export.graph_signature import InputKind
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError, CaptureError, first_line
 from ..numerics.draws import same_draws
+from ..operators import GroupedProblem, LocalProblem
+from ..operators.operator import spelled_out
 from .boundaries import BoundaryRecorder, final_node, positions
 from .captured_graph import CapturedGraph
 from .dropout import training_dropout
@@ -70,6 +72,17 @@ def capture(model: nn.Module, example_inputs: Any | None = None) -> Capture:
         ) from cause
 
 
+RECOGNIZED_AS_CALLS = (LocalProblem, GroupedProblem)
+"""Operators whose calls are sites by themselves; of others the plain form is what recognizers read."""
+
+
+def traced_graph(model: nn.Module, inputs: Inputs, training: bool = False) -> Graph:
+    """The graph of one call as an exporter makes it, without the boundaries of module calls."""
+    args, kwargs = inputs
+    with _TRACING, torch.no_grad():
+        return torch.export.export(replica(model, training=training), args, kwargs, strict=False).graph
+
+
 def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Capture:
     """Export one call of ``model``, in eval or in ``training`` mode, and leave it untouched.
 
@@ -82,7 +95,7 @@ def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Ca
     recorder.attach()
     tracker = SizeTracker(recorder.running)
     called = _Called(traced) if isinstance(traced, fx.GraphModule) else traced
-    with _TRACING, torch.no_grad(), tracker:
+    with _TRACING, torch.no_grad(), tracker, spelled_out(but=RECOGNIZED_AS_CALLS):
         program = torch.export.export(called, args, kwargs, strict=False)
     graph = program.graph
     if any(node.op == "get_attr" for node in graph.nodes):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..ir.core import StageCore
 from ..ir.sites import Grid
 from ..modules.depthwise import DepthwiseConv
-from ..operators.conv_glu import ConvGluGeometry, conv_glu
+from ..numerics.activations import ACTIVATIONS
+from ..operators.conv_glu import check_activation
 from .sequence import grid_of, join_map, split_map
 
 
@@ -40,7 +41,9 @@ class ConvGate(StageCore):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.geometry = ConvGluGeometry(activation, pre_activation)
+        check_activation("activation", activation)
+        check_activation("pre_activation", pre_activation)
+        self.activation, self.pre_activation = activation, pre_activation
         self.conv = identity_convolution(hidden_dim) if convolves else None
         self.takes_source = source_dim is not None
         self.value = None if source_dim is None else constant_one(source_dim, hidden_dim)
@@ -52,14 +55,14 @@ class ConvGate(StageCore):
         """
         value = gate if self.value is None else self.value(source)
         assert isinstance(value, Tensor)
-        return conv_glu(hidden, value, None if self.conv is None else self._convolve, self.geometry)
-
-    def _convolve(self, hidden: Tensor) -> Tensor:
-        assert self.conv is not None
-        return on_map(self.conv, hidden, self.grid)
+        names = (self.activation, self.pre_activation)
+        if self.conv is None:
+            return ACTIVATIONS[names[0]](ACTIVATIONS[names[1]](hidden)) * value
+        gated = self.conv.gated
+        return on_map(lambda *parts: gated(parts[0], parts[1], *names), self.grid, hidden, value)
 
     def extra_repr(self) -> str:
-        return f"{self.geometry}, grid={self.grid}"
+        return f"activation={self.activation!r}, pre_activation={self.pre_activation!r}, grid={self.grid}"
 
 
 class ConvGatedMlp(nn.Module):
@@ -97,20 +100,20 @@ class ConvGatedMlp(nn.Module):
         return self.gate(self.fc1(source), source=source)
 
 
-def on_map(operator: Callable[[Tensor], Tensor], value: Tensor, grid: Grid | None) -> Tensor:
-    """``operator`` of channels-last maps on a map, or on ``[prefix, map]`` tokens of ``grid`` or of its aspect ratio.
+def on_map(operator: Callable[..., Tensor], grid: Grid | None, *values: Tensor) -> Tensor:
+    """``operator`` of channels-last maps on maps, or on ``[prefix, map]`` tokens of ``grid`` or of its aspect ratio.
 
     A prefix token is a map of one pixel.
     """
     if grid is None:
-        return operator(value)
-    grid = grid_of(value.shape[1], grid)
-    prefix, image = split_map(value, grid)
-    image = operator(image)
+        return operator(*values)
+    grid = grid_of(values[0].shape[1], grid)
+    prefixes, images = zip(*(split_map(value, grid) for value in values), strict=True)
+    image = operator(*images)
     if not grid.prefix_tokens:
-        return join_map(prefix, image)
-    pixels = operator(prefix.flatten(0, 1)[:, None, None])
-    return join_map(pixels[:, 0, 0].unflatten(0, prefix.shape[:2]), image)
+        return join_map(prefixes[0], image)
+    pixels = operator(*(prefix.flatten(0, 1)[:, None, None] for prefix in prefixes))
+    return join_map(pixels[:, 0, 0].unflatten(0, prefixes[0].shape[:2]), image)
 
 
 def identity_convolution(channels: int) -> DepthwiseConv:

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional import grouped_attention
 from ..ir.sites import Grid, Interleaved
-from ..operators.long_short_attention import LongShortGeometry, long_short_attention
-from ..operators.partition_rule import Grouping, cropped_map, padded_map
 from .exactness import ExactWhereHeld
 from .sequence import attend, grid_of, join_map, split_map
 
@@ -52,22 +51,22 @@ class GroupedCore(ExactWhereHeld):
         (first, query_map), (keys, key_map), (values, value_map) = (
             split_map(part, grid) for part in (query, key, value)
         )
-        grouping = Grouping.covering((grid.height, grid.width), group, interval)
-        maps = [padded_map(part, grouping) for part in (query_map, key_map, value_map)]
-        rate = self.dropout if self.training else 0.0
-        geometry = LongShortGeometry(grouping, scale=self.scale, dropout=rate)
         prefix = (keys, values) if grid.prefix_tokens else (None, None)
-        mixed = long_short_attention(maps[0], maps[1], maps[2], geometry, self._bias(bias, group), *prefix)
-        image = cropped_map(mixed, grouping)
+        image = grouped_attention(
+            query_map, key_map, value_map, group, scale=self.scale, bias=self._bias(bias, group, query.dtype),
+            interval=interval, additional_keys=prefix[0], additional_values=prefix[1],
+            dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        assert isinstance(image, Tensor)
         return join_map(attend(first, key, value, None, self.scale) if first.shape[1] else first, image)
 
-    def _bias(self, bias: Tensor | None, group: Pair) -> Tensor | None:
+    def _bias(self, bias: Tensor | None, group: Pair, dtype: torch.dtype) -> Tensor | None:
         """``[heads, n, n]`` by places in a group, or None."""
         table = None if bias is None else bias[0]
-        if self.position_bias is None:
-            return table
-        own = self.position_bias(group)
-        return own if table is None else table + own
+        if self.position_bias is not None:
+            own = self.position_bias(group)
+            table = own if table is None else table + own
+        return None if table is None else table.to(dtype)
 
     def seen(self, queries: Tensor) -> Tensor:
         grid = self.grid

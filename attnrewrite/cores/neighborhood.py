@@ -54,27 +54,21 @@ class NeighborhoodAttention(ExactWhereHeld):
         grid = grid_of(query.shape[1], self.grid)
         kernel = clamped_kernel(self.kernel_size, self.dilation, grid)
         self.hold(covers(kernel, self.dilation, grid), grid)
-        if covers(kernel, self.dilation, grid) or (self.training and self.dropout > 0.0):
-            return self._dense(query, key, value, bias, kernel, grid)
+        rate = self.dropout if self.training else 0.0
+        if covers(kernel, self.dilation, grid):
+            return self._attend(query, key, value, bias, rate)
         prefix = grid.prefix_tokens
         maps = [part[:, prefix:].unflatten(1, (grid.height, grid.width)) for part in (query, key, value)]
-        table = None if bias is None else self._table(bias, kernel, grid)
         extra_keys, extra_values = (key[:, :prefix], value[:, :prefix]) if prefix else (None, None)
         mixed = neighborhood_attention(
-            maps[0],
-            maps[1],
-            maps[2],
-            kernel,
-            needed_dilation(kernel, self.dilation),
-            scale=self.scale,
-            bias=table,
-            additional_keys=extra_keys,
-            additional_values=extra_values,
-        )
+            maps[0], maps[1], maps[2], kernel, needed_dilation(kernel, self.dilation), scale=self.scale,
+            bias=None if bias is None else self._table(bias, kernel, grid).to(query.dtype),
+            additional_keys=extra_keys, additional_values=extra_values, dropout=rate,
+        )  # fmt: skip
         assert isinstance(mixed, Tensor)
         if not prefix:
             return mixed.flatten(1, 2)
-        return torch.cat([self._attend(query[:, :prefix], key, value, None, 0.0), mixed.flatten(1, 2)], dim=1)
+        return torch.cat([self._attend(query[:, :prefix], key, value, None, rate), mixed.flatten(1, 2)], dim=1)
 
     def _table(self, bias: Tensor, kernel: Pair, grid: Grid) -> Tensor:
         assert isinstance(self.entries, Tensor)
@@ -85,17 +79,6 @@ class NeighborhoodAttention(ExactWhereHeld):
     def seen(self, queries: Tensor) -> Tensor:
         kernel = clamped_kernel(self.kernel_size, self.dilation, self.grid)
         return _seen_cells(queries, self.grid, self.grid, kernel, self.dilation)
-
-    def _dense(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Pair, grid: Grid
-    ) -> Tensor:
-        """All scores at once: where the kernel covers the map, and in training with dropout on the weights."""
-        mask = bias
-        if not covers(kernel, self.dilation, grid):
-            outside = ~neighborhood_mask(kernel, self.dilation, grid).to(query.device)
-            mask = torch.zeros(outside.shape, dtype=query.dtype, device=query.device).masked_fill(outside, -math.inf)
-            mask = mask if bias is None else mask + bias
-        return self._attend(query, key, value, mask, self.dropout if self.training else 0.0)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
@@ -245,15 +228,6 @@ def covers(kernel_size: Pair, dilation: Pair, grid: Grid) -> bool:
     """Whether every query sees the whole map."""
     sides = (grid.height, grid.width)
     return all(k >= side and d == 1 for k, d, side in zip(kernel_size, dilation, sides, strict=True))
-
-
-def neighborhood_mask(kernel_size: Pair, dilation: Pair, grid: Grid) -> Tensor:
-    """``[tokens, tokens]``: which keys each query sees, prefix tokens included."""
-    rows, columns = (
-        axis_mask(side, side, k, d) for side, k, d in zip((grid.height, grid.width), kernel_size, dilation, strict=True)
-    )
-    seen = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(grid.height * grid.width, -1)
-    return F.pad(seen, (grid.prefix_tokens, 0, grid.prefix_tokens, 0), value=True)
 
 
 def reduced_mask(kernel_size: Pair, grid: Grid, reduced: Grid) -> Tensor:

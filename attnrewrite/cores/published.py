@@ -20,7 +20,7 @@ def on_tokens(operator: Operator, tokens: Tensor, height: int, width: int, prefi
 
     ``height`` and ``width`` are of the map at conversion; other maps keep its aspect ratio.
     """
-    return on_map(operator, tokens, Grid(height, width, prefix_tokens))
+    return on_map(operator, Grid(height, width, prefix_tokens), tokens)
 
 
 def beside_prefix(operator: Operator, tokens: Tensor, height: int, width: int, prefix_tokens: int) -> Tensor:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConversionError
@@ -45,38 +41,19 @@ class WindowAttention(AttentionCore):
     ) -> Tensor:
         """``[batch, height, width, heads, dim]`` maps; ``bias`` ``[heads, n, n]`` by slots of a block; ``pad_key`` and
         ``pad_value`` ``[heads, dim]`` stand in padded slots. Returns the map of mixed values."""
-        bias = None if bias is None else bias.to(query.dtype)
         grid = Grid(query.shape[1], query.shape[2])
         require_same_border(self.window, grid, self.grid, self.window.padding_keys)
-        if (self.training and self.dropout > 0.0) or (self.window.rolled_first and not self.window.divides(grid)):
-            return self._gathered(query, key, value, bias, pad_key, pad_value)
         shift = tuple(self.window.partition(side, axis).shift for axis, side in enumerate((grid.height, grid.width)))
-        mixed = grouped_attention(query, key, value, self.window.size, shift, self.scale, bias, pad_key, pad_value)
+        mixed = grouped_attention(
+            query, key, value, self.window.size, shift, self.scale, None if bias is None else bias.to(query.dtype),
+            pad_key, pad_value, rolled=self.window.rolled_first, dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
         assert isinstance(mixed, Tensor)
         return mixed
 
     @property
     def padded(self) -> Window | None:
         return self.window if self.window.padding_keys else None
-
-    def _gathered(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *pads: Tensor | None) -> Tensor:
-        """Any blocks, and dropout on the weights, which the fused operator has not: gather, and attend densely."""
-        grid = Grid(query.shape[1], query.shape[2])
-        slots = self.window.slots(grid).to(query.device)
-        blocks = [part.flatten(1, 2)[:, slots.clamp(min=0)] for part in (query, key, value)]
-        padding = (slots == Window.PADDING)[:, :, None, None]
-        for place, pad in enumerate(pads, start=1):
-            blocks[place] = blocks[place] if pad is None else torch.where(padding, pad, blocks[place])
-        mask = torch.zeros(slots.shape, dtype=query.dtype, device=query.device)
-        mask = mask.masked_fill(slots == Window.ABSENT, -math.inf)[:, None, None, :]
-        mask = mask if bias is None else mask + bias
-        parts = [part.transpose(2, 3) for part in blocks]
-        rate = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], mask, rate, scale=self.scale).transpose(
-            2, 3
-        )
-        order = torch.argsort(slots.flatten(), stable=True)[-grid.tokens :]
-        return mixed.flatten(1, 2)[:, order].unflatten(1, (grid.height, grid.width))
 
     def extra_repr(self) -> str:
         return f"{self.window}, scale={self.scale:.4g}, dropout={self.dropout}"

@@ -76,7 +76,7 @@ class Window:
         """How the window cuts an axis of so many tokens."""
         size = self.size[axis]
         shift = self.shift[axis] if length > size else 0
-        return AxisPartition(length, size, shift, self.padding_keys, cyclic=self.rolled_first)
+        return AxisPartition(length, size, shift, self.padding_keys, rolled=self.rolled_first)
 
     def blocks(self, grid: Grid) -> tuple[int, int]:
         """How many blocks cover each axis, if nothing is shifted."""

@@ -17,7 +17,7 @@ from ..operators.aggregated_attention import (
     SharedKeys,
     aggregated_attention,
 )
-from ..operators.local_window import inside_map
+from ..operators.index_rule import window_on_map
 from .adaptive_pool import adaptive_average
 from .cosine_attention import LengthScaledAttention, ScoreOptions
 from .initialization import initialize
@@ -109,7 +109,7 @@ class AggregatedAttention(LengthScaledAttention):
         tokens = source.flatten(1, 2)
         query = self.unit(self.heads(self.q(tokens)))
         key, value = self._keys(tokens)
-        seen = inside_map(*pixels, self.window_size, source.device)
+        seen = window_on_map(*pixels, self.window_size, source.device)
         shared = self._shared_keys(source, prefix)
         if local_mask is not None:
             seen = seen & self._checked(local_mask, seen, shared is None)
@@ -117,7 +117,8 @@ class AggregatedAttention(LengthScaledAttention):
         scaled, query, own_key, own_value = (
             part.transpose(1, 2).unflatten(1, pixels) for part in (scaled, query, key, value)
         )
-        window = LocalKeys(own_key, own_value, self.window_size, self.relative_pos_bias_local, seen)
+        hidden = None if local_mask is None else seen
+        window = LocalKeys(own_key, own_value, self.window_size, self.relative_pos_bias_local, hidden)
         learned = self._learned(query, masked=local_mask is not None)
         rate = self.attn_drop.p if self.attn_drop.training else 0.0
         mixed = aggregated_attention(AggregatedProblem(scaled, window, shared, learned, rate))

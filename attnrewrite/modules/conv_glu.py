@@ -5,20 +5,21 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..operators.conv_glu import ConvGluGeometry, check_activation, conv_glu
+from ..operators.conv_glu import check_activation
+from .depthwise import ChannelsLastConv
 from .initialization import initialize
 
 
-class GateConv(nn.Module):
-    """Depthwise 3 x 3 convolution, zero padded, under its official name."""
+class GateConv(ChannelsLastConv):
+    """Depthwise 3 x 3 convolution under its official name."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
 
-    def forward(self, source: Tensor) -> Tensor:
-        """``[B, H, W, channels]`` to the same shape."""
-        return self.dwconv(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    @property
+    def filters(self) -> nn.Module:
+        return self.dwconv
 
 
 class ConvGLU(nn.Module):
@@ -53,7 +54,7 @@ class ConvGLU(nn.Module):
             raise ArgumentError(f"hidden_dim: must be at least 1, got {hidden_dim}")
         check_activation("activation", activation)
         check_activation("pre_activation", pre_activation)
-        self.geometry = ConvGluGeometry(activation, pre_activation)
+        self.activation, self.pre_activation = activation, pre_activation
         self.fc1 = nn.Linear(dim, 2 * hidden_dim)
         self.dwconv = GateConv(hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim if out_dim is None else out_dim)
@@ -63,11 +64,11 @@ class ConvGLU(nn.Module):
     def forward(self, source: Tensor) -> Tensor:
         """``[B, H, W, dim]`` to ``[B, H, W, out_dim]``."""
         gate, value = self.fc1(source).chunk(2, dim=-1)
-        hidden = conv_glu(gate, value, self.dwconv, self.geometry)
+        hidden = self.dwconv.gated(gate, value, self.activation, self.pre_activation)
         return self.drop(self.fc2(self.drop(hidden)))
 
     def extra_repr(self) -> str:
-        return f"activation={self.geometry.activation!r}, pre_activation={self.geometry.pre_activation!r}"
+        return f"activation={self.activation!r}, pre_activation={self.pre_activation!r}"
 
 
 def gated_width(hidden_dim: int) -> int:

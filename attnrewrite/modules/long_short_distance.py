@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, nearest
+from ..functional import grouped_attention
 from ..ir.heads import as_pair
-from ..operators.long_short_attention import LongShortGeometry, long_short_attention
-from ..operators.partition_rule import Grouping, cropped_map, padded_map
 from .dynamic_position_bias import DynamicPositionBias, central_table, relative_index
 from .heads import require_heads
+
+Pair = tuple[int, int]
 
 BIASES = ("dpb", "table", "both", "none")
 PADDINGS = ("mask", "keys")
@@ -92,16 +94,25 @@ class LongShortDistanceAttention(nn.Module):
         Raises:
             ArgumentError: the groups of this map are larger than the position table.
         """
-        grouping = self.grouping(*source.shape[1:3])
-        packed = self.qkv(padded_map(source, grouping)).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = packed.unbind(3)
-        geometry = LongShortGeometry(grouping, hides_padding=self.padding == "mask", scale=self.scale)
-        bias = self.bias(*grouping.group)
-        mixed = long_short_attention(query, key, value, geometry, None if bias is None else bias[0])
-        return self.proj(cropped_map(mixed.flatten(-2), grouping))
+        sides = (source.shape[1], source.shape[2])
+        group, interval = self.groups(*sides)
+        (top, left), (bottom, right) = self.padding_of(sides, group, interval)
+        bias = self.bias(*group)
+        shift = ((-top) % (group[0] * interval[0]), (-left) % (group[1] * interval[1]))
+        is_padded = self.padding == "keys"
+        if is_padded:  # what the projections make of zeros are keys and values
+            source, shift = F.pad(source, (0, 0, left, right, top, bottom)), (0, 0)
+        query, key, value = self.qkv(source).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        mixed = grouped_attention(
+            query, key, value, group, shift, self.scale, None if bias is None else bias[0], interval=interval
+        )
+        assert isinstance(mixed, Tensor)
+        if is_padded:  # not a slice: its strides would bind an exported program to maps that need padding
+            mixed = F.pad(mixed, (0, 0, 0, 0, -left, -right, -top, -bottom))
+        return self.proj(mixed.flatten(-2))
 
-    def grouping(self, height: int, width: int) -> Grouping:
-        """The groups of a map of this size."""
+    def groups(self, height: int, width: int) -> tuple[Pair, Pair]:
+        """Tokens of a group and the interval between them, (rows, columns), on a map of this size."""
         sides, group, interval = (height, width), self.group_size, self.interval
         if height <= group[0] or width <= group[1]:
             shorter = min(sides)
@@ -112,7 +123,13 @@ class LongShortDistanceAttention(nn.Module):
             steps = (-(-side // group[0]), -(-side // group[1]))
         else:
             steps = as_pair(1 if interval is None else int(interval))
-        return Grouping.covering(sides, group, steps, self.centered)
+        return group, steps
+
+    def padding_of(self, sides: Pair, group: Pair, interval: Pair) -> tuple[Pair, Pair]:
+        """Rows and columns before and after a map that fill it up to whole regions."""
+        below, right = (-side % (size * step) for side, size, step in zip(sides, group, interval, strict=True))
+        above, left = (below // 2, right // 2) if self.centered else (0, 0)
+        return (above, left), (below - above, right - left)
 
     def bias(self, rows: int, columns: int) -> Tensor | None:
         """``[1, num_heads, n, n]`` of the ``n = rows * columns`` queries and keys of a group."""

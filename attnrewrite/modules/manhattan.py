@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..operators.manhattan_attention import ManhattanGeometry, check_placement, manhattan_attention
 from .decay import ManhattanPosition, PositionTables, rotate
 from .depthwise import DepthwiseConv
 from .heads import require_heads
-
-BIAS_TOKENS = 1024
-"""On maps up to this size a bias costs less than position codes; it is built anew in every call."""
 
 
 class ManhattanAttention(nn.Module):
@@ -69,18 +65,9 @@ class ManhattanAttention(nn.Module):
         )
         if tables.cos is not None and tables.sin is not None:
             query, key = (rotate(part, tables.cos, tables.sin) for part in (query, key))
-        geometry = ManhattanGeometry(
-            height, width, decomposed=self.decomposed, placement=self.decay_placement,
-            by_codes=wants_codes(height, width),
-        )  # fmt: skip
+        geometry = ManhattanGeometry(height, width, decomposed=self.decomposed, placement=self.decay_placement)
         mixed = manhattan_attention(query, key, heads, tables.log_decay, geometry).flatten(-2)
         return self.out_proj(mixed if self.lepe is None else mixed + self.lepe(value))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, decomposed={self.decomposed}, decay_placement={self.decay_placement!r}"
-
-
-def wants_codes(height: int, width: int) -> bool:
-    """Whether a map is so large that position codes cost less than a bias."""
-    # an exported graph has one branch for all sizes
-    return not torch.compiler.is_exporting() and height * width > BIAS_TOKENS

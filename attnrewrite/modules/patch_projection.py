@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..operators.soft_split import PatchGrid, PatchNorm, soft_split
+from ..functional import soft_split
+from ..operators.soft_split import PatchGrid
 
 
 def project_patches(image: Tensor, norm: nn.Module, linear: nn.Linear, patches: PatchGrid) -> Tensor:
-    """``linear(norm(patch))`` for every patch of an image; see ``soft_split``.
+    """``linear(norm(patch))`` for every patch of an image; see ``functional.soft_split``.
 
     Args:
         image: ``[B, C, H, W]``.
@@ -19,5 +20,9 @@ def project_patches(image: Tensor, norm: nn.Module, linear: nn.Linear, patches: 
     Returns:
         ``[B, H', W', linear.out_features]``, contiguous, in the dtype of the weights (also under autocast).
     """
-    patch_norm = PatchNorm(norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else None
-    return soft_split(image, linear.weight, linear.bias, patches, patch_norm)
+    sizes = (patches.kernel_size, patches.stride, patches.padding)
+    if not isinstance(norm, nn.LayerNorm):
+        return soft_split(image, linear.weight, linear.bias, *sizes)
+    return soft_split(
+        image, linear.weight, linear.bias, *sizes, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps
+    )

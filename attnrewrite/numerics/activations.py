@@ -26,6 +26,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+OPERATIONS = {"gelu": 5, "gelu_tanh": 5, "silu": 3, "hardswish": 4, "mish": 5, "elu": 3}
+"""Elementwise operations of an activation, where it is more than one."""
+
+
 def probe_points() -> Tensor:
     """Where activations are compared: both tails, the bend, and points between."""
     return torch.linspace(-8.0, 8.0, 401, dtype=torch.float64)

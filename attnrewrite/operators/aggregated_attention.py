@@ -7,8 +7,7 @@ softmax:
     output = (softmax([query . key of the window + bias, query . shared key + bias])
               + [plain query . learned token + learned bias, 0]) [values of the window, shared values]
 
-Pixel-focused attention (section 3.1) has no learned tokens. The function here is the meaning: plain torch operations,
-for any device, layout and floating dtype, of any order of differentiation.
+Pixel-focused attention (section 3.1) has no learned tokens. It is a call of the operator ``local_attention``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .local_window import inside_map, window_average, window_scores
+from .index_rule import MASK
+from .local_attention import LOCAL_ATTENTION, LocalProblem
 
 
 @dataclass(frozen=True)
@@ -139,73 +139,58 @@ class AggregatedProblem:
 def aggregated_attention(problem: AggregatedProblem) -> Tensor:
     """``[B, H, W, heads, value_dim]``.
 
-    Products are in the dtype of their operands, the softmax in the widest of the scores'.
-
     Raises:
         ArgumentError: for a window without a center, no keys at all, or learned tokens without a window.
     """
     _check(problem)
-    local, shared, learned = problem.local, problem.shared, problem.learned
-    pixels = (problem.query.shape[1], problem.query.shape[2])
-    weights = _softmax(problem)
-    mixed = None
-    if local is not None:
-        places = local.window_size**2 if local.in_softmax else 0
-        in_window, weights = weights[..., :places], weights[..., places:]
-        affinity = None if learned is None else _affinity(learned, local)
-        if affinity is not None:
-            in_window = in_window + affinity if places else affinity
-        if places or affinity is not None:
-            mixed = window_average(in_window.unflatten(2, pixels), _heads_first(local.value), local.window_size)
-    if shared is not None:
-        value = shared.value.transpose(1, 2)
-        from_shared = (weights.to(value.dtype) @ value).unflatten(2, pixels)
-        mixed = from_shared if mixed is None else mixed + from_shared
-    assert mixed is not None
-    return mixed.permute(0, 2, 3, 1, 4)
+    query, local, shared = problem.query, problem.local, problem.shared
+    heads, pixels = query.shape[-2], tuple(query.shape[1:3])
+    bias = None if shared is None or shared.bias is None else shared.bias.expand(heads, *pixels, -1)
+    if local is None:
+        assert shared is not None
+        return _dense(query, shared.key, shared.value, bias, problem.dropout)
+    side = (local.window_size, local.window_size)
+    call = LocalProblem(
+        query, local.key, local.value, _window_bias(local, query), None if shared is None else shared.key,
+        None if shared is None else shared.value, bias,
+        _mask(local, query), _affinity(problem.learned, local), side, (1, 1), (1, 1), (0, 0), (False, False), MASK, 1.0,
+    )  # fmt: skip
+    return call.plain(problem.dropout)[0] if problem.dropout else LOCAL_ATTENTION(call)[0]
 
 
-def _softmax(problem: AggregatedProblem) -> Tensor:
-    """``[B, heads, H * W, keys]``: the weights of the window's places, if they are in it, then of the shared keys."""
-    query, scores = _heads_first(problem.query), []
-    if problem.local is not None and problem.local.in_softmax:
-        scores.append(_local_scores(query, problem.local))
-    if problem.shared is not None:
-        scores.append(_shared_scores(query.flatten(2, 3), problem.shared))
-    weights = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).softmax(-1)
-    return F.dropout(weights, problem.dropout) if problem.dropout else weights
+def _dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """Of a map's queries and nothing but shared keys."""
+    queries, keys, values = (part.transpose(1, 2) for part in (query.flatten(1, 2), key, value))
+    mask = None if bias is None else bias.flatten(1, 2)[None].to(query.dtype)
+    mixed = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=1.0)
+    return mixed.transpose(1, 2).unflatten(1, query.shape[1:3])
 
 
-def _local_scores(query: Tensor, local: LocalKeys) -> Tensor:
-    """``[B, heads, H * W, places]`` of ``[B, heads, H, W, head_dim]``; minus infinity where a place is not in the
-    softmax."""
-    scores = window_scores(query, _heads_first(local.key), local.window_size).flatten(2, 3)
-    if local.bias is not None:
-        scores = scores + local.bias[:, None]
-    seen, (height, width) = local.seen, query.shape[2:4]
-    seen = inside_map(height, width, local.window_size, query.device) if seen is None else seen
-    return scores.masked_fill(~seen, float("-inf"))
+def _window_bias(local: LocalKeys, query: Tensor) -> Tensor | None:
+    """``[heads, window_size, window_size]``; minus infinity leaves a window out of the softmax."""
+    bias = local.bias
+    if not local.in_softmax:
+        bias = query.new_full((query.shape[-2], local.window_size**2), -torch.inf)
+    return None if bias is None else bias.unflatten(1, (local.window_size, local.window_size))
 
 
-def _shared_scores(query: Tensor, shared: SharedKeys) -> Tensor:
-    """``[B, heads, H * W, keys]`` of ``[B, heads, H * W, head_dim]``."""
-    key = shared.key.transpose(1, 2)
-    scores = query.to(key.dtype) @ key.transpose(-1, -2)
-    if shared.bias is None:
-        return scores
-    return scores + (shared.bias if shared.bias.ndim == 1 else shared.bias.flatten(1, 2))
+def _mask(local: LocalKeys, query: Tensor) -> Tensor | None:
+    """``[heads, H, W, places]`` of the places that are seen: zero, and minus infinity at others."""
+    if local.seen is None:
+        return None
+    hidden = torch.zeros(local.seen.shape, dtype=query.dtype, device=query.device).masked_fill(~local.seen, -torch.inf)
+    return hidden.unflatten(0, query.shape[1:3]).expand(query.shape[-2], -1, -1, -1)
 
 
-def _affinity(learned: LearnedTokens, local: LocalKeys) -> Tensor:
-    """``[B, heads, H * W, places]`` of the learned tokens."""
-    affinity = _heads_first(learned.query).flatten(2, 3) @ learned.tokens + learned.bias
+def _affinity(learned: LearnedTokens | None, local: LocalKeys) -> Tensor | None:
+    """``[B, H, W, heads, places]``: what learned tokens add to the weights of the window."""
+    if learned is None:
+        return None
+    affinity = torch.einsum("byxhd,hdp->byxhp", learned.query, learned.tokens) + learned.bias.squeeze(1)
     if learned.follows_mask and local.seen is not None:
-        return affinity.masked_fill(~local.seen, 0.0)
+        seen = local.seen.unflatten(0, affinity.shape[1:3])
+        return affinity.masked_fill(~seen[:, :, None], 0.0)
     return affinity
-
-
-def _heads_first(source: Tensor) -> Tensor:
-    return source.permute(0, 3, 1, 2, 4)
 
 
 def _check(problem: AggregatedProblem) -> None:

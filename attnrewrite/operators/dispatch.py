@@ -4,135 +4,35 @@ A backend is a small object that says what it can run, at what modelled cost, an
 are not listed: every module and package directly below ``attnrewrite.backends`` is looked through when the first
 operator runs, and other packages bring theirs by an entry point of the group ``attnrewrite.backends`` whose value is a
 ``Backend``. Choice: explicit argument, else the innermost ``use_backend``, else the environment variable
-``ATTNREWRITE_BACKEND``, else the cheapest backend that supports the request.
+``ATTNREWRITE_BACKEND``, else, of the backends that support the request, the one of least modelled cost, or with
+``autotune`` (or ``ATTNREWRITE_AUTOTUNE=1``) the one that was measured to be fastest.
 """
 
 from __future__ import annotations
 
 import os
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import BackendError, first_line, nearest
+from ..numerics.precision import autocast_off
+from .autotune import fastest
+from .backend import Backend, Request
+from .problem import Problem
 
 BACKENDS = "attnrewrite.backends"
 ENTRY_POINT_GROUP = BACKENDS
 ENVIRONMENT_VARIABLE = "ATTNREWRITE_BACKEND"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be run: everything a backend may need to accept it and to model its cost.
-
-    ``window`` is the kernel size or window size per axis; a geometry that the operator does not have is empty.
-    ``extra_keys`` counts the keys beside those of the map; ``batch`` and ``grid`` are sizes of this very call.
-    """
-
-    operator: str
-    device: str
-    dtype: torch.dtype
-    batch: int
-    grid: tuple[int, ...]
-    heads: int
-    head_dim: int
-    value_dim: int
-    window: tuple[int, ...]
-    stride: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    is_causal: tuple[bool, ...] = ()
-    shift: tuple[int, ...] = ()
-    extra_keys: int = 0
-    has_bias: bool = False
-    needs_gradient: bool = False
-
-    @property
-    def rank(self) -> int:
-        """Number of axes of the map."""
-        return len(self.grid)
-
-
-Implementation = Callable[..., tuple[Tensor, ...]]
-
-
-class Deferred(Mapping[str, Implementation]):
-    """Functions of ``module``, by their names; it is imported when the first of them is taken.
-
-    So a backend can be listed, asked and costed on machines that cannot import what it runs on.
-    """
-
-    def __init__(self, module: str, *names: str) -> None:
-        self.module, self.names = module, names
-
-    def __getitem__(self, name: str) -> Implementation:
-        """
-        Raises:
-            BackendError: the module cannot be imported.
-        """
-        if name not in self.names:
-            raise KeyError(name)
-        try:
-            function: Implementation = getattr(import_module(self.module), name)
-        except (ImportError, OSError) as cause:
-            raise BackendError(
-                f"{self.module} could not be imported ({type(cause).__name__}: {first_line(cause)}); "
-                "choose another backend with attnrewrite.lowering.use_backend"
-            ) from cause
-        return function
-
-    def __contains__(self, name: object) -> bool:  # a mapping's own takes the value, and so would import
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def _supports_all(request: Request) -> str | None:
-    return None
-
-
-@dataclass(frozen=True, eq=False)
-class Backend:
-    """One way to run operators.
-
-    ``implementations`` maps an operator's name (such as "local_attention", "local_attention_backward") to a function
-    with the operator's arguments except ``backend``. ``supports`` returns None, or the reason why not. ``cost`` models
-    the run time in seconds; only its comparison with other backends counts. ``requires`` names packages that must be
-    importable, ``devices`` the device types that it runs on (none: any). The module that makes the object must import
-    without them; ``Deferred`` implementations, or imports inside functions, wait for the first run.
-    """
-
-    name: str
-    implementations: Mapping[str, Implementation]
-    cost: Callable[[Request], float]
-    supports: Callable[[Request], str | None] = _supports_all
-    requires: tuple[str, ...] = ()
-    devices: tuple[str, ...] = ()
-
-    def refusal(self, request: Request) -> str | None:
-        """Why this backend cannot run the request, or None."""
-        if missing := [package for package in self.requires if not _is_importable(package)]:
-            return f"it requires {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
-        if self.devices and request.device not in self.devices:
-            return f"it runs on {' and '.join(self.devices)}, and the operands are on {request.device}"
-        if request.operator not in self.implementations:
-            return f"it does not implement {request.operator}"
-        if request.needs_gradient and f"{request.operator}_backward" not in self.implementations:
-            return f"it has no backward of {request.operator}"
-        return self.supports(request)
+AUTOTUNE_VARIABLE = "ATTNREWRITE_AUTOTUNE"
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +47,7 @@ class _Broken(Backend):
 
 _backends: dict[str, Backend] = {}
 _override: ContextVar[str | None] = ContextVar("attnrewrite_backend", default=None)
+_autotuning: ContextVar[bool | None] = ContextVar("attnrewrite_autotune", default=None)
 
 
 def register_backend(backend: Backend) -> Backend:
@@ -172,10 +73,25 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+@contextmanager
+def autotune(enabled: bool = True) -> Iterator[None]:
+    """Choose backends inside by measured time instead of by modelled cost, or (``enabled=False``) not.
+
+    The first call of an operator with operands of new shapes or layouts runs it on every backend that can, on numbers
+    of its own; what was found is kept on disk (below ``ATTNREWRITE_CACHE``, or the user's cache folder) for later
+    processes on the same machine with the same versions.
+    """
+    token = _autotuning.set(enabled)
+    try:
+        yield
+    finally:
+        _autotuning.reset(token)
+
+
 def select_backend(request: Request, name: str | None = None) -> Backend:
     """The backend to run a request. Raises ``BackendError`` if the chosen one, or every one, refuses it."""
     chosen = name or _override.get() or os.environ.get(ENVIRONMENT_VARIABLE)
-    return _selected(request, chosen or None)
+    return _selected(request, chosen or None, _is_autotuning())
 
 
 def refusals(request: Request) -> dict[str, str | None]:
@@ -183,14 +99,29 @@ def refusals(request: Request) -> dict[str, str | None]:
     return {name: _backends[name].refusal(request) for name in available_backends()}
 
 
-def run(request: Request, name: str, *arguments: Any) -> tuple[Tensor, ...]:
-    """Run a request on the named (or, for an empty name, the best) backend.
+def run(problem: Problem, name: str) -> tuple[Tensor, ...]:
+    """The results of a problem on the named (or, for an empty name, the best) backend.
 
-    Autocast is off inside: a backend chooses its own precision, and it has the arguments it was promised.
+    Autocast is off inside: a backend chooses its own precision, and it has the operands it was promised.
     """
-    implementation = select_backend(request, name).implementations[request.operator]
-    with torch.autocast(request.device, enabled=False):
-        return implementation(*arguments)
+    request = Request.of(problem)
+    with autocast_off(request.device):
+        found: Any = select_backend(request, name).implementations[request.operator](problem)
+    return found
+
+
+def run_backward(
+    problem: Problem,
+    results: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+    name: str,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a problem's operands, as ``run``."""
+    request = Request.of(problem, backward=True)
+    with autocast_off(request.device):
+        implementation = select_backend(request, name).implementations[request.operator]
+        return implementation(problem, results, gradients, wanted)
 
 
 @cache
@@ -235,14 +166,6 @@ def _registered(backend: Backend) -> Backend:
     return backend
 
 
-@cache
-def _is_importable(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except (ImportError, ValueError):  # of a package above it; a stand-in in sys.modules has no spec
-        return False
-
-
 def _named(name: str) -> Backend:
     known = available_backends()
     if name in known:
@@ -251,7 +174,7 @@ def _named(name: str) -> Backend:
 
 
 @lru_cache(maxsize=1024)
-def _selected(request: Request, name: str | None) -> Backend:
+def _selected(request: Request, name: str | None, by_time: bool) -> Backend:
     if name is not None:
         backend = _named(name)
         if reason := backend.refusal(request):
@@ -262,4 +185,11 @@ def _selected(request: Request, name: str | None) -> Backend:
     if not able:
         listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
         raise BackendError(f"no backend can run {request.operator} ({listed})")
+    if by_time and len(able) > 1:
+        return fastest(request, able)
     return min(able, key=lambda backend: backend.cost(request))
+
+
+def _is_autotuning() -> bool:
+    chosen = _autotuning.get()
+    return os.environ.get(AUTOTUNE_VARIABLE, "") not in ("", "0") if chosen is None else chosen

@@ -1,127 +1,180 @@
-"""The operator ``attnrewrite::grouped_attention``: attention inside the blocks of a partition of a map.
+"""The operator ``attnrewrite::grouped_attention``: attention inside the groups of a partition of a map.
 
-Shapes, with heads last: query and key ``[B, *grid, heads, d]``, value ``[B, *grid, heads, d_v]``; optional bias
-``[heads, n, n]`` over the n slots of a full window (row-major; rows are queries, columns are keys), of which
-truncated blocks use their part. With ``pad_key [heads, d]`` and ``pad_value [heads, d_v]`` the map counts as
-padded at the end of each axis to a multiple of the window, and every padded slot is that key and value (Swin
-does not mask its padding); without them no slot outside the map is attended to. Results: output `[B, *grid,
-heads, d_v]`` and the log-sum-exp of all logits ``[B, *grid, heads]` (natural logarithm; float32 for half
-precision). Arguments are not checked here: see ``attnrewrite.functional``.
-
-Gradients flow through both results. There is no gradient of the gradient, no forward-mode derivative.
+Groups are windows (Liu et al. 2021, Swin Transformer; shifted ones without their cyclic roll) or interleaved (Wang et
+al. 2022, CrossFormer's long distance attention; Tu et al. 2022, MaxViT's grid attention); ``partition_rule`` has the
+rule. Slots beyond the map are absent, or keys of their own (Swin does not mask its padding).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention_op import attention_request, contiguous, gradients_of, make_differentiable, register_flops
-from .dispatch import Request, run
-from .partition_rule import Windows, attended_slots, axis_partitions
-
-_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? pad_key, Tensor? pad_value"
-_GEOMETRY = "int[] window_size, int[] shift, float scale, str backend"
-
-
-@torch.library.custom_op(
-    "attnrewrite::grouped_attention",
-    mutates_args=(),
-    schema=f"({_OPERANDS}, {_GEOMETRY}) -> (Tensor, Tensor)",
+from ..errors import ArgumentError
+from ..numerics.precision import accumulation_dtype
+from .attention_problem import AttentionProblem, check_additional, softmax_statistics
+from .checks import check_both, check_shape
+from .operator import Operator
+from .partition_rule import (
+    ABSENT,
+    PADDING,
+    AxisPartition,
+    attended_slots,
+    axis_slots,
+    check_partitions,
+    slots_of_tokens,
 )
-def grouped_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    pad_key: Tensor | None,
-    pad_value: Tensor | None,
-    window_size: Sequence[int],
-    shift: Sequence[int],
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """Attend; an empty ``backend`` means the best one."""
-    geometry = Windows(tuple(window_size), tuple(shift))
-    request = grouped_request("grouped_attention", query, value, bias, pad_key, geometry)
-    return contiguous(*run(request, backend, query, key, value, bias, pad_key, pad_value, *geometry, scale))
 
 
-@torch.library.custom_op(
-    "attnrewrite::grouped_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_output, Tensor grad_lse, {_OPERANDS}, Tensor output, Tensor lse, {_GEOMETRY})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def grouped_attention_backward(
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    pad_key: Tensor | None,
-    pad_value: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    window_size: Sequence[int],
-    shift: Sequence[int],
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """Gradients of the six tensor operands in order; an absent operand has an empty gradient."""
-    geometry = Windows(tuple(window_size), tuple(shift))
-    request = grouped_request("grouped_attention_backward", query, value, bias, pad_key, geometry)
-    operands = (query, key, value, bias, pad_key, pad_value)
-    found = run(request, backend, grad_output, grad_lse, *operands, output, lse, *geometry, scale)
-    return gradients_of(operands, found)
+@dataclass(frozen=True)
+class GroupedProblem(AttentionProblem):
+    """One call; geometry has one entry an axis of the map.
 
-
-make_differentiable(grouped_attention, grouped_attention_backward)
-
-
-def grouped_request(
-    operator: str,
-    query: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    pad_key: Tensor | None,
-    geometry: Windows,
-    needs_gradient: bool = False,
-) -> Request:
-    """Describe a call of this operator, or of its backward operator, to the backends."""
-    return attention_request(
-        operator,
-        query,
-        value,
-        geometry.window_size,
-        shift=geometry.shift,
-        extra_keys=0 if pad_key is None else 1,
-        has_bias=bias is not None,
-        needs_gradient=needs_gradient,
-    )
-
-
-def _pairs(
-    query: Sequence[int],
-    pad_key: Sequence[int] | None,
-    window_size: Sequence[int],
-    shift: Sequence[int],
-    *_: Any,
-) -> int:
-    """Number of (token, slot) pairs of all images and heads.
-
-    On a map that the window divides, unshifted, these are B heads N n pairs. Truncated blocks count with
-    the slots they have; padding counts as keys, which it is, but not as queries, whose results would be
-    thrown away.
+    Attributes:
+        query, key: ``[B, *grid, heads, head_dim]``.
+        value: ``[B, *grid, heads, value_dim]``.
+        bias: ``[heads, n, n]`` over the n slots of a full group (row-major; rows are queries, columns keys), of which
+            truncated groups use their part.
+        pad_key, pad_value: ``[heads, head_dim]`` and ``[heads, value_dim]``: the map counts as padded at the end of
+            each axis to whole regions, and every padded slot is this key and value. Without them no slot beyond the
+            map is attended to.
+        additional_keys, additional_values: ``[B, additional, heads, head_dim or value_dim]``, seen by every query,
+            without bias.
+        window_size: slots of a group.
+        shift: tokens before the first full region.
+        interval: from a token of a group to the next one; 1 gives windows.
+        rolled: whether the map is rolled by ``shift`` before it is padded, so that the tokens that are rolled over join
+            the last real ones; it matters where the map is no multiple of the window.
+        scale: of the dot products.
     """
-    batch, *grid, heads, _dim = query
-    partitions = axis_partitions(tuple(grid), tuple(window_size), tuple(shift), pad_key is not None)
-    return batch * heads * prod(map(attended_slots, partitions))
+
+    name = "grouped_attention"
+    bias: Tensor | None
+    pad_key: Tensor | None
+    pad_value: Tensor | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+    window_size: tuple[int, ...]
+    shift: tuple[int, ...]
+    interval: tuple[int, ...]
+    rolled: bool
+    scale: float
+
+    @property
+    def partitions(self) -> tuple[AxisPartition, ...]:
+        """The partition of each axis."""
+        axes = zip(self.grid, self.window_size, self.shift, self.interval, strict=True)
+        padded, rolled = self.pad_key is not None, self.rolled
+        return tuple(AxisPartition(length, size, shift, padded, step, rolled) for length, size, shift, step in axes)
+
+    @property
+    def slots(self) -> int:
+        """Slots of a full group."""
+        return prod(self.window_size)
+
+    @property
+    def additional(self) -> int:
+        """Number of keys beside those of the map and its padding."""
+        return 0 if self.additional_keys is None else self.additional_keys.shape[1]
+
+    def check(self) -> None:
+        self.check_maps()
+        check_partitions(self.partitions)
+        if self.rolled and max(self.interval) > 1:
+            raise ArgumentError(f"rolled: only windows are rolled, got interval {self.interval}; leave one of them out")
+        _batch, heads, head_dim, value_dim = self.sizes
+        check_shape("bias", self.bias, (heads, self.slots, self.slots))
+        check_both("pad_key", self.pad_key, "pad_value", self.pad_value)
+        check_shape("pad_key", self.pad_key, (heads, head_dim))
+        check_shape("pad_value", self.pad_value, (heads, value_dim))
+        check_additional(self.additional_keys, self.additional_values, self.sizes)
+
+    def pairs(self) -> int:
+        """Truncated groups count with the slots they have; padding counts as keys, which it is, but not as queries,
+        whose results would be thrown away."""
+        batch, heads, *_ = self.sizes
+        return batch * heads * (prod(map(attended_slots, self.partitions)) + prod(self.grid) * self.additional)
+
+    def plain(self, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Every group gathered once, and dense attention inside."""
+        groups = _Groups(self)
+        query = groups.gathered(self.query * self.scale, None)
+        key, value = groups.gathered(self.key, self.pad_key), groups.gathered(self.value, self.pad_value)
+        logits = torch.einsum("bgqhd,bgkhd->bghqk", query, key)
+        if self.bias is not None:
+            logits = logits + groups.widened(self.bias)
+        logits = logits.masked_fill(groups.absent[:, None, None, :], -torch.inf)
+        if self.additional_keys is not None:
+            additional = torch.einsum("bgqhd,bkhd->bghqk", query, groups.widened(self.additional_keys))
+            logits = torch.cat([logits, additional], dim=-1)
+        weights, lse = softmax_statistics(logits, dropout)
+        mixed = torch.einsum("bghqk,bgkhd->bgqhd", weights[..., : self.slots], value)
+        if self.additional_values is not None:
+            additional_values = groups.widened(self.additional_values)
+            mixed = mixed + torch.einsum("bghqk,bkhd->bgqhd", weights[..., self.slots :], additional_values)
+        output = groups.scattered(mixed).to(self.query.dtype)
+        return output, groups.scattered(lse.transpose(2, 3)[..., None]).squeeze(-1)
 
 
-register_flops(torch.ops.attnrewrite.grouped_attention, torch.ops.attnrewrite.grouped_attention_backward, _pairs)
+class _Groups:
+    """The groups of a map, gathered axis by axis."""
+
+    def __init__(self, problem: GroupedProblem) -> None:
+        device = problem.query.device
+        self._dtype = accumulation_dtype(problem.query.dtype)
+        self._slots = [axis_slots(partition).to(device) for partition in problem.partitions]
+        self._places = [slots_of_tokens(slots, side) for slots, side in zip(self._slots, problem.grid, strict=True)]
+        self._sizes = problem.window_size
+        absent, padding = self._anywhere(ABSENT), self._anywhere(PADDING)
+        self.absent, self._padding = absent, padding & ~absent
+
+    def widened(self, operand: Tensor) -> Tensor:
+        return operand.to(self._dtype)
+
+    def gathered(self, source: Tensor, pad: Tensor | None) -> Tensor:
+        """``[B, groups, slots, heads, dim]`` of a map; padded slots hold ``pad``, absent ones zero."""
+        source = self.widened(source)
+        for axis, slots in enumerate(self._slots, start=1):
+            source = source.index_select(axis, slots.flatten().clamp(min=0))
+        source = self._grouped(source)
+        # a weight of zero does not hide what is not finite
+        source = source.masked_fill(self.absent[..., None, None], 0)
+        return source if pad is None else torch.where(self._padding[..., None, None], self.widened(pad), source)
+
+    def scattered(self, groups: Tensor) -> Tensor:
+        """The inverse: ``[B, *grid, heads, dim]``."""
+        rank = len(self._sizes)
+        counts = [slots.shape[0] for slots in self._slots]
+        groups = groups.unflatten(2, self._sizes).unflatten(1, counts)
+        order = (each for axis in range(1, rank + 1) for each in (axis, axis + rank))
+        groups = groups.permute(0, *order, 2 * rank + 1, 2 * rank + 2)
+        for axis, places in enumerate(self._places, start=1):
+            groups = groups.flatten(axis, axis + 1).index_select(axis, places)
+        return groups
+
+    def _grouped(self, source: Tensor) -> Tensor:
+        """``[B, *(groups * slots), ...]`` axis by axis to ``[B, groups, slots, ...]``."""
+        rank = len(self._sizes)
+        for axis in range(rank, 0, -1):
+            source = source.unflatten(axis, self._slots[axis - 1].shape)
+        order = (*range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2))
+        return (
+            source.permute(0, *order, *range(2 * rank + 1, source.dim())).flatten(rank + 1, 2 * rank).flatten(1, rank)
+        )
+
+    def _anywhere(self, kind: int) -> Tensor:
+        """``[groups, slots]``, bool: which slots are of a kind on some axis."""
+        found = torch.zeros(
+            (1, *(slots.numel() for slots in self._slots)), dtype=torch.bool, device=self._slots[0].device
+        )
+        for axis, slots in enumerate(self._slots, start=1):
+            shape = [1] * found.dim()
+            shape[axis] = -1
+            found = found | (slots.flatten() == kind).view(shape)
+        return self._grouped(found)[0]
+
+
+GROUPED_ATTENTION = Operator(GroupedProblem)

@@ -1,6 +1,6 @@
-"""Attention by tiles: explicit matrix products and softmax over boxes of the map, on any device torch runs on.
+"""Attention by tiles: matrix products and softmax over boxes of the map, on any device torch runs on.
 
-Half precision is computed in float32, tile by tile.
+Half precision is computed in float32, tile by tile. Nothing of queries by keys is ever in memory for a whole map.
 """
 
 from __future__ import annotations
@@ -8,118 +8,117 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...numerics.precision import accumulation_dtype
-from ...operators.attention_op import OPERANDS
-from ...operators.dispatch import Backend, Request
-from ...operators.index_rule import axis_rules
-from ...operators.partition_rule import attended_slots, axis_partitions
-from ..logit_terms import bias_gradient, logit_table
-from .blocks import Operands, Problem, backward, forward
+from ...operators import AxialProblem, BiasedProblem, GroupedProblem, LocalProblem
+from ...operators.backend import Backend, Request
+from ...operators.partition_rule import attended_slots
+from . import rows
+from .blocks import Problem, backward, block_operands, forward
 from .cost import Work, seconds
 from .neighborhood import cheapest_tile, neighborhood_blocks
 from .partition import partition_blocks
 
-
-def local_problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    is_causal: tuple[bool, ...],
-    scale: float,
-) -> Problem:
-    """Neighborhood attention as blocks."""
-    rules = axis_rules(tuple(query.shape[1:-2]), kernel_size, stride, dilation, is_causal)
-    extras = 0 if additional_keys is None else additional_keys.shape[1]
-    work = Work(query.device.type, query.shape[0] * query.shape[-2], query.shape[-1] + value.shape[-1])
-    tile, _ = cheapest_tile(rules, work)
-    blocks = neighborhood_blocks(rules, tile, bias is not None, extras, query.device)
-    operands = _operands(query, key, value, bias, additional_keys, additional_values)
-    return Problem(blocks, operands, scale)
+Gradients = tuple[Tensor | None, ...]
 
 
-def grouped_problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    pad_key: Tensor | None,
-    pad_value: Tensor | None,
-    window_size: tuple[int, ...],
-    shift: tuple[int, ...],
-    scale: float,
-) -> Problem:
-    """Attention inside windows as blocks; every padded slot is an extra key."""
-    geometry = (tuple(query.shape[1:-2]), window_size, shift, pad_key is not None)
-    blocks = partition_blocks(*geometry, bias is not None, query.device)
+def _local_blocks(problem: LocalProblem) -> Problem:
+    tile, _ = cheapest_tile(problem.rules, _work(problem))
+    has_bias = problem.bias is not None
+    blocks = neighborhood_blocks(problem.rules, tile, has_bias, problem.additional, problem.query.device)
+    return Problem(blocks, block_operands(problem, problem.additional_keys, problem.additional_values), problem.scale)
+
+
+def _grouped_blocks(problem: GroupedProblem) -> Problem:
+    """Every padded slot is an additional key, after those that every query sees."""
+    device = problem.query.device
+    blocks = partition_blocks(problem.partitions, problem.bias is not None, problem.additional, device)
     extras = max((block.extras for block in blocks), default=0)  # a map without tokens has no blocks
-    pads = (None if pad is None else pad.expand(len(query), extras, -1, -1) for pad in (pad_key, pad_value))
-    return Problem(blocks, _operands(query, key, value, bias, *pads), scale)
+    slots = extras - problem.additional
+    pairs = ((problem.additional_keys, problem.pad_key), (problem.additional_values, problem.pad_value))
+    extra = (_joined(additional, pad, len(problem.query), slots) for additional, pad in pairs)
+    return Problem(blocks, block_operands(problem, *extra), problem.scale)
 
 
-def _operands(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
-) -> Operands:
-    table = logit_table(bias, query.new_empty(0, dtype=accumulation_dtype(query.dtype)))
-    return Operands(query, key, value, _no_rows(key, extra_key), _no_rows(value, extra_value), table)
+def _joined(additional: Tensor | None, pad: Tensor | None, batch: int, slots: int) -> Tensor | None:
+    parts = [] if additional is None else [additional]
+    if pad is not None:
+        parts.append(pad.expand(batch, max(slots, 0), -1, -1))
+    return torch.cat(parts, dim=1) if parts else None
 
 
-def _no_rows(own: Tensor, extra: Tensor | None) -> Tensor:
-    return own.new_empty(len(own), 0, *own.shape[-2:]) if extra is None else extra
+def local_attention(problem: LocalProblem) -> tuple[Tensor, Tensor]:
+    """A window for every query; see ``attnrewrite.operators.local_attention``."""
+    return forward(_local_blocks(problem))
 
 
-def local_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Neighborhood attention; see ``attnrewrite.operators.local_attention``."""
-    return forward(local_problem(*arguments))
+def local_attention_backward(
+    problem: LocalProblem, results: tuple[Tensor, ...], gradients: Gradients, wanted: tuple[bool, ...]
+) -> Gradients:
+    """Gradients of its operands."""
+    query, key, value, extra_key, extra_value, bias = backward(_local_blocks(problem), problem.bias, results, gradients)
+    return query, key, value, bias, extra_key, extra_value, None, None, None
 
 
-def local_attention_backward(grad_output: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Gradients of the tensor operands of ``local_attention``."""
-    operands, results, geometry = rest[:OPERANDS], rest[OPERANDS : OPERANDS + 2], rest[OPERANDS + 2 :]
-    gradients = backward(local_problem(*operands, *geometry), grad_output, grad_lse, *results)
-    return _in_order(gradients, operands)
+def grouped_attention(problem: GroupedProblem) -> tuple[Tensor, Tensor]:
+    """Attention inside groups; see ``attnrewrite.operators.grouped_attention``."""
+    return forward(_grouped_blocks(problem))
 
 
-def grouped_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Attention inside blocks; see ``attnrewrite.operators.grouped_attention``."""
-    return forward(grouped_problem(*arguments))
+def grouped_attention_backward(
+    problem: GroupedProblem, results: tuple[Tensor, ...], gradients: Gradients, wanted: tuple[bool, ...]
+) -> Gradients:
+    """Gradients of its operands."""
+    query, key, value, *extra, bias = backward(_grouped_blocks(problem), problem.bias, results, gradients)
+    keys, values = (each.tensor_split([problem.additional], dim=1) for each in extra)
+    return query, key, value, bias, keys[1].sum((0, 1)), values[1].sum((0, 1)), keys[0], values[0]
 
 
-def grouped_attention_backward(grad_output: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Gradients of the tensor operands of ``grouped_attention``."""
-    operands, results, geometry = rest[:OPERANDS], rest[OPERANDS : OPERANDS + 2], rest[OPERANDS + 2 :]
-    gradients = backward(grouped_problem(*operands, *geometry), grad_output, grad_lse, *results)
-    *others, pad_keys, pad_values = _in_order(gradients, operands)
-    return (*others, pad_keys.sum((0, 1)), pad_values.sum((0, 1)))
+def axial_attention(problem: AxialProblem) -> tuple[Tensor, ...]:
+    """Attention along an axis; see ``attnrewrite.operators.axial_attention``."""
+    return tuple(map(problem.from_lines, rows.forward(problem.as_lines())))
 
 
-def _in_order(gradients: Operands, operands: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """In the order of the operator's operands."""
-    query, key, value, extra_key, extra_value, table = gradients
-    return query, key, value, bias_gradient(table, operands[3]), extra_key, extra_value
+def axial_attention_backward(
+    problem: AxialProblem, results: tuple[Tensor, ...], gradients: Gradients, wanted: tuple[bool, ...]
+) -> Gradients:
+    """Gradients of its operands."""
+    arrived = tuple(None if each is None else problem.lines(each) for each in gradients)
+    outcome = tuple(problem.lines(each) for each in results)
+    *maps, log_decay, _table = rows.backward(problem.as_lines(), outcome, arrived, (*wanted, False))
+    return (*(None if each is None else problem.from_lines(each) for each in maps), log_decay)
 
 
 def cost(request: Request) -> float:
     """Modelled seconds."""
-    work = Work(request.device, request.batch * request.heads, request.head_dim + request.value_dim)
-    if request.operator.startswith("local_attention"):
-        rules = axis_rules(request.grid, request.window, request.stride, request.dilation, request.is_causal)
-        return cheapest_tile(rules, work)[1]
-    partitions = axis_partitions(request.grid, request.window, request.shift, request.extra_keys > 0)
-    tokens = prod(request.grid)
-    return seconds(work, prod(map(attended_slots, partitions)), tokens, tokens // prod(request.window), 1)
+    problem: Any = request.problem
+    work = _work(problem)
+    if isinstance(problem, LocalProblem):
+        return cheapest_tile(problem.rules, work)[1]
+    if isinstance(problem, GroupedProblem):
+        tokens = prod(problem.grid)
+        pairs = prod(map(attended_slots, problem.partitions))
+        return seconds(work, pairs, tokens, tokens // problem.slots, 1)
+    pairs = problem.pairs() // max(1, work.images_and_heads)
+    return seconds(work, pairs, prod(problem.grid), 1, 1)
+
+
+def supports(request: Request) -> str | None:
+    """None, or what a tile cannot add."""
+    problem = request.problem
+    if isinstance(problem, LocalProblem) and problem.post is not None:
+        return "it adds nothing to weights after the softmax"
+    if isinstance(problem, LocalProblem) and (problem.additional_bias, problem.place_bias) != (None, None):
+        return "it has no bias but the relative one"
+    if isinstance(problem, GroupedProblem) and any(p.is_wrapped for p in problem.partitions):
+        return "its windows are cut where they lie, and not rolled"
+    return None
+
+
+def _work(problem: LocalProblem | GroupedProblem | BiasedProblem | AxialProblem) -> Work:
+    batch, heads, head_dim, value_dim = problem.sizes
+    return Work(problem.query.device.type, batch * heads, head_dim + value_dim)
 
 
 TILED = Backend(
@@ -129,6 +128,11 @@ TILED = Backend(
         "local_attention_backward": local_attention_backward,
         "grouped_attention": grouped_attention,
         "grouped_attention_backward": grouped_attention_backward,
+        "biased_attention": rows.forward,
+        "biased_attention_backward": rows.backward,
+        "axial_attention": axial_attention,
+        "axial_attention_backward": axial_attention_backward,
     },
     cost=cost,
+    supports=supports,
 )

@@ -13,8 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..logit_terms import FIRST_BIAS
-from .tile_attention import Outcome, Tile, TileGradients, explicit, explicit_backward, fused, fused_backward
+from ...numerics.precision import accumulation_dtype
+from ...operators.attention_problem import AttentionProblem
+from .logit_terms import FIRST_BIAS, bias_gradient, logit_table
+from .tile_attention import (
+    Outcome,
+    Tile,
+    TileGradients,
+    explicit,
+    explicit_backward,
+    fits_fused_kernel,
+    fused,
+    fused_backward,
+    outcome_of,
+)
 from .tiles import Index, Tiling, accumulate, chunks, lead_shape, read, tile_view, write
 
 # With larger runs the C allocator returns their memory to the system after every use: thousands of page faults.
@@ -135,6 +147,13 @@ def _add_table_gradient(block: Block, table: Tensor, grad_logits: Tensor) -> Non
         table.index_add_(1, block.terms.flatten(), grad_logits.sum(0).flatten(1))
 
 
+def block_operands(problem: AttentionProblem, extra_key: Tensor | None, extra_value: Tensor | None) -> Operands:
+    """The operands of a problem with its keys beside those of the map."""
+    query, key, value = problem.query, problem.key, problem.value
+    table = logit_table(getattr(problem, "bias", None), query.new_empty(0, dtype=accumulation_dtype(query.dtype)))
+    return Operands(query, key, value, _or_no_rows(extra_key, key), _or_no_rows(extra_value, value), table)
+
+
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
     operands = problem.operands
@@ -147,25 +166,27 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    problem: Problem, grad_output: Tensor, grad_lse: Tensor, output: Tensor, lse: Tensor
+    problem: Problem, bias: Tensor | None, results: tuple[Tensor, ...], arrived: tuple[Tensor | None, ...]
 ) -> Operands:
-    """Gradients of the operands, in the precision of the softmax."""
+    """Gradients of the operands, in the precision of the softmax; that of the ``bias`` in the place of the table's."""
     query, *others = problem.operands
     like = problem.operands.table
     gradients = Operands(like.new_empty(query.shape), *(like.new_zeros(each.shape) for each in others))
-    is_fused = not _has_bias(like) and _fits_fused_kernel(problem.operands) and not grad_lse.any()
-    differentiate = fused_backward if is_fused else explicit_backward
-    outcome = Outcome(output, lse[..., None], grad_output, grad_lse[..., None])
+    outcome = outcome_of(results, arrived)
+    is_fused = not _has_bias(like) and _fits_fused_kernel(problem.operands) and arrived[1] is None
     for block in problem.blocks:
-        attend_backward(block, problem, differentiate, outcome, gradients)
-    return gradients
+        attend_backward(block, problem, fused_backward if is_fused else explicit_backward, outcome, gradients)
+    return gradients._replace(table=bias_gradient(gradients.table, bias))
+
+
+def _or_no_rows(extra: Tensor | None, own: Tensor) -> Tensor:
+    return own.new_empty(len(own), 0, *own.shape[-2:]) if extra is None else extra
 
 
 def _fits_fused_kernel(operands: Operands) -> bool:
     """On a CPU, values as wide as queries, no empty axis, and no bias of -inf, with which a query might see nothing."""
-    query, value, table = operands.query, operands.value, operands.table
-    fits = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.numel() > 0
-    return fits and not table[:, FIRST_BIAS:].isneginf().any()
+    table = operands.table
+    return fits_fused_kernel(operands.query, operands.value) and not table[:, FIRST_BIAS:].isneginf().any()
 
 
 def _has_bias(table: Tensor) -> bool:

@@ -9,7 +9,7 @@ along an axis (a band) or along all (dense attention): the cost model decides.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count, groupby, product, takewhile
 from math import prod
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...operators.index_rule import AxisRule, windows
-from ..logit_terms import ABSENT, FIRST_BIAS, FREE, over_axes, row_major
 from .blocks import Block
 from .cost import Work, seconds
+from .logit_terms import ABSENT, FIRST_BIAS, FREE, over_axes, row_major
 from .tiles import AxisTiles
 
 
@@ -53,7 +53,7 @@ def _group_classes(rule: AxisRule) -> Iterator[tuple[int, int, int]]:
 
 
 def _group_spans(rule: AxisRule, tile: int, first_group: int, groups: int, length: int) -> Iterator[AxisSpan]:
-    undilated = windows(AxisRule(length, rule.kernel_size, rule.stride, 1, rule.is_causal))
+    undilated = windows(replace(rule, length=length, dilation=1))
     layouts = [(start, _layout(undilated[start : start + tile], start)) for start in range(0, length, tile)]
     for (offset, keys, relative), alike in groupby(layouts, key=lambda item: item[1]):
         starts = [start for start, _ in alike]
@@ -94,7 +94,7 @@ def cheapest_tile(rules: tuple[AxisRule, ...], work: Work) -> tuple[tuple[int, .
 
 def _candidates(rule: AxisRule) -> list[int]:
     """Multiples of the stride, in steps of about sqrt(2), that cut the longest dilation group evenly."""
-    length = -(-rule.length // rule.dilation)
+    length = max(1, -(-rule.length // rule.dilation))
     targets = takewhile(lambda size: size < length, (4 * 2 ** (step / 2) for step in count()))
     even = {-(-length // round(length / target)) for target in targets} | {length}
     return sorted({min(-(-size // rule.stride) * rule.stride, length) for size in even})
@@ -120,7 +120,7 @@ def _block(
     seen = over_axes(inside, torch.logical_and)
     if not has_bias and seen.all():
         return Block(queries, keys, None, extras)
-    entry = row_major(entries, [2 * rule.kernel_size - 1 for rule in rules])
+    entry = row_major(entries, [rule.bias_length for rule in rules])
     terms = torch.where(seen, FIRST_BIAS + entry if has_bias else FREE, ABSENT)
     terms = pad(terms, (0, extras), value=FREE)
     return Block(queries, keys, terms.to(device), extras)
@@ -131,4 +131,4 @@ def _axis_terms(span: AxisSpan, rule: AxisRule) -> tuple[Tensor, Tensor]:
     first, stop = torch.tensor(span.windows).unsqueeze(-1).unbind(1)
     key, query = torch.arange(span.keys.size), torch.arange(span.queries.size)[:, None]
     offset = span.keys.start - span.queries.start
-    return (key >= first) & (key < stop), key + offset - query + rule.kernel_size - 1
+    return (key >= first) & (key < stop), key + offset - query + rule.bias_reach

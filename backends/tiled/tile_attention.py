@@ -48,6 +48,21 @@ class TileGradients(NamedTuple):
     logits: Tensor | None
 
 
+def outcome_of(results: tuple[Tensor, ...], arrived: tuple[Tensor | None, ...]) -> Outcome:
+    """Results and gradients of an attention operator; a gradient that does not arrive is zero."""
+    output, lse = results
+    grad_output, grad_lse = (
+        torch.zeros_like(result) if gradient is None else gradient
+        for result, gradient in zip(results, arrived, strict=True)
+    )
+    return Outcome(output, lse[..., None], grad_output, grad_lse[..., None])
+
+
+def fits_fused_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's kernel for a CPU takes them: values as wide as queries, and no empty axis."""
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.numel() > 0
+
+
 def fused(tile: Tile) -> tuple[Tensor, Tensor]:
     """Mixed values, and the log-sum-exp ``[tiles, heads, points, 1]``.
 

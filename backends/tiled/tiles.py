@@ -53,8 +53,7 @@ def tile_view(source: Tensor, tiling: Tiling) -> Tensor:
     steps = [stride * axis.dilation for axis, stride in axes]
     counts = [step * axis.step for (axis, _), step in zip(axes, steps, strict=True)]
     offset = sum(
-        stride * axis.first_group + step * axis.start
-        for (axis, stride), step in zip(axes, steps, strict=True)
+        stride * axis.first_group + step * axis.start for (axis, stride), step in zip(axes, steps, strict=True)
     )
     strides = (batch, *along, *counts, head, *steps, channel)
     return source.as_strided(sizes, strides, source.storage_offset() + offset)

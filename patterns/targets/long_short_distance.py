@@ -145,18 +145,18 @@ class LongShortDistance(Target):
                 f"the published position bias has a 16th of {width} channels, but needs at least two",
                 "leave official out",
             )
-        group = as_pair(self.group_size or (window.size if isinstance(window, Window) else 7))
+        configured = as_pair(self.group_size or (window.size if isinstance(window, Window) else 7))
         long = any(window.shift) if isinstance(window, Window) else index % 2 == 1
-        interval = (as_pair(self.interval)[0] if self.interval is not None else "adaptive") if long else None
-        module = LongShortDistanceAttention(width, site.heads, group, interval)
+        steps = (as_pair(self.interval)[0] if self.interval is not None else "adaptive") if long else None
+        module = LongShortDistanceAttention(width, site.heads, configured, steps)
         made = published_attention(site, module, {"qkv": "qkv", "proj": "o"}, weights)
-        found = module.grouping(grid.height, grid.width)
+        group, interval = module.groups(grid.height, grid.width)
         lost = "; its bias is not taken over" if site.bias is not None else ""
         return made.conversion(
             Exactness.PROJECTED,
-            f"{_why(found.group, found.interval)}{lost}{note_of_keys(site)}",
-            settings={"group_size": group, "interval": found.interval},
-            benefit=_benefit(found.group, grid),
+            f"{_why(group, interval)}{lost}{note_of_keys(site)}",
+            settings={"group_size": configured, "interval": interval},
+            benefit=_benefit(group, grid),
             adapter=adapter_between(site.source, site.result, grid),
         )
 

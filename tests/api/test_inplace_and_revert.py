@@ -28,7 +28,7 @@ def test_return_report_is_the_report_of_the_model(vit, batch):
 
 
 def test_a_model_that_was_not_converted_has_no_report(vit):
-    with pytest.raises(ArgumentError, match=r"model: VisionTransformer expected a result of attnrewrite\.convert"):
+    with pytest.raises(ArgumentError, match=r"model: VisionTransformer was not made by attnrewrite\.convert"):
         attnrewrite.report(vit)
 
 
@@ -69,7 +69,7 @@ def test_revert_of_an_unconverted_model_is_refused(vit):
 
 def test_a_reverted_model_has_no_report_and_converts_again(projected, batch):
     reverted = attnrewrite.revert(copy.deepcopy(projected))
-    with pytest.raises(ArgumentError, match=r"expected a result of attnrewrite\.convert"):
+    with pytest.raises(ArgumentError, match=r"was not made by attnrewrite\.convert"):
         attnrewrite.report(reverted)
     again = attnrewrite.convert(reverted, "neighborhood", batch, kernel_size=3)
     assert torch.equal(run(again, batch), run(projected, batch))

@@ -89,9 +89,9 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"ridge": 0.1}, "other settings"),
-        ({"method": "distill", "steps": 2}, "other settings"),
-        ({"data": images(13)[1:]}, "other images"),
+        ({"ridge": 0.1}, "different settings"),
+        ({"method": "distill", "steps": 2}, "different settings"),
+        ({"data": images(13)[1:]}, "different images"),
     ],
     ids=["ridge", "method", "images"],
 )

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from neighborhood_oracle import dilated_mask
 from torch import Tensor
 
 from attnrewrite import AttnRewriteError
 from attnrewrite.cores import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
-from attnrewrite.cores.neighborhood import clamped_kernel, neighborhood_mask
+from attnrewrite.cores.neighborhood import clamped_kernel
 from attnrewrite.ir.sites import Grid, Window
 from attnrewrite.operators.index_rule import relative_offset
 
@@ -55,7 +56,8 @@ def test_windows_equal_attention_within_their_slots(
         )
         tokens = [block[slot] for slot in real]
         expected[:, tokens] = masked(query[:, tokens], keys, values, bias[:, real][:, :, slots], 0.7)
-    for mixed in (core(*maps, bias, *pads), core._gathered(*maps, bias, *pads)):
+    dropping = WindowAttention(window, grid, 0.7, dropout=1e-15).train()
+    for mixed in (core(*maps, bias, *pads), dropping(*maps, bias, *pads)):
         torch.testing.assert_close(mixed.flatten(1, 2), expected, rtol=0, atol=1e-12)
 
 
@@ -78,7 +80,7 @@ def test_neighborhoods_equal_masked_attention(
     query, key, value = operands(grid.tokens, grid.tokens)
     core = NeighborhoodAttention(kernel, dilation, grid, 0.5, dropout=1e-12).train(training)
     added = torch.zeros(grid.tokens, grid.tokens, dtype=torch.float64)
-    added = added.masked_fill(~neighborhood_mask(kernel, dilation, grid), -math.inf)
+    added = added.masked_fill(~dilated_mask(kernel, dilation, grid), -math.inf)
     torch.testing.assert_close(core(query, key, value), masked(query, key, value, added, 0.5), rtol=0, atol=1e-9)
 
 
@@ -90,14 +92,14 @@ def test_a_relative_bias_follows_the_kernel() -> None:
     entries = torch.zeros(11 * 9, dtype=torch.long)
     entries[offset.flatten()] = torch.arange(offset.numel())
     core = NeighborhoodAttention(kernel, (1, 1), grid, 0.5, entries=entries).eval()
-    added = bias.masked_fill(~neighborhood_mask(kernel, (1, 1), grid), -math.inf)
+    added = bias.masked_fill(~dilated_mask(kernel, (1, 1), grid), -math.inf)
     expected = masked(query, key, value, added, 0.5)
     torch.testing.assert_close(core(query, key, value, bias[None]), expected, rtol=0, atol=1e-12)
 
 
 def test_the_neighborhood_rule_on_a_small_case() -> None:
     """Five tokens, kernel 3: windows slide inward at the border."""
-    seen = neighborhood_mask((1, 3), (1, 1), Grid(1, 5)).int().tolist()
+    seen = dilated_mask((1, 3), (1, 1), Grid(1, 5)).int().tolist()
     assert seen == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]]
 
 

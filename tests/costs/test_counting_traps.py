@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnrewrite import analyze, convert
-from attnrewrite.costs.algebra.site_formula import PADDED
+from attnrewrite.costs.algebra.site_formula import PAIRS
 from attnrewrite.errors import ArgumentError, CaptureError
 from attnrewrite.functional import neighborhood_attention
 from attnrewrite.hosts.loading import load_model
@@ -145,14 +145,15 @@ def test_position_networks_where_the_pooling_does_not_divide(side):
 
 
 @pytest.mark.slow
-def test_long_distance_pads_to_group_times_interval():
-    """At 240 pixels the first stage's 60 x 60 map pads to 112 x 112 for long distance, to 63 x 63 for short."""
+def test_groups_at_the_border_count_with_the_tokens_they_have():
+    """At 240 pixels the first stage's 60 x 60 map is no multiple of groups of 7, nor of regions of 56."""
     report = analyze(small_crossformer(), torch.zeros(1, 3, 240, 240))
     assert all(check.equal for check in report.checks)
     sites = {site.name: site for site in report.sites}
-    for name, side in (("layers.0.blocks.0.attn", 63), ("layers.0.blocks.1.attn", 112)):
+    short, long = 8 * 7**2 + 4**2, 8 * 7**2 + 4 * 1**2
+    for name, pairs in (("layers.0.blocks.0.attn", short), ("layers.0.blocks.1.attn", long)):
         formula = sites[name].formula
-        assert formula.number(PADDED, 240, 240) == side**2
+        assert formula.number(PAIRS, 240, 240) == pairs**2
         assert sites[name].macs == formula.macs_of(1, 240, 240)
 
 
@@ -267,7 +268,7 @@ def test_sizes_that_the_model_refuses_are_answered_and_flagged():
 
 
 def test_a_size_that_the_model_does_not_take_says_which_it_takes():
-    with pytest.raises(ArgumentError, match=r"does not take 80x80 .* analyze it at 64x64"):
+    with pytest.raises(ArgumentError, match=r"rejects 80x80 .* analyze it at 64x64"):
         analyze(small_vit(), torch.zeros(1, 3, 80, 80))
 
 

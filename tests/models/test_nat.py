@@ -244,7 +244,7 @@ def test_weights_of_another_kernel_are_refused():
     [
         (NAT, {"num_heads": (1, 2)}, "one entry per level"),
         (NAT, {"dilations": ((1,), (1, 2), (1,))}, "level 0 has 2 blocks, got 1"),
-        (DiNATS, {"num_heads": (3, 2, 4)}, "3 heads do not divide 16 channels"),
+        (DiNATS, {"num_heads": (3, 2, 4)}, "num_heads: must divide dim=16, got 3"),
         (DiNATS, {"kernel_size": 0}, "kernel_size: must be at least 1"),
         (IsotropicNAT, {"dilation": 0}, "dilation: must be at least 1"),
     ],

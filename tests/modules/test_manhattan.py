@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from attnrewrite.backends import tiled
+from attnrewrite.backends.tiled import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.export import Dim
@@ -13,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attnrewrite.errors import ArgumentError
-from attnrewrite.modules import manhattan
 from attnrewrite.modules.conv_ffn import ConvFFN
 from attnrewrite.modules.decay import ManhattanPosition, log_decay, rotate
 from attnrewrite.modules.manhattan import ManhattanAttention
-from attnrewrite.operators.manhattan_attention import ManhattanGeometry, axis_bias, map_code
+from attnrewrite.operators import AxialProblem, BiasedProblem
+from attnrewrite.operators.manhattan_attention import ManhattanGeometry, map_bias
 from attnrewrite.operators.manhattan_attention import manhattan_attention as operator
 
 FORMS = pytest.mark.parametrize("decomposed", [False, True], ids=["full", "decomposed"])
@@ -27,9 +30,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["b
 
 def manhattan_attention(query, key, value, decay, *, decomposed=False, decay_placement="inside"):
     """The operator in the form that the layer would choose."""
-    sides = query.shape[1:3]
-    codes = manhattan.wants_codes(*sides)
-    geometry = ManhattanGeometry(*sides, decomposed=decomposed, placement=decay_placement, by_codes=codes)
+    geometry = ManhattanGeometry(*query.shape[1:3], decomposed=decomposed, placement=decay_placement)
     return operator(query, key, value, decay, geometry)
 
 
@@ -67,24 +68,19 @@ def operands(height, width, heads, dim, batch=2, dtype=torch.float64, seed=0):
     dim=st.integers(1, 6),
     decomposed=st.booleans(),
     placement=st.sampled_from(["inside", "outside"]),
-    codes=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_map_as_defined(height, width, heads, dim, decomposed, placement, codes, seed):
+def test_any_map_as_defined(height, width, heads, dim, decomposed, placement, seed):
     query, key, value = operands(height, width, heads, dim, seed=seed)
     decay = log_decay(heads, 1, 3, torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manhattan, "BIAS_TOKENS", 0 if codes else 1024)
-        found = manhattan_attention(query, key, value, decay, decomposed=decomposed, decay_placement=placement)
+    found = manhattan_attention(query, key, value, decay, decomposed=decomposed, decay_placement=placement)
     expected = defined(query, key, value, decay, decomposed, placement)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @FORMS
 @PLACEMENTS
-@pytest.mark.parametrize("bias_tokens", [0, 1024])
-def test_gradients_also_of_the_decay(decomposed, placement, bias_tokens, monkeypatch):
-    monkeypatch.setattr(manhattan, "BIAS_TOKENS", bias_tokens)
+def test_gradients_also_of_the_decay(decomposed, placement):
     inputs = [*operands(3, 4, 2, 3, batch=1), log_decay(2, 1, 3, torch.float64)]
     torch.autograd.gradcheck(
         lambda *parts: manhattan_attention(*parts, decomposed=decomposed, decay_placement=placement),
@@ -112,28 +108,33 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def largest_tensor(height, width, placement="inside", decomposed=False):
-    inputs = [part.requires_grad_() for part in operands(height, width, 2, 8, batch=1, dtype=torch.float32)]
+def largest_tensor(call: Callable[[], object]) -> int:
     with LargestTensor() as watch:
-        decay = log_decay(2, 2, 4, torch.float32)
-        manhattan_attention(*inputs, decay, decomposed=decomposed, decay_placement=placement).sum().backward()
+        call()
     return watch.elements
 
 
-def test_the_full_form_builds_nothing_of_tokens_by_tokens():
+@pytest.mark.parametrize("wants_decay", [False, True])
+def test_the_full_form_builds_nothing_of_tokens_by_tokens(wants_decay):
     height, width = 40, 56
-    tokens = height * width
-    assert tokens > manhattan.BIAS_TOKENS
-    assert largest_tensor(height, width) <= 2 * tokens * (8 + height + width)  # heads x (head_dim + code)
-    assert largest_tensor(12, 14, "outside") >= 2 * (12 * 14) ** 2  # the watch does see such a matrix
+    tokens, decay = height * width, log_decay(2, 2, 4, torch.float32)
+    query, key, value = (part.flatten(1, 2) for part in operands(height, width, 2, 8, batch=1, dtype=torch.float32))
+    problem = BiasedProblem(query, key, value, decay, None, (height, width), (height, width), 0, 8**-0.5)
+    wanted = (True, True, True, wants_decay, False)
+
+    def both_ways():
+        results = rows.forward(problem)
+        rows.backward(problem, results, (torch.ones_like(results[0]), None), wanted)
+
+    assert largest_tensor(both_ways) < 2 * tokens**2 / 5
+    assert largest_tensor(problem.plain) >= 2 * tokens**2  # the watch does see such a matrix
 
 
 def test_the_decomposed_form_builds_one_bias_an_axis():
-    height, width = 24, 40
-    tokens = height * width
-    assert (
-        largest_tensor(height, width, decomposed=True) <= 2 * tokens * 8
-    )  # the operands; scores would be 5 times that
+    query, key, value = operands(24, 40, 2, 8, batch=1, dtype=torch.float32)
+    for axis in (0, 1):
+        problem = AxialProblem(query, key, value, log_decay(2, 2, 4, torch.float32), axis, 8**-0.5)
+        assert largest_tensor(lambda problem=problem: tiled.axial_attention(problem)) <= query.numel()
 
 
 @FORMS
@@ -168,17 +169,6 @@ def test_decays_of_the_paper():
         torch.testing.assert_close(found, torch.tensor(gammas, dtype=torch.float64), rtol=0, atol=6e-4)
 
 
-@given(height=st.integers(1, 20), width=st.integers(1, 20))
-@settings(max_examples=25, deadline=None)
-def test_codes_tell_distances(height, width):
-    code = map_code(height, width, torch.float64, torch.device("cpu"))
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    rows, columns = rows.flatten(), columns.flatten()
-    distance = (rows[:, None] - rows).abs() + (columns[:, None] - columns).abs()
-    assert torch.equal(code.shape[1] - 2 * distance, (code @ code.T).long())
-    assert code.shape[1] % 8 == 0
-
-
 def test_rotated_products_depend_on_the_raster_distance_alone():
     tables = ManhattanPosition(6, 1)(4, 5, torch.zeros(1, dtype=torch.float64))
     query, key = (torch.randn(6, dtype=torch.float64).expand(1, 4, 5, 1, 6) for _ in range(2))
@@ -205,7 +195,7 @@ def test_tables_of_a_cast_module_are_not_rounded(dtype):
 def test_half_precision_is_near_and_has_gradients(decomposed, placement, dtype):
     torch.manual_seed(0)
     attention = ManhattanAttention(32, 4, decomposed, decay_placement=placement)
-    source = torch.randn(1, 33, 35, 32)  # above the size where codes replace the bias
+    source = torch.randn(1, 33, 35, 32)  # more than one block of rows
     expected = attention(source).detach()
     half = source.to(dtype).requires_grad_()
     found = attention.to(dtype)(half)
@@ -249,8 +239,8 @@ def test_shared_tables_are_the_own_ones():
     assert not torch.allclose(attention(source, ManhattanPosition(8, 2, 1)(5, 6, source)), attention(source))
 
 
-def test_axis_bias_is_decay_times_distance():
-    bias = axis_bias(torch.tensor([-1.0, -0.5]), 4)
+def test_a_bias_is_decay_times_distance():
+    bias = map_bias(torch.tensor([-1.0, -0.5]), 1, 4)
     assert bias[1, 0].tolist() == [0.0, -0.5, -1.0, -1.5]
     assert torch.equal(bias, bias.mT)
 
@@ -272,7 +262,7 @@ def test_the_ffn_convolution_is_a_residual_around_the_activation():
     [
         ({"num_heads": 5}, "num_heads: must divide dim=16"),
         ({"num_heads": 0}, "num_heads: must divide dim=16"),
-        ({"num_heads": 16}, "head_dim: .* pairs .* rotary='none'"),
+        ({"num_heads": 16}, "head_dim: must be even .* rotary='none'"),
         ({"num_heads": 2, "rotary": "rester"}, "rotary: .* did you mean 'raster'"),
         ({"num_heads": 2, "decay_placement": "insid"}, "decay_placement: .* did you mean 'inside'"),
     ],

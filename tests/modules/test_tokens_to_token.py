@@ -124,7 +124,7 @@ def test_the_patches_are_never_gathered(kind, normalize):
 
 def test_patches_of_wide_maps_are_not_gathered_either():
     linear, patches = torch.nn.Linear(9 * 64, 2), PatchGrid(3, 2, 1)
-    with torch.no_grad(), Largest() as largest:
+    with Largest() as largest:
         project_patches(torch.randn(1, 64, 16, 16), torch.nn.LayerNorm(9 * 64), linear, patches)
     assert largest.values == 64 * 18 * 18  # the padded map; its patches are 64 * 9 * 8 * 8 values
 

@@ -157,5 +157,11 @@ def test_private_kernels_are_called_through_one_function_alone():
             "torch.overrides._get_current_function_mode_stack",
         },
         "attnrewrite/capture/in_place.py": {"torch.ops.aten._computed"},  # the public operator beside one in place
+        "attnrewrite/operators/operator.py": {  # its own operators, and whether a transform has wrapped their operands
+            "torch.ops._computed",
+            "torch._C",
+            "torch._C._functorch",
+        },
+        "backends/plain.py": {"torch._C", "torch._C._SetExcludeDispatchKeyGuard"},  # autograd inside an operator
         "attnrewrite/ir/image_map.py": {"torch._C", "torch._C._current_graph_task_id"},  # whether a backward pass runs
     }

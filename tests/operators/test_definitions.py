@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sympy import Integer, expand, symbols
 
 from attnrewrite.errors import ArgumentError
-from attnrewrite.functional import grouped_attention
+from attnrewrite.functional import axial_attention, biased_attention, conv_glu, grouped_attention, soft_split
 from attnrewrite.operators.aggregated_attention import (
     AggregatedGeometry,
     AggregatedProblem,
@@ -17,11 +17,9 @@ from attnrewrite.operators.aggregated_attention import (
     SharedKeys,
     aggregated_attention,
 )
-from attnrewrite.operators.conv_glu import ConvGluGeometry, conv_glu
-from attnrewrite.operators.long_short_attention import LongShortGeometry, long_short_attention
+from attnrewrite.operators.index_rule import relative_offset
 from attnrewrite.operators.manhattan_attention import ManhattanGeometry, manhattan_attention
-from attnrewrite.operators.partition_rule import Grouping, cropped_map, padded_map
-from attnrewrite.operators.soft_split import PatchGrid, PatchNorm, soft_split
+from attnrewrite.operators.soft_split import PatchGrid
 
 HEADS, DIM = 2, 3
 H, W, C, P = symbols("H W C P", positive=True, integer=True)
@@ -42,26 +40,6 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 def scattered(source: torch.Tensor) -> torch.Tensor:
     """The same numbers in another order in memory."""
     return source.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-@pytest.mark.parametrize("sides", [(8, 6), (7, 9), (3, 2)])
-def test_groups_of_neighbors_are_windows(sides):
-    query, key, value = operands(*sides)
-    grouping = Grouping.covering(sides, (4, 3), (1, 1))
-    bias = torch.randn(HEADS, 12, 12, dtype=torch.float64)
-    maps = [padded_map(part, grouping) for part in (query, key, value)]
-    found = cropped_map(long_short_attention(*maps, LongShortGeometry(grouping), bias), grouping)
-    expected = grouped_attention(query, key, value, (4, 3), bias=bias)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-
-
-def test_padding_that_counts_is_a_key_of_zeros():
-    query, key, value = operands(5, 5)
-    grouping, zero = Grouping.covering((5, 5), (4, 4), (1, 1)), torch.zeros(HEADS, DIM, dtype=torch.float64)
-    maps = [padded_map(part, grouping) for part in (query, key, value)]
-    found = long_short_attention(*maps, LongShortGeometry(grouping, hides_padding=False))
-    expected = grouped_attention(query, key, value, 4, pad_key=zero, pad_value=zero)
-    torch.testing.assert_close(cropped_map(found, grouping), expected, rtol=0, atol=1e-12)
 
 
 def test_a_window_as_large_as_the_map_is_dense_attention():
@@ -97,14 +75,13 @@ def test_any_layout():
     query, key, value = operands(4, 6)
     decay = torch.tensor([-0.3, -0.7], dtype=torch.float64)
     learned = LearnedTokens(query, *(torch.randn(HEADS, size, 9, dtype=torch.float64) for size in (DIM, 1)))
-    grouping = Grouping.covering((4, 6), (2, 3), (2, 2))
 
     def results(query, key, value):
         shared = SharedKeys(key[:, 0], value[:, 0])
         yield aggregated_attention(AggregatedProblem(query, LocalKeys(key, value, 3), shared, learned))
         yield manhattan_attention(query, key, value, decay, ManhattanGeometry(4, 6))
         yield manhattan_attention(query, key, value, decay, ManhattanGeometry(4, 6, decomposed=True))
-        yield long_short_attention(query, key, value, LongShortGeometry(grouping))
+        yield grouped_attention(query, key, value, (2, 3), interval=(2, 2))
 
     others = results(*map(scattered, (query, key, value)))
     for expected, found in zip(results(query, key, value), others, strict=True):
@@ -118,10 +95,48 @@ def test_a_soft_split_is_a_map_of_unfolded_patches(normalized):
     factors, offsets = torch.randn(2, 27, dtype=torch.float64)
     tokens = F.unfold(image, 3, padding=1, stride=2).transpose(1, 2)
     tokens = F.layer_norm(tokens, (27,), factors, offsets, 1e-5) if normalized else tokens
-    norm = PatchNorm(factors, offsets, 1e-5) if normalized else None
-    found = soft_split(image, weight, bias, patches, norm)
+    norm = {"norm_weight": factors, "norm_bias": offsets} if normalized else {}
+    found = soft_split(image, weight, bias, 3, 2, 1, **norm)
     assert found.shape[1:3] == (patches.cells(9), patches.cells(12))
     torch.testing.assert_close(found.flatten(1, 2), F.linear(tokens, weight, bias), rtol=0, atol=1e-9)
+
+
+def test_a_norm_of_patches_survives_a_large_mean():
+    """In float32, of pixels a thousand times as large as their contrast; the mean of a square is a million."""
+    image = torch.rand(1, 3, 9, 9) + 1000
+    weight, ones = torch.randn(4, 27), torch.ones(27)
+    found = soft_split(image, weight, None, 3, 2, 0, norm_weight=ones, norm_bias=torch.zeros(27))
+    patches = F.unfold(image.double(), 3, stride=2).transpose(1, 2)
+    expected = F.linear(F.layer_norm(patches, (27,), eps=1e-5), weight.double())
+    torch.testing.assert_close(found.flatten(1, 2).double(), expected, rtol=0, atol=2e-3)
+
+
+def test_a_gate_is_a_convolution_of_the_map():
+    gate, value = operands(4, 6, count=2)
+    gate, value = gate.flatten(3), value.flatten(3)
+    channels = gate.shape[-1]
+    convolution = torch.nn.Conv2d(channels, channels, 3, padding=1, groups=channels, dtype=torch.float64)
+    found = conv_glu(gate, convolution.weight, convolution.bias, value)
+    expected = F.gelu(convolution(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)) * value
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_table_by_position_is_a_bias_of_queries_and_keys():
+    query, key, value = operands(2 + 12)
+    table = torch.randn(HEADS, 5, 7, dtype=torch.float64)
+    found = biased_attention(query, key, value, (3, 4), prefix_tokens=2, table=table)
+    bias = F.pad(table.flatten(1)[:, relative_offset((3, 4))], (2, 0, 2, 0))
+    scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * DIM**-0.5 + bias
+    torch.testing.assert_close(found, torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), value), rtol=0, atol=1e-12)
+
+
+def test_rows_then_columns_are_decomposed_manhattan_attention():
+    query, key, value = operands(4, 6)
+    decay = torch.tensor([-0.3, -0.7], dtype=torch.float64)
+    rows = axial_attention(query, key, value, 1, log_decay=decay)
+    found = axial_attention(query, key, rows, 0, log_decay=decay)
+    expected = manhattan_attention(query, key, value, decay, ManhattanGeometry(4, 6, decomposed=True))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -149,11 +164,6 @@ def test_a_soft_split_is_a_map_of_unfolded_patches(normalized):
             ),
             "dropout: only",
         ),
-        (
-            lambda q, k, v: long_short_attention(q, k, v, LongShortGeometry(Grouping.covering((4, 6), (3, 3), (1, 1)))),
-            r"\[B, 6, 6, heads, head_dim\], padded",
-        ),
-        (lambda q, k, v: conv_glu(q, q, None, ConvGluGeometry("gelo")), "did you mean 'gelu'"),
     ],
 )
 def test_arguments_without_meaning(call, reason):
@@ -171,10 +181,6 @@ def test_costs_are_formulas_of_symbols_too():
     assert expand(ManhattanGeometry(H, W).macs(1, C, C) - 2 * tokens**2 * C) == 0
     assert expand(ManhattanGeometry(H, W, decomposed=True).macs(1, C, C) - 2 * tokens * (H + W) * C) == 0
     assert expand(ManhattanGeometry(H, W, keys=(1, P)).macs(1, C, C) - 2 * tokens * P * C) == 0
-    groups = Grouping((7, 7), (2, 2), (H, W), (0, 0), (0, 0))
-    padded = 14 * H * 14 * W
-    assert expand(LongShortGeometry(groups).macs(1, C, C) - 2 * 49 * padded * C) == 0
-    assert ConvGluGeometry().macs(tokens, C) == 9 * tokens * C
     assert PatchGrid(7, 4, 2).macs(tokens, Integer(3), C) == 147 * tokens * C
 
 

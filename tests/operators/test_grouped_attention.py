@@ -1,74 +1,49 @@
-"""Grouped attention: against loops, against rolled and masked windows, and identities."""
+"""Grouped attention: tiles against the reference, against rolled and masked windows, and identities."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import assert_same, grouped_axes, grouped_operands, random, results
-from attention_oracle import windows
+from attention_cases import assert_same, grouped_problem, grouped_problems, of_dtype, on, random, results
 from attnrewrite.backends.tiled import blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from attnrewrite.functional import grouped_attention, neighborhood_attention
-from attnrewrite.operators import grouped_attention as operator
+from attnrewrite.operators.backend import Request
+from attnrewrite.operators.dispatch import refusals
 
-BACKENDS = ["reference", "tiled"]
+BACKENDS = ["plain", "reference", "tiled"]
 
 
-@st.composite
-def cases(draw, longest):
-    rank = draw(st.integers(1, 3))
-    grid, window, shift = zip(*(draw(grouped_axes(longest[rank])) for _ in range(rank)), strict=True)
-    torch.manual_seed(draw(st.integers(0, 1000)))
-    operands = grouped_operands(
-        grid,
-        window,
-        batch=draw(st.integers(1, 2)),
-        heads=draw(st.integers(1, 2)),
-        value_dim=draw(st.integers(1, 3)),
-        bias=draw(st.booleans()),
-        padded=draw(st.booleans()),
+def tiled_problems():
+    """Random ones that tiles serve."""
+    return grouped_problems().filter(
+        lambda problem: refusals(Request.of(problem, needs_gradient=True))["tiled"] is None
     )
-    return operands, (window, shift, draw(st.sampled_from([0.5, 1.0])))
 
 
-def on(backend, geometry):
-    return lambda *tensors: operator(*tensors, *geometry, backend)
-
-
-def oracle(geometry):
-    def run(query, key, value, bias, pad_key, pad_value):
-        return windows(query, key, value, *geometry, bias, pad_key, pad_value)
-
-    return run
-
-
-@settings(max_examples=25, deadline=None)
-@given(cases(longest={1: 10, 2: 5, 3: 3}))
-def test_reference_is_the_definition(case):
-    operands, geometry = case
-    assert_same(results(on("reference", geometry), operands), results(oracle(geometry), operands))
-
-
-@settings(max_examples=60, deadline=None)
-@given(cases(longest={1: 30, 2: 12, 3: 7}), st.sampled_from([1, 3000, 1 << 22]))
-def test_tiles_are_the_reference(case, run_bytes):
-    operands, geometry = case
+@settings(max_examples=30, deadline=None)
+@given(tiled_problems(), st.sampled_from([1, 3000, 1 << 22]))
+def test_tiles_of_any_run_are_the_reference(problem, run_bytes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(blocks.RUN_BYTES, "cpu", run_bytes)
-        tiled = results(on("tiled", geometry), operands)
-    assert_same(tiled, results(on("reference", geometry), operands))
+        tiled = results(on("tiled"), problem)
+    assert_same(tiled, results(on("reference"), problem))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradcheck(backend, padded):
-    operands = grouped_operands((4, 3), (2, 2), heads=1, dim=2, value_dim=2, bias=True, padded=padded)
-    given = [operand.requires_grad_() for operand in operands if operand is not None]
-    absent = (None,) * (6 - len(given))
-    assert torch.autograd.gradcheck(lambda *x: operator(*x, *absent, (2, 2), (1, 0), 0.7, backend), given)
+    problem = grouped_problem(
+        (4, 3), (2, 2), heads=1, dim=2, bias=True, padded=padded, shift=(1, 0), scale=0.7
+    )
+    leaves = [operand.requires_grad_() for operand in problem.operands if operand is not None]
+    absent = [None] * (8 - len(leaves))
+    assert torch.autograd.gradcheck(
+        lambda *operands: on(backend)(problem.with_operands([*operands, *absent])), leaves
+    )
 
 
 def rolled_windows(query, key, value, window, shift, bias, pad_key, pad_value):
@@ -101,8 +76,8 @@ def rolled_windows(query, key, value, window, shift, bias, pad_key, pad_value):
 @pytest.mark.parametrize("shift", [0, 2, 3])
 @pytest.mark.parametrize("grid", [(8, 12), (9, 7), (3, 4), (10, 8)])
 def test_shifted_windows_are_swins(grid, shift, backend):
-    operands = grouped_operands(grid, (4, 4), batch=2, value_dim=3, bias=True, padded=True)
-    query, key, value, bias, pad_key, pad_value = operands
+    problem = grouped_problem(grid, (4, 4), batch=2, value_dim=3, bias=True, padded=True)
+    query, key, value, bias, pad_key, pad_value, *_ = problem.operands
     output = grouped_attention(
         query, key, value, 4, shift, bias=bias, pad_key=pad_key, pad_value=pad_value, backend=backend
     )
@@ -111,7 +86,7 @@ def test_shifted_windows_are_swins(grid, shift, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_keys_of_zero_are_zero_padding(backend):
-    query, key, value, *_ = grouped_operands((6, 6), (4, 4), value_dim=3)
+    query, key, value, *_ = grouped_problem((6, 6), (4, 4), value_dim=3).operands
     zero = torch.zeros(2, 3, dtype=torch.float64)
     with_zeros = grouped_attention(query, key, value, 4, pad_key=zero, pad_value=zero, backend=backend)
     padded = [pad(x, (0, 0, 0, 0, 0, 2, 0, 2)) for x in (query, key, value)]
@@ -120,7 +95,7 @@ def test_padding_keys_of_zero_are_zero_padding(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_does_not_matter_on_a_divisible_map(backend):
-    query, key, value, _, pad_key, pad_value = grouped_operands((6, 4), (3, 2), padded=True)
+    query, key, value, _, pad_key, pad_value, *_ = grouped_problem((6, 4), (3, 2), padded=True).operands
     padded = grouped_attention(
         query, key, value, (3, 2), pad_key=pad_key, pad_value=pad_value, backend=backend
     )
@@ -139,18 +114,56 @@ def test_one_window_is_dense_attention(backend):
     ("dtype", "tolerance"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
 )  # their rounding
 def test_half_precision_keeps_float32_statistics(backend, dtype, tolerance):
-    halves = [x.to(dtype) for x in grouped_operands((7, 7), (4, 4), bias=True, padded=True)]
-    geometry = ((4, 4), (2, 2), 0.5)
-    actual = results(on(backend, geometry), halves)
-    expected = results(on("reference", geometry), [x.double() for x in halves])
+    halves = of_dtype(grouped_problem((7, 7), (4, 4), bias=True, padded=True, shift=(2, 2)), dtype)
+    actual = results(on(backend), halves)
+    expected = results(on("reference"), of_dtype(halves, torch.float64))
     assert actual[1].dtype == torch.float32
+    assert [x.dtype for x in actual[2:]] == [dtype] * 6
     assert_same(actual[1:2], expected[1:2], 1e-6)
     assert_same([x.double() for x in actual], expected, tolerance)
 
 
 def test_bias_uses_positions_in_the_full_window():
-    query, key, value, *_ = grouped_operands((5,), (4,), heads=1)
+    query, key, value, *_ = grouped_problem((5,), (4,), heads=1).operands
     bias = torch.zeros(1, 4, 4, dtype=torch.float64)
     bias[0, 3, 2] = 1e3  # with shift 3 the first block holds positions 1, 2, 3
     output = grouped_attention(query, key, value, 4, 3, bias=bias)
     assert_same([output[:, 2]], [value[:, 1]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_interval_splits_into_independent_maps(backend):
+    maps = [random(1, 6, 8, 2, 4) for _ in range(3)]
+    whole = grouped_attention(*maps, (3, 4), interval=(2, 2), backend=backend)
+    for row in range(2):
+        for column in range(2):
+            part = [x[:, row::2, column::2] for x in maps]
+            expected = grouped_attention(*part, (3, 4), backend=backend)
+            assert_same([whole[:, row::2, column::2]], [expected])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_map_that_is_rolled_before_it_is_padded(padded):
+    """Roll by hand, pad, and mask what was no neighbor in the last window, as Swin of timm does."""
+    problem = grouped_problem((7,), (3,), bias=True, padded=padded, shift=(1,), rolled=True)
+    found = on(None)(problem)[0]
+    query, key, value = (x.roll(-1, 1) for x in (problem.query, problem.key, problem.value))
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3])  # nine slots of which seven are tokens; the last is cut off
+    slot = torch.arange(9) % 3
+    keys, values = (pad(x, (0, 0, 0, 0, 0, 2)) for x in (key, value))
+    if padded:
+        keys[:, 7:], values[:, 7:] = problem.pad_key, problem.pad_value
+    logits = torch.einsum("bnhd,bmhd->bhnm", query, keys) * 0.5 + problem.bias[:, slot[:7]][:, :, slot]
+    seen = (group[:7, None] == group) & ((torch.arange(9) < 7) | padded)
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    assert_same([found], [torch.einsum("bhnm,bmhd->bnhd", weights, values).roll(1, 1)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_additional_keys_join_every_group(backend):
+    maps, more = [random(2, 4, 4, 2, 3) for _ in range(3)], [random(2, 3, 2, 3) for _ in range(2)]
+    found = grouped_attention(*maps, 2, additional_keys=more[0], additional_values=more[1], backend=backend)
+    corner = [x[:, :2, :2].flatten(1, 2) for x in maps]
+    keys, values = (torch.cat(pair, dim=1) for pair in zip(corner[1:], more, strict=True))
+    expected = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (corner[0], keys, values)))
+    assert_same([found[:, :2, :2].flatten(1, 2).transpose(1, 2)], [expected])

@@ -1,99 +1,64 @@
-"""Neighborhood attention: the reference against loops, the tiles against the reference, and identities."""
+"""Local attention: tiles of any size against the reference, and identities."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import assert_same, local_axes, local_operands, random, results
-from attention_oracle import neighborhood
+from attention_cases import assert_same, local_problem, local_problems, of_dtype, on, random, results
 from attnrewrite.backends.tiled import blocks, cheapest_tile
 from attnrewrite.backends.tiled.cost import Work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnrewrite.functional import grouped_attention, neighborhood_attention
-from attnrewrite.operators import local_attention
+from attnrewrite.functional import grouped_attention, local_attention, neighborhood_attention
+from attnrewrite.operators.backend import Request
+from attnrewrite.operators.dispatch import refusals
 from attnrewrite.operators.index_rule import AxisRule
 
-BACKENDS = ["reference", "tiled"]
+BACKENDS = ["plain", "reference", "tiled"]
 
 
-@st.composite
-def cases(draw, longest):
-    """Operands and geometry of a random call on a map of one to three axes."""
-    rank = draw(st.integers(1, 3))
-    grid, kernel, stride, dilation, causal = zip(
-        *(draw(local_axes(longest[rank])) for _ in range(rank)), strict=True
-    )
-    torch.manual_seed(draw(st.integers(0, 1000)))
-    operands = local_operands(
-        grid,
-        kernel,
-        batch=draw(st.integers(1, 2)),
-        heads=draw(st.integers(1, 2)),
-        dim=draw(st.integers(1, 4)),
-        value_dim=draw(st.integers(1, 3)),
-        bias=draw(st.booleans()),
-        additional=draw(st.integers(0, 2)),
-    )
-    return operands, (kernel, stride, dilation, causal, draw(st.sampled_from([0.5, 1.0, 0.0])))
+TILED_RUNS = [1, 3000, 1 << 22]
+"""Bytes of a run of tiles: one tile, some, all."""
 
 
-def on(backend, geometry):
-    return lambda *tensors: local_attention(*tensors, *geometry, backend)
+def tiled_problems():
+    """Random ones that tiles serve."""
+    return local_problems().filter(lambda problem: refusals(Request.of(problem, needs_gradient=True))["tiled"] is None)
 
 
-def oracle(geometry):
-    def run(query, key, value, bias, extra_key, extra_value):
-        return neighborhood(query, key, value, *geometry, bias, extra_key, extra_value)
-
-    return run
-
-
-@settings(max_examples=25, deadline=None)
-@given(cases(longest={1: 9, 2: 5, 3: 3}))
-def test_reference_is_the_definition(case):
-    operands, geometry = case
-    assert_same(results(on("reference", geometry), operands), results(oracle(geometry), operands))
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    cases(longest={1: 40, 2: 14, 3: 7}),
-    st.tuples(*[st.integers(1, 8)] * 3),
-    st.sampled_from([1, 3000, 1 << 22]),
-)
-def test_any_tiling_is_the_reference(case, tile, run_bytes):
-    operands, geometry = case
+@settings(max_examples=40, deadline=None)
+@given(tiled_problems(), st.tuples(*[st.integers(1, 8)] * 3), st.sampled_from(TILED_RUNS))
+def test_any_tiling_is_the_reference(problem, tile, run_bytes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "attnrewrite.backends.tiled.cheapest_tile", lambda rules, work: (tile[: len(rules)], 0.0)
         )
         patch.setitem(blocks.RUN_BYTES, "cpu", run_bytes)
-        tiled = results(on("tiled", geometry), operands)
-    assert_same(tiled, results(on("reference", geometry), operands))
-
-
-@settings(max_examples=30, deadline=None)
-@given(cases(longest={1: 60, 2: 20, 3: 7}))
-def test_the_chosen_tiling_is_the_reference(case):
-    operands, geometry = case
-    assert_same(results(on("tiled", geometry), operands), results(on("reference", geometry), operands))
+        tiled = results(on("tiled"), problem)
+    assert_same(tiled, results(on("reference"), problem))
 
 
 def test_large_map_in_every_direction():
-    geometry = ((7, 5), (1, 2), (2, 1), (False, True), 0.2)
-    operands = local_operands((45, 50), geometry[0], batch=2, bias=True, additional=3)
-    assert_same(results(on("tiled", geometry), operands), results(on("reference", geometry), operands))
+    problem = local_problem(
+        (45, 50), (7, 5), stride=(1, 2), dilation=(2, 1), is_causal=(False, True), scale=0.2, batch=2, bias=True,
+        additional=3,
+    )  # fmt: skip
+    assert_same(results(on("tiled"), problem), results(on("reference"), problem))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(backend, causal):
-    operands = local_operands((5, 4), (3, 2), heads=1, dim=2, value_dim=2, bias=True, additional=1)
-    function = on(backend, ((3, 2), (2, 1), (1, 2), (causal, False), 0.7))
-    assert torch.autograd.gradcheck(function, [operand.requires_grad_() for operand in operands])
+    problem = local_problem(
+        (5, 4), (3, 2), stride=(2, 1), dilation=(1, 2), is_causal=(causal, False), scale=0.7, heads=1, dim=2, bias=True,
+        additional=1,
+    )  # fmt: skip
+    leaves = [operand.requires_grad_() for operand in problem.operands[:6]]
+    assert torch.autograd.gradcheck(
+        lambda *operands: on(backend)(problem.with_operands([*operands, None, None, None])), leaves
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -123,7 +88,8 @@ def test_dilation_splits_into_independent_groups(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_additional_keys_are_joined_keys(backend):
-    query, key, value, _, more_keys, more_values = local_operands((3, 3), (3, 3), additional=2, value_dim=3)
+    problem = local_problem((3, 3), (3, 3), additional=2, value_dim=3)
+    query, key, value, _, more_keys, more_values, *_ = problem.operands
     joined = neighborhood_attention(
         query, key, value, 3, additional_keys=more_keys, additional_values=more_values, backend=backend
     )
@@ -135,14 +101,14 @@ def test_additional_keys_are_joined_keys(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_scale_of_zero_averages(backend):
-    query, key, value, *_ = local_operands((6,), (6,))
+    query, key, value, *_ = local_problem((6,), (6,)).operands
     output = neighborhood_attention(query, key, value, 6, scale=0.0, backend=backend)
     assert_same([output], [value.mean(1, keepdim=True).expand_as(output)])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits_do_not_overflow(backend):
-    query, key, value, *_ = (None if x is None else x.float() for x in local_operands((9, 9), (3, 3)))
+    query, key, value, *_ = of_dtype(local_problem((9, 9), (3, 3)), torch.float32).operands
     output, lse = neighborhood_attention(query * 1e3, key * 1e3, value, 3, backend=backend, return_lse=True)
     assert output.isfinite().all()
     assert lse.isfinite().all()
@@ -151,18 +117,17 @@ def test_large_logits_do_not_overflow(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value_dim", [3, 2])  # as wide as queries or not
 def test_a_window_without_any_key_is_nan_and_leaves_the_others_alone(backend, value_dim):
-    operands = local_operands((9, 8), (3, 3), batch=2, value_dim=value_dim, bias=True)
-    bias = operands[3]
+    problem = local_problem((9, 8), (3, 3), batch=2, value_dim=value_dim, bias=True)
+    bias = problem.bias
     bias[0, 1:4, 1:4] = -torch.inf  # head 0: all an interior query sees
     bias[1, 2:, 2:] = -torch.inf  # head 1: all that the first query sees, and some keys of others
-    geometry = ((3, 3), (1, 1), (1, 1), (False, False), 0.5)
-    output, lse, *gradients = results(on(backend, geometry), operands)
+    output, lse, *gradients = results(on(backend), problem)
     dead = torch.zeros(2, 9, 8, 2, dtype=torch.bool)
     dead[:, 1:-1, 1:-1, 0] = True
     dead[:, 0, 0, 1] = True
     assert output.isnan().equal(dead[..., None].expand_as(output))
     assert lse.eq(-torch.inf).equal(dead)
-    expected = results(on("reference", geometry), operands)
+    expected = results(on("reference"), problem)
     assert_same([output.nan_to_num()], [expected[0].nan_to_num()])
     for one, other in zip(gradients, expected[2:], strict=True):  # NaN may reach all keys of a tile
         assert one.isnan()[other.isnan()].all()
@@ -170,7 +135,7 @@ def test_a_window_without_any_key_is_nan_and_leaves_the_others_alone(backend, va
 
 
 def test_gradients_that_arrive_at_the_statistics_alone_are_the_reference():
-    operands = local_operands((9, 8), (3, 3), batch=2, value_dim=3)[:3]
+    operands = local_problem((9, 8), (3, 3), batch=2, value_dim=3).operands[:3]
 
     def gradients(backend):
         leaves = [operand.detach().requires_grad_() for operand in operands]
@@ -183,8 +148,8 @@ def test_gradients_that_arrive_at_the_statistics_alone_are_the_reference():
 @pytest.mark.parametrize("additional", [0, 2])
 def test_gradients_of_the_output_alone_are_the_reference(additional):
     """As in most models: what torch's fused kernel serves."""
-    operands = local_operands((19, 18), (5, 3), batch=2, value_dim=3, additional=additional)
-    leaves = [x.detach().requires_grad_() for x in operands if x is not None]
+    problem = local_problem((19, 18), (5, 3), batch=2, value_dim=3, additional=additional)
+    leaves = [x.detach().requires_grad_() for x in problem.operands if x is not None]
 
     def gradients(backend):
         extra = dict(zip(("additional_keys", "additional_values"), leaves[3:], strict=False))
@@ -199,12 +164,9 @@ def test_gradients_of_the_output_alone_are_the_reference(additional):
     ("dtype", "tolerance"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
 )  # their rounding
 def test_half_precision_keeps_float32_statistics(backend, dtype, tolerance):
-    geometry = ((3, 3), (1, 1), (1, 1), (False, False), 0.5)
-    halves = [
-        x if x is None else x.to(dtype) for x in local_operands((8, 8), (3, 3), bias=True, additional=1)
-    ]
-    actual = results(on(backend, geometry), halves)
-    expected = results(on("reference", geometry), [x.double() for x in halves])
+    halves = of_dtype(local_problem((8, 8), (3, 3), bias=True, additional=1), dtype)
+    actual = results(on(backend), halves)
+    expected = results(on("reference"), of_dtype(halves, torch.float64))
     assert actual[1].dtype == torch.float32
     assert [x.dtype for x in actual[2:]] == [dtype] * 6
     assert_same(actual[1:2], expected[1:2], 1e-6)
@@ -213,8 +175,7 @@ def test_half_precision_keeps_float32_statistics(backend, dtype, tolerance):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch_is_no_special_case(backend):
-    operands = local_operands((6, 6), (3, 3), batch=0, bias=True)
-    output, _, *gradients = results(on(backend, ((3, 3), (1, 1), (1, 1), (False, False), 1.0)), operands)
+    output, _, *gradients = results(on(backend), local_problem((6, 6), (3, 3), batch=0, bias=True))
     assert output.shape == (0, 6, 6, 2, 2)
     assert gradients[3].eq(0).all()
 
@@ -224,3 +185,51 @@ def test_small_maps_are_one_tile_and_large_ones_are_not():
     assert cheapest_tile((AxisRule(7, 7), AxisRule(7, 7)), work)[0] == (7, 7)
     tile, _ = cheapest_tile((AxisRule(56, 7), AxisRule(56, 7)), work)
     assert max(tile) < 28
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_blocks_with_an_offset_are_shifted_windows(backend):
+    maps = [random(1, 8, 7, 2, 4) for _ in range(3)]
+    blocks_of_map = local_attention(
+        *maps, (4, 3), boundary="mask", stride=(4, 3), offset=(2, 1), backend=backend, return_lse=True
+    )
+    assert_same(blocks_of_map, grouped_attention(*maps, (4, 3), (2, 1), backend=backend, return_lse=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_masked_window_twice_as_large_as_the_map_is_dense_attention(backend):
+    query, key, value = (random(2, 3, 4, 2, 5) for _ in range(3))
+    dense = scaled_dot_product_attention(*(x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)))
+    output = local_attention(query, key, value, (5, 7), boundary="mask", backend=backend)
+    assert_same([output.flatten(1, 2).transpose(1, 2)], [dense])
+
+
+def test_a_place_bias_of_minus_infinity_hides_a_place():
+    maps = [random(1, 6, 6, 2, 4) for _ in range(3)]
+    hidden = torch.zeros(9, dtype=torch.float64)
+    hidden[[0, 1, 2, 6, 7, 8]] = -torch.inf  # all but the middle row of the window
+    output = local_attention(*maps, 3, boundary="mask", place_bias=hidden, return_lse=True)
+    assert_same(output, local_attention(*maps, (1, 3), boundary="mask", return_lse=True))
+
+
+def test_what_is_added_after_the_softmax_weighs_values():
+    """A window out of the softmax by its bias: only the weights that are added see it, and those on the map only."""
+    query, key, value = (random(1, 5, 4, 2, 3) for _ in range(3))
+    keys = random(1, 2, 2, 3)
+    post, infinite = random(1, 5, 4, 2, 9), torch.full((2, 3, 3), -torch.inf, dtype=torch.float64)
+    found = local_attention(
+        query, key, value, 3, boundary="mask", bias=infinite, additional_keys=keys, additional_values=keys, post=post
+    )
+    shared = neighborhood_attention(
+        query, key, torch.zeros_like(value), 1, additional_keys=keys, additional_values=keys,
+        bias=torch.full((2, 1, 1), -torch.inf, dtype=torch.float64),
+    )  # fmt: skip
+    unfolded = torch.nn.functional.pad(value, (0, 0, 0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1).flatten(-2)
+    assert_same([found], [shared + torch.einsum("byxhp,byxhdp->byxhd", post, unfolded)])
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_keys_of_fewer_heads_serve_consecutive_ones(heads):
+    query, key, value = random(1, 5, 5, 4, 3), random(1, 5, 5, heads, 3), random(1, 5, 5, heads, 3)
+    spread = [part.repeat_interleave(4 // heads, dim=3) for part in (key, value)]
+    assert_same([neighborhood_attention(query, key, value, 3)], [neighborhood_attention(query, *spread, 3)])

@@ -7,24 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_cases import assert_same, random
+from attention_cases import assert_same, full_problem, local_problem, of_dtype, random
 
 from attnrewrite.errors import BackendError
 from attnrewrite.functional import neighborhood_attention
 from attnrewrite.operators import dispatch as lowering
-from attnrewrite.operators.dispatch import (
-    Backend,
-    Request,
-    available_backends,
-    refusals,
-    register_backend,
-    select_backend,
-    use_backend,
-)
+from attnrewrite.operators.backend import Backend, Request
+from attnrewrite.operators.dispatch import available_backends, refusals, register_backend, select_backend, use_backend
 
-REQUEST = Request(
-    "local_attention", "cpu", torch.float32, 1, (56, 56), 4, 32, 32, (7, 7), (1, 1), (1, 1), (False, False)
-)
+PROBLEM = of_dtype(local_problem((56, 56), (7, 7), heads=4, dim=32, value_dim=32), torch.float32)
+REQUEST = Request.of(PROBLEM)
+SOFT_SPLIT = Request.of(full_problem("soft_split"))
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +36,34 @@ def picky(
     return Backend(name, dict.fromkeys(implementations, _seven), lambda _: cost, lambda _: reason)
 
 
-def _seven(query, key, value, *_):
-    return query.new_full((*query.shape[:-1], value.shape[-1]), 7.0), query.new_zeros(query.shape[:-1])
+def _seven(problem):
+    return tuple(torch.full_like(result, 7.0) for result in problem.empty_results())
 
 
 def test_built_in_backends():
-    assert {"reference", "tiled"} <= set(available_backends())
-    assert REQUEST.rank == 2
+    assert {"plain", "reference", "tiled"} <= set(available_backends())
+    assert (REQUEST.operator, REQUEST.device, REQUEST.dtype) == ("local_attention", "cpu", torch.float32)
+    assert replace(REQUEST, backward=True).operator == "local_attention_backward"
+
+
+def test_a_request_has_sizes_and_no_numbers():
+    """So that a choice can be remembered: equal calls are equal requests."""
+    again = of_dtype(local_problem((56, 56), (7, 7), heads=4, dim=32, value_dim=32), torch.float32)
+    assert Request.of(again) == REQUEST
+    assert hash(Request.of(again)) == hash(REQUEST)
+    other = again.with_operands([again.query.transpose(1, 2), *again.operands[1:]])
+    assert Request.of(other) != REQUEST
+    assert REQUEST.problem.macs() == PROBLEM.macs()
+
+
+def test_a_request_says_whether_the_same_bits_are_asked_for():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert Request.of(PROBLEM).deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not REQUEST.deterministic
+    assert REQUEST.capability == torch.backends.cpu.get_cpu_capability()
 
 
 def test_the_cheapest_that_supports_the_request_is_chosen():
@@ -91,7 +105,7 @@ def test_a_chosen_backend_that_cannot_says_why():
     with pytest.raises(BackendError, match="backend 'picky' cannot run local_attention: it is tired"):
         select_backend(REQUEST, "picky")
     with pytest.raises(BackendError, match="cannot run soft_split: it does not implement soft_split"):
-        select_backend(replace(REQUEST, operator="soft_split"), "tiled")
+        select_backend(SOFT_SPLIT, "tiled")
 
 
 def test_a_backend_without_backward_serves_only_inference():
@@ -103,11 +117,16 @@ def test_a_backend_without_backward_serves_only_inference():
         select_backend(training, "forward_only")
 
 
-def test_when_nobody_can_everybody_says_why():
-    with pytest.raises(
-        BackendError, match=r"no backend can run soft_split \(reference: it does not implement"
-    ):
-        select_backend(replace(REQUEST, operator="soft_split"))
+def test_when_nobody_can_everybody_says_why(monkeypatch):
+    able = {name: backend for name, backend in lowering._backends.items() if backend.refusal(SOFT_SPLIT)}
+    monkeypatch.setattr(lowering, "_backends", able)
+    with pytest.raises(BackendError, match=r"no backend can run soft_split \(.*tiled: it does not implement"):
+        select_backend(SOFT_SPLIT)
+
+
+def test_what_no_other_takes_is_run_in_plain_operations():
+    assert select_backend(SOFT_SPLIT).name == "plain"
+    assert select_backend(replace(SOFT_SPLIT, needs_gradient=True)).name == "plain"
 
 
 def test_names_are_unique():
@@ -139,10 +158,10 @@ def test_backward_stays_on_the_backend_of_the_forward():
     x = random(1, 9, 9, 2, 4).requires_grad_()
     reference, calls = lowering._named("reference"), []
 
-    def spied(name, implementation):
-        return lambda *arguments: (calls.append(name), implementation(*arguments))[1]
+    def spied(name):
+        return lambda *arguments: (calls.append(name), reference.implementations[name](*arguments))[1]
 
-    spies = {name: spied(name, implementation) for name, implementation in reference.implementations.items()}
+    spies = {name: spied(name) for name in ("local_attention", "local_attention_backward")}
     register_backend(replace(reference, name="spy", implementations=spies))
     with use_backend("spy"):
         output = neighborhood_attention(x, x, x, 3)

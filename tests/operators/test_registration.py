@@ -1,183 +1,185 @@
-"""The operators as citizens of torch: opcheck, tracing, export, autocast, FLOPs, and what they refuse."""
+"""The operators as citizens of torch: opcheck, autocast, inference mode, and what the counter of FLOPs counts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import assert_same, grouped_operands, local_operands, random
-from attnrewrite.backends import reference
+from attention_cases import (
+    OPERATORS,
+    assert_same,
+    bare_problem,
+    full_problem,
+    grouped_problem,
+    local_problem,
+    of_dtype,
+    on,
+)
+from operator_calls import CALLS
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnrewrite.errors import BackendError
-from attnrewrite.functional import grouped_attention, neighborhood_attention
-from attnrewrite.operators import grouped_attention as grouped_op
-from attnrewrite.operators import local_attention as local_op
-from attnrewrite.operators.grouped_attention import grouped_attention_backward
-from attnrewrite.operators.local_attention import local_attention_backward
+from attnrewrite.operators.backend import Request
+from attnrewrite.operators.dispatch import available_backends, refusals
 
-LOCAL = ((3, 2), (1, 2), (1, 2), (False, True), 0.5)
-GROUPED = ((3, 2), (1, 0), 0.5)
+each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 LAYOUTS = {
     "contiguous": lambda x: x.clone(),
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     "expanded": lambda x: x[..., :1].expand_as(x),
 }
+ATTENTION = {
+    "local": local_problem((5, 4), (3, 2), batch=2, value_dim=4, bias=True, additional=2, is_causal=(False, True)),
+    "grouped": grouped_problem((5, 4), (3, 2), value_dim=4, bias=True, padded=True, shift=(1, 0)),
+}
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize(("make", "layout"), [(full_problem, "transposed"), (bare_problem, "expanded")])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name, make, layout):
+    _opcheck(make(name), LAYOUTS[layout], "")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"bias": True, "additional": 2}], ids=["plain", "full"])
-def test_opcheck_local(layout, options, backend):
-    operands = local_operands((5, 4), (3, 2), batch=2, value_dim=4, **options)
-    _opcheck(local_op, local_attention_backward, operands, layout, (*LOCAL, backend))
+@pytest.mark.parametrize("problem", ATTENTION.values(), ids=ATTENTION)
+def test_opcheck_of_tiles(problem, layout):
+    _opcheck(problem, layout, "tiled")
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiled"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"bias": True, "padded": True}], ids=["plain", "full"])
-def test_opcheck_grouped(layout, options, backend):
-    operands = grouped_operands((5, 4), (3, 2), value_dim=4, **options)
-    _opcheck(grouped_op, grouped_attention_backward, operands, layout, (*GROUPED, backend))
-
-
-def _opcheck(forward, backward, operands, layout, geometry):
-    laid_out = [None if x is None else layout(x) for x in operands]
-    output, lse = forward(*laid_out, *geometry)
-    assert output.is_contiguous()
-    gradients = layout(torch.randn_like(output)), layout(torch.randn_like(lse))
-    torch.library.opcheck(backward, (*gradients, *laid_out, output, lse, *geometry))
+def _opcheck(problem, layout, backend):
+    operator = OPERATORS[problem.name]
+    laid_out = [None if x is None else layout(x.detach()) for x in problem.operands]
+    found = operator.forward(*laid_out, *problem.geometry, backend)
+    found = found if isinstance(found, tuple) else (found,)
+    assert all(result.is_contiguous() for result in found)
+    gradients = [layout(torch.randn_like(result)) for result in found]
+    wanted = [True] * len(laid_out)
+    torch.library.opcheck(operator.backward, (*gradients, wanted, *laid_out, *found, *problem.geometry, backend))
+    alone = [gradients[0], *(None for _ in gradients[1:])]
+    wanted = [True] + [False] * (len(laid_out) - 1)
+    torch.library.opcheck(operator.backward, (*alone, wanted, *laid_out, *found, *problem.geometry, backend))
     leaves = [None if x is None else x.requires_grad_() for x in laid_out]
-    torch.library.opcheck(forward, (*leaves, *geometry))
+    torch.library.opcheck(operator.forward, (*leaves, *problem.geometry, backend))
 
 
-def neighborhood(x, bias):
-    return neighborhood_attention(x, x, x, 3, dilation=(1, 2), bias=bias, return_lse=True)
+@pytest.mark.parametrize("make", [full_problem, bare_problem])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_problem_is_its_operands_and_its_geometry(name, make):
+    problem = make(name)
+    again = type(problem).of(problem.operands, [list(x) if isinstance(x, tuple) else x for x in problem.geometry])
+    assert again.geometry == problem.geometry
+    assert all(one is other for one, other in zip(again.operands, problem.operands, strict=True))
+    shapes = [tuple(result.shape) for result in on(None)(problem)]
+    assert [tuple(result.shape) for result in problem.empty_results()] == shapes
 
 
-def grouped(x, bias):
-    pads = x[0, 0, 0], x[0, 0, 1]
-    return grouped_attention(x, x, x, 3, 1, bias=bias, pad_key=pads[0], pad_value=pads[1], return_lse=True)
+CAST = [name for name in CALLS if name != "normalized soft_split"]  # a norm of patches keeps float32
 
 
-FUNCTIONS = [(neighborhood, (2, 5, 5)), (grouped, (2, 9, 9))]
-
-
-@pytest.mark.parametrize(("function", "bias_shape"), FUNCTIONS)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph_forward_and_backward(function, bias_shape, dynamic):
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
-    for grid in ((7, 8), (6, 9)):
-        x, bias = random(2, *grid, 2, 4).requires_grad_(), random(*bias_shape).requires_grad_()
-        outcomes = [run(x, bias) for run in (function, compiled)]
-        assert_same(outcomes[1], outcomes[0])
-        gradients = [torch.autograd.grad(out.sum() + lse.sum(), (x, bias)) for out, lse in outcomes]
-        assert_same(gradients[1], gradients[0])
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize(("function", "bias_shape"), FUNCTIONS)
-def test_exports_with_a_dynamic_batch(function, bias_shape, strict):
-    class Model(torch.nn.Module):
-        def forward(self, x, bias):
-            return function(x, bias)
-
-    bias = random(*bias_shape)
-    shapes = {"x": {0: torch.export.Dim("batch")}, "bias": None}
-    program = torch.export.export(
-        Model(), (random(2, 7, 8, 2, 4), bias), dynamic_shapes=shapes, strict=strict
-    )
-    assert sum("attnrewrite" in str(node.target) for node in program.graph.nodes) == 1
-    x = random(5, 7, 8, 2, 4)
-    assert_same(program.module()(x, bias), function(x, bias))
-
-
-@pytest.mark.parametrize(("function", "bias_shape"), FUNCTIONS)
-def test_autocast_casts_operands_but_not_statistics(function, bias_shape):
-    x, bias = random(2, 7, 8, 2, 4).float().requires_grad_(), random(*bias_shape).float()
+@pytest.mark.parametrize("name", CAST)
+def test_autocast_casts_operands_but_not_statistics(name):
+    call = CALLS[name]
+    x, parameter = (each.float() for each in call.arguments())
+    x.requires_grad_()
+    kept = parameter if name in ("biased", "axial") else parameter.bfloat16()  # a decay is multiplied by distances
     with torch.autocast("cpu", torch.bfloat16):
-        output, lse = function(x, bias)
-    assert (output.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
-    halves = x.detach().bfloat16(), bias.bfloat16()
-    assert torch.equal(lse, function(*halves)[1])
+        output, *statistics = call(x, parameter)
+    assert output.dtype == torch.bfloat16
+    assert all(each.dtype == torch.float32 for each in statistics)
+    expected = call(x.detach().bfloat16(), kept)
+    assert all(torch.equal(one, other) for one, other in zip((output, *statistics), expected, strict=True))
     output.float().sum().backward()
     assert x.grad.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert function(x.double(), bias.double())[0].dtype == torch.float64
+        assert call(x.detach().double(), parameter.double())[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize(("function", "bias_shape"), FUNCTIONS)
-def test_inference_mode_leaves_nothing_behind(function, bias_shape):
-    x, bias = random(1, 10, 11, 2, 4), random(*bias_shape)
+def test_autocast_leaves_the_norm_of_patches_alone():
+    call = CALLS["normalized soft_split"]
+    x, parameter = (each.float() for each in call.arguments())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(call(x, parameter), call(x, parameter), 0)
+        assert call(x, parameter)[0].dtype == torch.float32
+        assert call(x.bfloat16(), parameter)[0].dtype == torch.float32
+
+
+@each_call
+def test_inference_mode_leaves_nothing_behind(call):
+    x, parameter = call.arguments(taller=3, wider=3)
     with torch.inference_mode():
-        expected = function(x, bias)
-    actual = function(x.requires_grad_(), bias)
+        expected = call(x, parameter)
+    actual = call(x.requires_grad_(), parameter)
     assert_same(actual, expected)
     torch.autograd.grad(actual[0].sum(), x)
 
 
-@pytest.mark.parametrize(
-    ("causal", "pairs"), [((False, False), 8 * 7 * 3 * 2), ((True, False), (1 + 2 + 3 * 6) * 7 * 2)]
-)
-def test_flops_of_neighborhood_attention(causal, pairs):
-    query, key, value, _, keys, values = local_operands((8, 7), (3, 2), batch=2, value_dim=5, additional=2)
-
-    def function(query, key, value, keys, values):
-        return neighborhood_attention(
-            query, key, value, (3, 2), is_causal=causal, additional_keys=keys, additional_values=values
-        )
-
-    _assert_flops(function, [query, key, value, keys, values], 2 * 2 * (pairs + 8 * 7 * 2))
+# Multiply-accumulates of the forward and of the backward, written out: (query, key) pairs times channels of queries
+# (3) and of values; the backward makes the scores again.
+def _attention(pairs, value_dim=4):
+    return pairs * (3 + value_dim), pairs * (3 * 3 + 2 * value_dim)
 
 
-@pytest.mark.parametrize(
-    ("padded", "shift", "pairs"),
-    [
-        (False, 0, (16 + 16) * (16 + 9)),
-        (True, 0, (16 + 16) * (16 + 12)),
-        (False, 1, (1 + 16 + 9) * (1 + 16 + 4)),
-    ],
-)
-def test_flops_of_grouped_attention(padded, shift, pairs):
-    operands = grouped_operands((8, 7), (4, 4), batch=2, value_dim=5, padded=padded)
+LOCAL, GROUPED = {"batch": 2}, {"batch": 2, "value_dim": 5}
+COUNTS = {
+    "neighborhood": (local_problem((8, 7), (3, 2), **LOCAL), _attention(2 * 2 * 8 * 7 * 6, 2)),
+    "with additional keys": (
+        local_problem((8, 7), (3, 2), additional=2, **LOCAL), _attention(2 * 2 * 8 * 7 * (6 + 2), 2),
+    ),
+    "causal": (
+        local_problem((8, 7), (3, 2), is_causal=(True, False), **LOCAL),
+        _attention(2 * 2 * (1 + 2 + 3 * 6) * 7 * 2, 2),
+    ),
+    "masked": (
+        local_problem((8, 7), (3, 5), boundary="mask", **LOCAL),
+        _attention(2 * 2 * (2 + 3 * 6 + 2) * (3 + 4 + 5 * 3 + 4 + 3), 2),
+    ),
+    "masked and dilated": (
+        local_problem((5,), (3,), dilation=(2,), boundary="mask", **LOCAL), _attention(2 * 2 * (2 + 2 + 3 + 2 + 2), 2),
+    ),
+    "masked blocks with an offset": (
+        local_problem((7,), (3,), stride=(3,), offset=(1,), boundary="mask", **LOCAL),
+        _attention(2 * 2 * (1 + 9 + 9), 2),
+    ),
+    "windows": (grouped_problem((8, 7), (4, 4), **GROUPED), _attention(2 * 2 * (16 + 16) * (16 + 9), 5)),
+    "padded windows": (
+        grouped_problem((8, 7), (4, 4), padded=True, **GROUPED), _attention(2 * 2 * (16 + 16) * (16 + 12), 5),
+    ),
+    "shifted windows": (
+        grouped_problem((8, 7), (4, 4), shift=(1, 1), **GROUPED), _attention(2 * 2 * (1 + 16 + 9) * (1 + 16 + 4), 5),
+    ),
+    "groups of an interval": (  # six tokens of a region in two groups of three, and the last alone
+        grouped_problem((7,), (3,), interval=(2,), **GROUPED), _attention(2 * 2 * (9 + 9 + 1), 5),
+    ),
+    "rolled windows": (  # tokens 1 2 3, 4 5 6, and 0 alone, with two padded slots of which the roll cuts one off
+        grouped_problem((7,), (3,), shift=(1,), rolled=True, padded=True, **GROUPED),
+        _attention(2 * 2 * (9 + 9 + 2), 5),
+    ),
+    "biased": (full_problem("biased_attention"), _attention(2 * 2 * 31 * 31)),
+    "along columns": (full_problem("axial_attention"), _attention(2 * 2 * 30 * 5)),
+    "conv_glu": (full_problem("conv_glu"), (2 * 30 * 3 * 9, 3 * 2 * 30 * 3 * 9)),
+    "soft_split": (full_problem("soft_split"), (2 * 9 * 27 * 4, 2 * 2 * 9 * 27 * 4)),
+}
 
-    def function(query, key, value, pad_key=None, pad_value=None):
-        return grouped_attention(query, key, value, 4, shift, pad_key=pad_key, pad_value=pad_value)
 
-    _assert_flops(function, [x for x in operands if x is not None], 2 * 2 * pairs)
-
-
-def _assert_flops(function, operands, pairs):
-    head_dim, value_dim = operands[0].shape[-1], operands[2].shape[-1]
-    leaves = [operand.requires_grad_() for operand in operands]
+@pytest.mark.parametrize(("problem", "macs"), COUNTS.values(), ids=COUNTS)
+def test_flops(problem, macs):
+    """Also of shapes without numbers, which is what costs are made of."""
+    assert (problem.specs().macs(), problem.specs().backward_macs()) == macs
+    backend = min(name for name, why in refusals(Request.of(problem, needs_gradient=True)).items() if not why)
+    leaves = [None if x is None else x.detach().requires_grad_() for x in problem.operands]
+    operator = OPERATORS[problem.name]
     with FlopCounterMode(display=False) as forward:
-        output = function(*leaves)
-    assert forward.get_total_flops() == 2 * pairs * (head_dim + value_dim)
+        found = operator.forward(*leaves, *problem.geometry, backend)
+    assert forward.get_total_flops() == 2 * macs[0]
+    output = found[0] if isinstance(found, tuple) else found
     with FlopCounterMode(display=False) as backward:
         output.sum().backward()
-    assert backward.get_total_flops() == 2 * pairs * (3 * head_dim + 2 * value_dim)
+    assert backward.get_total_flops() == 2 * macs[1]
 
 
-@pytest.mark.parametrize(("function", "bias_shape"), FUNCTIONS)
-def test_forward_mode_is_refused_rather_than_zero(function, bias_shape):
-    x, bias = random(1, 6, 6, 2, 4), random(*bias_shape)
-    with pytest.raises(BackendError, match="no forward-mode derivative: use reverse mode"):
-        torch.func.jvp(lambda x: function(x, bias), (x,), (x,))
-
-
-def test_second_derivatives_are_refused():
-    x = random(1, 6, 6, 2, 4).requires_grad_()
-    (gradient,) = torch.autograd.grad(neighborhood_attention(x, x, x, 3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        torch.autograd.grad(gradient.sum(), x)
-
-
-def test_the_reference_functions_take_any_derivative():
-    x, tangent = random(1, 5, 5, 2, 3), random(1, 5, 5, 2, 3)
-
-    def function(x):
-        return reference.local_attention(x, x, x, None, None, None, *LOCAL)[0]
-
-    _, derivative = torch.func.jvp(function, (x,), (tangent,))
-    difference = (function(x + 1e-5 * tangent) - function(x - 1e-5 * tangent)) / 2e-5
-    assert_same([derivative], [difference], 1e-8)  # of the finite difference
-    assert torch.autograd.gradgradcheck(function, (x.requires_grad_(),))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_half_precision_is_half_precision_and_its_statistics_are_not(name, dtype):
+    problem = of_dtype(full_problem(name), dtype)
+    for backend in available_backends():
+        if refusals(Request.of(problem))[backend] is None:
+            found = on(backend)(problem)
+            assert [each.dtype for each in found] == [dtype, torch.float32][: len(found)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from golden import Golden, Subject, counterpart, require_understood
 
 from attnrewrite.models.crossformer import OLD_BUFFERS, CrossFormer, CrossFormerBlock, group_schedule
 from attnrewrite.modules.cross_scale import CrossScaleMerge, CrossScaleStem
 from attnrewrite.modules.dynamic_position_bias import DynamicPositionBias
 from attnrewrite.modules.long_short_distance import LongShortDistanceAttention
-from attnrewrite.operators.partition_rule import visible_keys
+from attnrewrite.operators.partition_rule import AxisPartition, map_slots
 
 INERT = {
     "attn_drop", "attn_drop_rate", "drop", "drop_path", "drop_path_rate", "drop_rate", "impl_type", "norm_layer",
@@ -113,8 +115,7 @@ def _block(golden, options):
         hook = attention.register_forward_hook(lambda *call: branch.append(call[-1]))
         output = module(inputs["input"].unflatten(1, grid)).flatten(1, 2)
         hook.remove()
-        grouping = attention.grouping(*grid)
-        hidden_keys = ~visible_keys(grouping, *grid, output.device)
+        hidden_keys = _hidden_keys(attention, grid)
         shape = golden.tensors["extra/attn_branch"].shape if "extra/attn_branch" in golden.tensors else output.shape
         return {
             "output": output,
@@ -123,6 +124,17 @@ def _block(golden, options):
         }
 
     return Subject(module, run, _rename, ILL_CONDITIONED)
+
+
+def _hidden_keys(attention, grid):
+    """``[groups, slots]``: which slots of the padded map hold no token."""
+    group, interval = attention.groups(*grid)
+    (top, left), (bottom, right) = attention.padding_of(grid, group, interval)
+    inside = F.pad(torch.ones(grid, dtype=torch.bool), (left, right, top, bottom))
+    axes = [AxisPartition(*each[:2], interval=each[2]) for each in zip(inside.shape, group, interval, strict=True)]
+    counts = [count for axis in axes for count in (axis.length // axis.region, axis.interval)]
+    slots = map_slots(*axes).unflatten(0, counts).transpose(1, 2).flatten(0, 3)  # by regions, then inside each
+    return ~inside.flatten()[slots]
 
 
 def _position_bias(golden, options):

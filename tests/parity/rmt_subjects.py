@@ -8,7 +8,7 @@ from attnrewrite.models.rmt import GENERATIONS, RMT, prepare
 from attnrewrite.modules.conv_ffn import ConvFFN
 from attnrewrite.modules.manhattan import ManhattanAttention
 from attnrewrite.modules.rmt_block import ConvDownsample, ConvStem, ManhattanBlock, StagePosition
-from attnrewrite.operators.manhattan_attention import axis_bias, map_bias
+from attnrewrite.operators.manhattan_attention import map_bias
 
 INERT = {
     "activation_dropout",
@@ -126,8 +126,8 @@ def _position(golden, options):
             "output/sin": tables.sin.repeat_interleave(2, -1),
             "output/cos": tables.cos.repeat_interleave(2, -1),
             "output/mask": map_bias(tables.log_decay, height, width),
-            "output/mask_h": axis_bias(tables.log_decay, height),
-            "output/mask_w": axis_bias(tables.log_decay, width),
+            "output/mask_h": map_bias(tables.log_decay, height, 1),
+            "output/mask_w": map_bias(tables.log_decay, 1, width),
         }
 
     return Subject(module, run)

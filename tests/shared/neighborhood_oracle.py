@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+
+from attnrewrite.ir.sites import Grid
+from attnrewrite.operators.index_rule import axis_mask
+
+
+def dilated_mask(kernel: tuple[int, int], dilation: tuple[int, int], grid: Grid) -> torch.Tensor:
+    """``[tokens, tokens]``: which keys each query sees, prefix tokens included, by the library's rule of an axis."""
+    rows, columns = (
+        axis_mask(side, side, k, d) for side, k, d in zip((grid.height, grid.width), kernel, dilation, strict=True)
+    )
+    seen = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(grid.height * grid.width, -1)
+    return F.pad(seen, (grid.prefix_tokens, 0, grid.prefix_tokens, 0), value=True)
 
 
 def neighborhood_mask(height, width, kernel, prefix):

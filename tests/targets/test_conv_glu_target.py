@@ -19,7 +19,6 @@ from torch import nn
 import attnrewrite
 from attnrewrite.errors import ArgumentError
 from attnrewrite.modules.conv_glu import ConvGLU
-from attnrewrite.operators.conv_glu import ConvGluGeometry
 
 KEEP = ("vit", "conv_glu", {})
 MATCH = {"hidden": "match"}
@@ -202,7 +201,7 @@ FAULTS = {
     "the kernel's center moved": lambda core: core.conv.conv.weight.data.copy_(core.conv.conv.weight.roll(1, -1)),
     "a bias on the convolution": lambda core: core.conv.conv.bias.data.add_(0.1),
     "no bias on the value": lambda core: core.value.bias.data.zero_(),
-    "another activation": lambda core: setattr(core, "geometry", ConvGluGeometry("silu")),
+    "another activation": lambda core: setattr(core, "activation", "silu"),
 }
 
 

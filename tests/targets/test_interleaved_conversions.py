@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from group_donors import DONORS, HEADS, WHOLE, GroupAttention, GroupModel, difference, donor, images
+from neighborhood_oracle import dilated_mask
 from repetition import thinned
 from torch import nn
 
 import attnrewrite
 from attnrewrite.cores import InterleavedAttention, SlidingAttention
-from attnrewrite.cores.neighborhood import neighborhood_mask
 from attnrewrite.errors import ConversionError
 from attnrewrite.ir.sites import Grid
 
@@ -97,7 +97,7 @@ def test_another_map_is_refused_where_its_groups_are_not_known(name: str) -> Non
 
 def attention_at(mixer: GroupAttention, grid: Grid, kernel: tuple[int, int], dilation: tuple[int, int]):
     """The dense definition: neighborhoods, with the table read by steps of the kernel, its edge repeated."""
-    seen = neighborhood_mask(kernel, dilation, grid)
+    seen = dilated_mask(kernel, dilation, grid)
     cell = torch.arange(grid.tokens)
     places = [(cell // grid.width, 0), (cell % grid.width, 1)]
     steps = [torch.div(axis[:, None] - axis, dilation[n], rounding_mode="trunc") for axis, n in places]

@@ -35,7 +35,7 @@ from .site_formula import (
     Widths,
     h,
 )
-from .symbols import block_pairs, down, grouped_cells, grouped_side, strided, symbol, up
+from .symbols import block_pairs, down, group_pairs, grouped_side, strided, symbol, up
 
 
 def _formula(kind: str, values: dict[Symbol, Extent], **parts: Expr) -> SiteFormula:
@@ -200,12 +200,12 @@ def long_short_attention(
     height: Extent, width: Extent, group: int, interval: int, widths: Widths, *, position_bias: bool = True
 ) -> SiteFormula:
     """CrossFormer's groups (Wang et al. 2022) of G x G neighbors (``interval`` 1, SDA) or of cells ``interval`` apart
-    (LDA), on a map padded to N̂ cells, a multiple of ``G · interval`` a side: ``3N̂C² + NC² + 2N̂G²C``. Maps that a group
+    (LDA): ``4NC² + 2QC`` for Q pairs of tokens, ``NG²`` of them where the groups divide the map. Maps that a group
     covers are one group, cut down to the shorter side. The position MLP of width E = C/16 runs once on ``(2G-1)²``
-    offsets. (CrossFormer's own code projects the padding too: ``4N̂C²``.)"""
+    offsets. (CrossFormer's own code projects and scores the padding of other maps too: ``4N̂C² + 2N̂G²C``.)"""
     a = widths.inner
     height, width, size = sympify(height), sympify(width), Integer(group)
-    values = {PADDED: grouped_cells(height, width, size, Integer(interval)), N: height * width,
+    values = {PAIRS: group_pairs(height, width, size, Integer(interval)), N: height * width,
               G: Min(size, height, width), **widths.symbols}  # fmt: skip
     once = ZERO
     if position_bias:
@@ -213,9 +213,8 @@ def long_short_attention(
         once = (2 * G - 1) ** 2 * (2 * E + 2 * E**2 + E * h)
     return _formula(
         "SDA" if interval == 1 else "LDA", values,
-        dense=3 * C * a * PADDED + C * a * N, core=2 * G**2 * a * PADDED, once=once, attention_map=h * G**2 * PADDED,
-        saved=C * PADDED + 4 * a * PADDED + h * G**2 * PADDED, moved=4 * a * PADDED,
-        streams=2 * C * PADDED + 4 * a * PADDED, weights=4 * C * a,
+        dense=4 * C * a * N, core=2 * PAIRS * a, once=once, attention_map=h * PAIRS,
+        saved=C * N + 4 * a * N + h * PAIRS, moved=4 * a * N, streams=2 * C * N + 4 * a * N, weights=4 * C * a,
     )  # fmt: skip
 
 

@@ -120,32 +120,60 @@ def count_offsets(side: int, cells: int) -> int:
     return len({2 * pixel - (start + end - 1) for start, end in bounds for pixel in range(side)})
 
 
-class grouped_cells(_Count):
-    """Cells of a map padded to groups of ``group`` x ``group``, ``interval`` apart, which small maps do without."""
+class group_pairs(_Count):
+    """Pairs (token, token of its group) of a map cut into groups of ``group`` x ``group``, ``interval`` apart.
+
+    Maps that a group covers are cut into windows of their shorter side.
+    """
 
     nargs = 4
 
     @classmethod
     def eval(cls, height: Expr, width: Expr, group: Expr, interval: Expr) -> Expr | None:
         if all(isinstance(value, Integer) for value in (height, width, group, interval)):
-            return Integer(count_grouped_cells(int(height), int(width), int(group), int(interval)))
+            return Integer(count_group_pairs(int(height), int(width), int(group), int(interval)))
         return None
 
     def _sympystr(self, printer: Any) -> str:
         height, width, group, interval = (printer.doprint(value) for value in self.args)
-        return f"padded({height}, {width}; {group}·{interval})"
+        return f"pairs({height}, {width}; {group}·{interval})"
 
     def _latex(self, printer: Any) -> str:
         height, width, group, interval = (printer.doprint(value) for value in self.args)
-        return rf"\operatorname{{padded}}_{{{group} \cdot {interval}}}\left({height}, {width}\right)"
+        return rf"\operatorname{{pairs}}_{{{group} \cdot {interval}}}\left({height}, {width}\right)"
 
 
-def count_grouped_cells(height: int, width: int, group: int, interval: int) -> int:
-    """The number that ``grouped_cells`` stands for."""
+def count_group_pairs(height: int, width: int, group: int, interval: int) -> int:
+    """The number that ``group_pairs`` stands for."""
     if min(height, width) <= group:
         group, interval = min(group, height, width), 1
-    unit = group * interval
-    return -(-height // unit) * unit * (-(-width // unit) * unit)
+    rows, columns = (attended_slots(AxisPartition(side, group, interval=interval)) for side in (height, width))
+    return rows * columns
+
+
+class interval_pairs(_Count):
+    """Pairs along an axis cut into groups of ``group`` tokens, ``interval`` apart; one that a group covers is one."""
+
+    nargs = 3
+
+    @classmethod
+    def eval(cls, side: Expr, group: Expr, interval: Expr) -> Expr | None:
+        if all(isinstance(value, Integer) for value in (side, group, interval)):
+            return Integer(count_interval_pairs(int(side), int(group), int(interval)))
+        return None
+
+    def _sympystr(self, printer: Any) -> str:
+        side, group, interval = (printer.doprint(value) for value in self.args)
+        return f"pairs({side}; {group}·{interval})"
+
+    def _latex(self, printer: Any) -> str:
+        side, group, interval = (printer.doprint(value) for value in self.args)
+        return rf"\operatorname{{pairs}}_{{{group} \cdot {interval}}}\left({side}\right)"
+
+
+def count_interval_pairs(side: int, group: int, interval: int) -> int:
+    """The number that ``interval_pairs`` stands for."""
+    return side**2 if side <= group else attended_slots(AxisPartition(side, group, interval=interval))
 
 
 class grouped_side(_Count):
@@ -202,7 +230,8 @@ def evaluator(expression: Expr) -> Callable[[int, int, int], int]:
         "Min": min,
         "Max": max,
     }
-    names |= {"offsets": count_offsets, "grouped_cells": count_grouped_cells, "grouped_side": count_grouped_side}
+    names |= {"offsets": count_offsets, "group_pairs": count_group_pairs, "interval_pairs": count_interval_pairs}
+    names |= {"grouped_side": count_grouped_side}
     compute = sympy.lambdify((B, H, W), scaled, modules=[names], cse=True)
     return compute if unit == 1 else lambda batch, height, width: compute(batch, height, width) // unit
 
@@ -283,9 +312,12 @@ def _unclipped(expression: Expr) -> Expr:
     fixed = expression.replace(Min, lambda *choices: _chosen(Min, choices, grows=False))
     growing = fixed.replace(Max, lambda *choices: _chosen(Max, choices, grows=True))
     padded = growing.replace(
-        grouped_cells,
-        lambda height, width, group, interval: _padded(height, group * interval) * _padded(width, group * interval),
+        group_pairs,
+        lambda height, width, group, interval: (
+            _padded(height, group * interval) * _padded(width, group * interval) * group**2
+        ),
     )
+    padded = padded.replace(interval_pairs, lambda side, group, interval: _padded(side, group * interval) * group)
     return padded.replace(grouped_side, lambda side, group, interval: _padded(side, group * interval))
 
 

@@ -29,7 +29,7 @@ from ...cores import (
 )
 from ..algebra.formulas import fitting, window_pairs
 from ..algebra.site_formula import COLUMNS, PAIRS, PREFIX, ROWS, ZERO, A, C, Extent, K, N, P, SiteFormula, Widths, h
-from ..algebra.symbols import down, grouped_side
+from ..algebra.symbols import down, interval_pairs
 
 
 @dataclass(frozen=True)
@@ -190,16 +190,15 @@ def _enhancement(core: ManhattanCore | DecomposedManhattanCore, given: Given) ->
 
 
 def _grouped(core: GroupedCore, given: Given, height: Expr, width: Expr) -> SiteFormula | None:
-    """``Q`` pairs in padded groups, which see the prefix too."""
+    """``Q`` pairs in groups, whose tokens see the prefix too."""
     if core.position_bias is not None:
         return None
     prefix = core.grid.prefix_tokens
     rows, columns = (
-        grouped_side(side, Integer(group), Integer(interval))
+        interval_pairs(side, Integer(group), Integer(interval))
         for side, group, interval in zip((height, width), core.group, core.interval, strict=True)
     )
-    places = Min(core.group[0], height) * Min(core.group[1], width)
-    pairs = rows * columns * (places + prefix) + prefix * sympify(given.queries)
+    pairs = rows * columns + prefix * height * width + prefix * sympify(given.queries)
     return _products("SDA" if core.interval == (1, 1) else "LDA", given, PAIRS, {PAIRS: pairs})
 
 

@@ -124,6 +124,8 @@ def _long_short(module: LongShortDistanceAttention, height: Extent, width: Exten
     rows, columns = module.group_size
     if rows != columns or isinstance(module.interval, str) or module.small_map != "shrink":
         return None
+    if module.padding != "mask" or module.centered:
+        return None
     interval = 1 if module.interval is None else int(module.interval)
     return formulas.long_short_attention(
         height, width, rows, interval, _widths(module), position_bias=module.pos is not None

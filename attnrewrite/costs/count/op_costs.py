@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from ...operators.attention_problem import AttentionProblem
+from ...operators.operator import REGISTERED
 from .cost import BATCH_NORM, LAYER_NORM, Cost
 
 
@@ -46,7 +48,12 @@ def price(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: 
     macs = contraction_macs(operator, args, kwargs, result)
     name = name_of(operator)
     if macs is not None:
-        attention = _fused_map(operator, name, args)
+        own = REGISTERED.get(name)
+        if own is not None:
+            problem = own.problem_of(args)
+            pairs = problem.pairs() if isinstance(problem, AttentionProblem) else 0
+            return Cost(macs, problem.elementwise(), 0, read, written, 0, pairs)
+        attention = _fused_map(name, args)
         return Cost(macs, _SOFTMAX * attention, 0, read, written, 0, attention)
     if name in _FREE or name in _BACKWARD or getattr(operator, "is_view", False):
         return Cost(bytes_read=read, bytes_written=written)
@@ -92,15 +99,12 @@ def _bytes(tensor: Tensor) -> int:
     return math.prod(side for side, stride in zip(tensor.shape, strides, strict=True) if stride) * tensor.element_size()
 
 
-def _fused_map(operator: Any, name: str, args: tuple[Any, ...]) -> int:
-    """Elements of the attention map that a fused forward operator never stores."""
-    if name in _FUSED_DENSE:
-        query, key = args[0], args[1]
-        return math.prod(query.shape[:-1]) * key.shape[-2]
-    if name in _FUSED_OWN:
-        macs = int(flop_registry[operator._overloadpacket](*args, out_val=None)) // 2
-        return macs // (args[0].shape[-1] + args[2].shape[-1])
-    return 0
+def _fused_map(name: str, args: tuple[Any, ...]) -> int:
+    """Elements of the attention map that a fused forward operator of torch's never stores."""
+    if name not in _FUSED_DENSE:
+        return 0
+    query, key = args[0], args[1]
+    return math.prod(query.shape[:-1]) * key.shape[-2]
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -199,4 +203,3 @@ _FUSED_DENSE = {
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
 }  # fmt: skip
-_FUSED_OWN = {"attnrewrite::local_attention", "attnrewrite::grouped_attention"}

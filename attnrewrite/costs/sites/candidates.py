@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ...graph.values import input_of, operator_name, shape_of
 from ...ir.sites import AttentionSite, Global, Grid, MapGroups, MlpSite, Reduced, StemSite, Window
+from ...operators import GroupedProblem
 from ..algebra import formulas
 from ..algebra.site_formula import SiteFormula, Widths
 from .counted_site import AnySite
@@ -101,12 +102,15 @@ class Candidates:
         sides = self.sides(site)
         if sides is None:
             return
-        widths = Widths(site.width, site.heads, site.heads * site.head_dim)
-        if site.shift is not None:
-            window = Window(site.kernel_size, site.shift, site.padding_keys)
+        problem = site.problem
+        _batch, heads, head_dim, _value_dim = problem.sizes
+        widths = Widths(site.width, heads, heads * head_dim)
+        if isinstance(problem, GroupedProblem):
+            window = Window(_pair(problem.window_size), _pair(problem.shift), problem.pad_key is not None)
             yield formulas.block_attention(*sides, window, widths)
         else:
-            yield formulas.neighborhood_attention(*sides, site.prefix_tokens, site.kernel_size, site.dilation, widths)
+            kernel, dilation = _pair(problem.kernel_size), _pair(problem.dilation)
+            yield formulas.neighborhood_attention(*sides, site.prefix_tokens, kernel, dilation, widths)
 
     def _mlp(self, site: MlpSite) -> Iterator[SiteFormula]:
         tokens = self._rows(site.source, site.second)
@@ -155,3 +159,8 @@ def _axis(site: AttentionSite, operand: str, axis: str) -> int:
     """The length of an operand's axis at capture, by its name."""
     part = getattr(site.nodes, operand)
     return shape_of(part.node)[part.axes.index(axis)]
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    rows, columns = values
+    return rows, columns

@@ -9,34 +9,43 @@ from torch.fx import Node
 
 from ...graph.dataflow import Dataflow
 from ...graph.values import shape_of
+from ...operators import GroupedProblem, LocalProblem
+from ...operators.biased_attention import MAP_AXES
+from ...operators.index_rule import CLAMP
+from ...operators.operator import REGISTERED
+from ...operators.problem import TensorSpec
 
 
 @dataclass(frozen=True)
 class OperatorSite:
-    """A call of ``local_attention`` (``shift`` None) or ``grouped_attention`` between its linear maps."""
+    """A call of an attention operator on a map between its linear maps; ``problem`` has shapes alone."""
 
     name: str
     node: Node
     source: Node
     end: Node
     linears: tuple[Node, ...]
-    size: tuple[int, int]
-    heads: int
-    head_dim: int
     width: int
-    kernel_size: tuple[int, int]
-    dilation: tuple[int, int] = (1, 1)
-    shift: tuple[int, int] | None = None
-    padding_keys: bool = False
-    prefix_tokens: int = 0
+    problem: LocalProblem | GroupedProblem
     kind = "attention"
 
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.problem.grid
+        return height, width
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens beside those of the map, which every query sees."""
+        return self.problem.additional
+
     def describe(self) -> str:
-        form = "neighborhood" if self.shift is None else "blocks"
-        sides = f"{self.size[0]}x{self.size[1]}"
+        local = isinstance(self.problem, LocalProblem)
+        kernel = self.problem.kernel_size if isinstance(self.problem, LocalProblem) else self.problem.window_size
         prefix = f"+{self.prefix_tokens}" if self.prefix_tokens else ""
-        kernel = "x".join(map(str, self.kernel_size))
-        return f"attention grid {sides}{prefix} heads {self.heads}x{self.head_dim} keys {form}({kernel})"
+        _batch, heads, head_dim, _value_dim = self.problem.sizes
+        keys = f"{'neighborhood' if local else 'blocks'}({'x'.join(map(str, kernel))})"
+        return f"attention grid {self.size[0]}x{self.size[1]}{prefix} heads {heads}x{head_dim} keys {keys}"
 
 
 def operator_sites(flow: Dataflow) -> list[OperatorSite]:
@@ -49,23 +58,28 @@ def _read(node: Node, flow: Dataflow) -> OperatorSite | None:
     operands = [operand for operand in node.args[:3] if isinstance(operand, Node)]
     above = [n for operand in operands for n in flow.ancestors(operand, stop=flow.is_linear)]
     linears = tuple(dict.fromkeys(n for n in above if flow.is_linear(n)))
-    shape = shape_of(operands[0])
-    if not linears or len(shape) != 5:
+    problem = _stated(node)
+    if not linears or len(problem.grid) != MAP_AXES or not _has_formula(problem):
         return None
     source = linears[0].args[0]
     assert isinstance(source, Node)
-    end = next_linear(node, flow) or node
-    size, kernel = (shape[1], shape[2]), _pair(node.args[6])
-    local = "local_attention" in str(node.target)
-    extra = node.args[4]
-    prefix = shape_of(extra)[1] if local and isinstance(extra, Node) else 0
-    return OperatorSite(
-        name=flow.capture.enclosing_call([*linears, node]).path,
-        node=node, source=source, end=end, linears=linears, size=size, heads=shape[3], head_dim=shape[4],
-        width=shape_of(source)[-1], kernel_size=kernel, dilation=_pair(node.args[8]) if local else (1, 1),
-        shift=None if local else _pair(node.args[7]), padding_keys=not local and extra is not None,
-        prefix_tokens=prefix,
-    )  # fmt: skip
+    name, end = flow.capture.enclosing_call([*linears, node]).path, next_linear(node, flow) or node
+    return OperatorSite(name, node, source, end, linears, shape_of(source)[-1], problem)
+
+
+def _has_formula(problem: LocalProblem | GroupedProblem) -> bool:
+    """Neighborhoods with prefix tokens, and windows."""
+    if isinstance(problem, LocalProblem):
+        return problem.boundary == CLAMP
+    return problem.interval == (1, 1) and not problem.rolled and problem.additional == 0
+
+
+def _stated(node: Node) -> LocalProblem | GroupedProblem:
+    """The problem of a call in a graph, of shapes alone."""
+    name, _, _overload = str(node.target).rpartition(".")
+    arguments = [TensorSpec(shape_of(each)) if isinstance(each, Node) else each for each in node.args]
+    problem: LocalProblem | GroupedProblem = REGISTERED[name.replace(".", "::")].problem_of(arguments)
+    return problem
 
 
 def next_linear(node: Node, flow: Dataflow) -> Node | None:
@@ -79,8 +93,3 @@ def next_linear(node: Node, flow: Dataflow) -> Node | None:
                 seen.add(user)
                 pending.append(user)
     return None
-
-
-def _pair(values: object) -> tuple[int, int]:
-    assert isinstance(values, list | tuple)
-    return values[0], values[1]
