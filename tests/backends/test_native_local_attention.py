@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+from attnrewrite.backends.native import build
+from guarded_layouts import guarded, layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_oracle import OPERANDS, Local, attention
 from native_kernels import kernels
 from plugins import run
 from torch import Tensor
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "operators"))
-from attnrewrite.backends.native import build
-from guarded_layouts import guarded, layouts
 
 Case = tuple[dict[str, Tensor | None], Local]
 

@@ -36,6 +36,7 @@ print("done")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # an instrumented build is slow
 @pytest.mark.skipif(build.obstacle() is not None, reason=f"native kernels: {build.obstacle()}")
 def test_no_kernel_leaves_its_memory_or_does_what_is_undefined(tmp_path):
     runtimes = [_runtime(name) for name in ("libasan.so", "libubsan.so")]
