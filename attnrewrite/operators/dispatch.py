@@ -105,8 +105,13 @@ def run(problem: Problem, name: str) -> tuple[Tensor, ...]:
     Autocast is off inside: a backend chooses its own precision, and it has the operands it was promised.
     """
     request = Request.of(problem)
+    return run_on(select_backend(request, name), request, problem)
+
+
+def run_on(backend: Backend, request: Request, problem: Problem) -> tuple[Tensor, ...]:
+    """The same on a backend that was selected for the request."""
     with autocast_off(request.device):
-        found: Any = select_backend(request, name).implementations[request.operator](problem)
+        found: Any = backend.implementations[request.operator](problem)
     return found
 
 

@@ -14,14 +14,15 @@ from contextvars import ContextVar
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.library import CustomOpDef
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import Request
-from .dispatch import run, run_backward, select_backend
+from .dispatch import run, run_backward, run_on, select_backend
 from .problem import Problem, TensorSpec, schema_arguments
 
 P = TypeVar("P", bound=Problem)
@@ -121,6 +122,8 @@ class Operator(Generic[P]):
             chosen = select_backend(request, backend)
             if chosen.is_plain and problem.records_plain and request.needs_gradient:
                 return problem.plain()
+            if not request.needs_gradient and not _is_watched(problem):
+                return tuple(result.contiguous() for result in run_on(chosen, request, problem))
             name = chosen.name
         found = self.forward(*problem.operands, *problem.geometry, name)
         return found if isinstance(found, tuple) else (found,)
@@ -185,6 +188,19 @@ class Operator(Generic[P]):
     def _backward_flops(self, *shapes: Any, **_: Any) -> int:
         flat = [*shapes[: self._results + 1], *_specs(shapes[self._results + 1 :])]
         return 2 * self._split(flat[:-1])[2].backward_macs()
+
+
+def _is_watched(problem: Problem) -> bool:
+    """Whether something has to see the operator itself: counters, tracers, and tensors that are more than numbers.
+
+    Where nothing does, and no gradient is wanted, torch's dispatcher would only cost time: on small maps as much as the
+    kernel.
+    """
+    if _get_current_dispatch_mode() is not None:
+        return True
+    return any(
+        each is not None and (each.is_meta or type(each) not in (Tensor, nn.Parameter)) for each in problem.operands
+    )
 
 
 def _is_spelled_out(problem: Problem) -> bool:

@@ -157,8 +157,9 @@ def test_private_kernels_are_called_through_one_function_alone():
             "torch.overrides._get_current_function_mode_stack",
         },
         "attnrewrite/capture/in_place.py": {"torch.ops.aten._computed"},  # the public operator beside one in place
-        "attnrewrite/operators/operator.py": {  # its own operators, and whether a transform has wrapped their operands
+        "attnrewrite/operators/operator.py": {  # its own operators, and whether a transform or a mode looks at calls
             "torch.ops._computed",
+            "torch.utils._python_dispatch._get_current_dispatch_mode",
             "torch._C",
             "torch._C._functorch",
         },

@@ -15,8 +15,10 @@ from attention_cases import (
     on,
 )
 from operator_calls import CALLS
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from attnrewrite.functional import neighborhood_attention
 from attnrewrite.operators.backend import Request
 from attnrewrite.operators.dispatch import available_backends, refusals
 
@@ -183,3 +185,25 @@ def test_half_precision_is_half_precision_and_its_statistics_are_not(name, dtype
         if refusals(Request.of(problem))[backend] is None:
             found = on(backend)(problem)
             assert [each.dtype for each in found] == [dtype, torch.float32][: len(found)]
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that are dispatched inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_whoever_looks_sees_the_operator(wants_gradient):
+    x = torch.randn(1, 6, 6, 2, 4, dtype=torch.float64, requires_grad=wants_gradient)
+    expected = neighborhood_attention(x, x, x, 3)
+    with Seen() as seen:
+        torch.testing.assert_close(neighborhood_attention(x, x, x, 3), expected)
+    assert "attnrewrite::local_attention" in seen.names
+    assert neighborhood_attention(x.detach().to("meta"), *[x.detach().to("meta")] * 2, 3).is_meta
