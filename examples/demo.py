@@ -1,4 +1,6 @@
-"""Convert a Swin and a ViT to neighborhood attention; print what happened, and cost and speed before and after.
+"""Convert a Swin exactly, and a ViT of large images to neighborhood attention: cost, time and error before and after.
+
+The weights are random, so the error is that of the operators and says nothing of accuracy.
 
 make demo
 """
@@ -17,23 +19,27 @@ from attnrewrite.hosts.loading import load_model
 
 def main() -> None:
     torch.manual_seed(0)
-    image = torch.randn(1, 3, 224, 224)
-    show("swin_tiny_patch4_window7_224", image, {})
-    show("vit_small_patch16_224", image, {"kernel_size": 7})
+    show("swin_tiny_patch4_window7_224", 224)
+    show("vit_small_patch16_224", 768, kernel_size=7)
 
 
-def show(name: str, image: Tensor, options: dict[str, int]) -> None:
-    model = load_model(f"timm:{name}").eval()
+def show(name: str, side: int, **options: int) -> None:
+    model, image = load_model(f"timm:{name}", img_size=side).eval(), torch.randn(1, 3, side, side)
     started = time.perf_counter()
     converted = attnrewrite.convert(model, "neighborhood", image, **options)
-    print(f"\n{name} converted in {time.perf_counter() - started:.1f} s")
+    print(f"\n{name} at {side} pixels, converted in {time.perf_counter() - started:.1f} s")
     print(attnrewrite.report(converted))
     before, after = (attnrewrite.analyze(each, image).cost.macs for each in (model, converted))
     times = interleaved(model, converted, image)
+    with torch.inference_mode():
+        expected, found = model(image), converted(image)
+    error = ((found - expected).norm() / expected.norm()).item()
     print(
         f"cost {before / 1e9:.2f} -> {after / 1e9:.2f} GMACs; "
-        f"time {times[0] * 1e3:.0f} -> {times[1] * 1e3:.0f} ms a {image.shape[-1]}-pixel image (median, side by side)"
+        f"time {times[0] * 1e3:.0f} -> {times[1] * 1e3:.0f} ms per image (median, side by side); "
+        f"error of the logits {error:.1e}"
     )
+    print(attnrewrite.explain_lowering(converted, image))
 
 
 def interleaved(first: nn.Module, second: nn.Module, image: Tensor, repeats: int = 7) -> tuple[float, float]:
