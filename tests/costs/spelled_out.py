@@ -110,21 +110,27 @@ def manhattan(source: Tensor, heads: int, fused: bool, decomposed: bool) -> Tens
 
 
 def grouped(source: Tensor, heads: int, fused: bool, group: int, interval: int) -> Tensor:
-    """The padding is cut off before the output projection; the position network runs on all offsets once."""
+    """Group by group, each with the tokens it has; the position network runs on all offsets once."""
     height, columns, width = source.shape[1:]
     shorter = min(height, columns)
     if shorter <= group:
         group, interval = min(group, shorter), 1
-    unit = group * interval
-    padded = F.pad(source, (0, 0, 0, -columns % unit, 0, -height % unit))
-    cells = padded.shape[1] * padded.shape[2]
-    query, key, value = linear(padded, 3 * width).chunk(3, -1)
-    groups = [part.reshape(-1, group * group, width) for part in (query, key, value)]
-    attend(*(heads_of(part, heads) for part in groups), fused)
+    query, key, value = linear(source, 3 * width).chunk(3, -1)
+    for rows in members(height, group, interval):
+        for places in members(columns, group, interval):
+            parts = (part[:, rows][:, :, places].flatten(1, 2) for part in (query, key, value))
+            attend(*(heads_of(part, heads) for part in parts), fused)
     hidden = linear(weight((2 * group - 1) ** 2, 2), width // 16)
     linear(linear(linear(hidden, width // 16), width // 16), heads)
-    assert cells % unit == 0
     return linear(source, width)
+
+
+def members(side: int, group: int, interval: int) -> list[list[int]]:
+    """The tokens of every group of an axis."""
+    region = group * interval
+    starts = [first + residue for first in range(0, side, region) for residue in range(interval)]
+    groups = [[token for token in range(start, start + region, interval) if token < side] for start in starts]
+    return [tokens for tokens in groups if tokens]
 
 
 def mlp(source: Tensor, hidden: int, gated: bool, depthwise: int) -> Tensor:
