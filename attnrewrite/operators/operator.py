@@ -171,7 +171,8 @@ class Operator(Generic[P]):
         ctx.geometry = inputs[self._operands :]
 
     def _differentiate(self, ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        operands, results = ctx.saved_tensors[: self._operands], ctx.saved_tensors[self._operands :]
+        saved = ctx.saved_tensors  # once: gradient checkpointing gives them a single time
+        operands, results = saved[: self._operands], saved[self._operands :]
         wanted = [bool(needed) for needed in ctx.needs_input_grad[: self._operands]]
         rest = (None,) * len(ctx.geometry)
         if all(gradient is None for gradient in gradients):

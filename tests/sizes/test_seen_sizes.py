@@ -107,7 +107,7 @@ def test_looks_differ_in_size_aspect_and_batch():
     shapes = [tuple(look.tensors[look.inputs[0]].shape) for look in (first, *other_looks(first))]
     assert len(shapes) == 3
     assert len({shape[0] for shape in shapes}) == len({shape[2] / shape[3] for shape in shapes}) == 3
-    trained = training_look(first)
+    trained = training_look(first, first)
     assert trained.tensors[trained.inputs[0]].shape == first.tensors[first.inputs[0]].shape
 
 
