@@ -12,8 +12,8 @@ from plugins import ROOT, run
 
 ROOMS = [
     "errors", "version", "torchvision_compat", "hosts", "numerics", "operators", "capture", "functional", "lowering",
-    "backends", "graph", "ir", "modules", "models", "cores", "lift", "certify", "patterns", "reports", "rewrite",
-    "planning", "calibration", "costs", "api", "__main__", "",
+    "backends", "graph", "ir", "algebra", "modules", "models", "cores", "lift", "certify", "patterns", "reports",
+    "rewrite", "planning", "calibration", "costs", "api", "__main__", "",
 ]  # fmt: skip
 """A room knows those before it, never those behind it; the last is the package itself, which shows what is public."""
 

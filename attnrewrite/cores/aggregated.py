@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from sympy import Expr, Integer, Max, sqrt
 from torch import Tensor, nn
 
+from ..algebra.core_formula import CoreSizes, map_tokens, pairs_with_prefix
+from ..algebra.site_formula import ZERO, K, N, P, SiteFormula, Widths, h
+from ..algebra.symbols import down
 from ..ir.core import AttentionCore, Operands
 from ..ir.sites import Grid, Window
 from ..modules.adaptive_pool import adaptive_average, cell_bounds
 from ..operators.aggregated_attention import (
+    AggregatedGeometry,
     AggregatedProblem,
     LearnedTokens,
     LocalKeys,
@@ -60,6 +65,16 @@ class LocalBranch(nn.Module):
         learned = LearnedTokens(query, self.learnable_tokens.to(query.dtype), self.learnable_bias.to(query.dtype))
         return AggregatedProblem(embedded * scale, window, shared, learned)
 
+    def beside(self, shared: SiteFormula, queries: Expr, widths: Widths) -> SiteFormula:
+        """The cost of the keys that all share, with the window around each of so many queries; scores that are left out
+        of the softmax are not computed."""
+        scored = self.relative_pos_bias_local is not None
+        window = AggregatedGeometry(
+            queries, 1, 1, widths.inner, widths.inner, window_size=sqrt(K), in_softmax=scored, learned=True
+        )
+        weights = h * queries * K if scored else ZERO
+        return shared.plus({K: self.window_size**2}, core=window.macs(), attention_map=weights, saved=weights)
+
     def extra_repr(self) -> str:
         state = "after the softmax only" if self.relative_pos_bias_local is None else "in the softmax"
         return f"window_size={self.window_size}, {state}"
@@ -81,6 +96,7 @@ class AggregatedCore(ExactWhereHeld):
     """
 
     only_weighs_values = True
+    counted_by_formula = True  # the window's scores are sums of shifted products, not contractions
     grid: Grid
 
     def __init__(
@@ -120,6 +136,22 @@ class AggregatedCore(ExactWhereHeld):
         image = aggregated_attention(problem)
         return join_map(attend(first, key, value, None, self.scale) if prefix else first, image)
 
+    def formula(self, sizes: CoreSizes) -> SiteFormula | None:
+        """``2NPC`` for ``P`` cells, the pairs with the prefix, and the window. Keys and values are pooled, not what
+        they are projected from."""
+        if sizes.sides is None:
+            return None
+        rows, columns = (
+            side if pool == 1 else Max(1, down(side, Integer(pool)))
+            for side, pool in zip(sizes.sides, self.pool, strict=True)
+        )
+        pairs, values = pairs_with_prefix(P, self.grid.prefix_tokens)
+        of_map = map_tokens(self.grid.prefix_tokens)
+        shared = sizes.products("AA", pairs, values | {P: rows * columns})
+        if self.pool != (1, 1):
+            shared = shared.plus(normalization=2 * of_map * sizes.widths.inner)
+        return shared if self.local is None else self.local.beside(shared, of_map, sizes.widths)
+
     def _table(self, bias: Tensor | None) -> Tensor | None:
         """``[heads, window_size ** 2]``: the part of the windows' bias that the local window reaches."""
         if bias is None or self.local is None or self.window is None:
@@ -141,6 +173,7 @@ class ReducedAggregatedCore(AttentionCore):
     """
 
     operands = Operands.OWN_MAP_TOO
+    counted_by_formula = True  # as above
 
     def __init__(self, local: LocalBranch, scale: float) -> None:
         super().__init__()
@@ -153,6 +186,10 @@ class ReducedAggregatedCore(AttentionCore):
         window = self.local.keys(local_key, local_value)
         problem = self.local.problem(query, self.scale, window, SharedKeys(key, value))
         return aggregated_attention(problem).flatten(1, 2)
+
+    def formula(self, sizes: CoreSizes) -> SiteFormula:
+        """``2NPC`` for the reduced keys, and the window."""
+        return self.local.beside(sizes.products("AA", N * P), N, sizes.widths)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:.4g}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..algebra.core_formula import CoreSizes
+from ..algebra.site_formula import N, P, SiteFormula
 from ..ir.core import AttentionCore
 
 
@@ -29,6 +31,10 @@ class DenseAttention(AttentionCore):
         bias = None if bias is None else bias.to(query.dtype)
         rate = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, bias, rate, scale=self.scale).transpose(1, 2)
+
+    def formula(self, sizes: CoreSizes) -> SiteFormula:
+        """``2NPC``."""
+        return sizes.products("SA", N * P)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:.4g}, dropout={self.dropout}"

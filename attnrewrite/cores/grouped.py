@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from sympy import Integer, sympify
 from torch import Tensor, nn
 
+from ..algebra.core_formula import CoreSizes
+from ..algebra.site_formula import PAIRS, SiteFormula
+from ..algebra.symbols import interval_pairs
 from ..functional import grouped_attention
 from ..ir.sites import Grid, Interleaved
 from .exactness import ExactWhereHeld
@@ -77,6 +81,19 @@ class GroupedCore(ExactWhereHeld):
         own = group_of[(queries - grid.prefix_tokens).clamp(min=0)]
         seen = F.pad(own[:, None] == group_of, (grid.prefix_tokens, 0), value=True)
         return seen | (queries < grid.prefix_tokens)[:, None]
+
+    def formula(self, sizes: CoreSizes) -> SiteFormula | None:
+        """``2QC`` for ``Q`` pairs in groups, whose tokens see the prefix too; None with a position bias of its own."""
+        if sizes.sides is None or self.position_bias is not None:
+            return None
+        height, width = sizes.sides
+        prefix = self.grid.prefix_tokens
+        rows, columns = (
+            interval_pairs(side, Integer(group), Integer(interval))
+            for side, group, interval in zip((height, width), self.group, self.interval, strict=True)
+        )
+        pairs = rows * columns + prefix * height * width + prefix * sympify(sizes.queries)
+        return sizes.products("SDA" if self.interval == (1, 1) else "LDA", PAIRS, {PAIRS: pairs})
 
     def extra_repr(self) -> str:
         return f"group={self.group}, interval={self.interval}, grid={self.grid}, scale={self.scale:.4g}"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+from sympy import Expr, Symbol
 from torch import Tensor, nn
 
+from ..algebra.core_formula import CoreSizes, map_tokens
+from ..algebra.site_formula import COLUMNS, PREFIX, ROWS, ZERO, Extent, K, N, P, SiteFormula
 from ..ir.core import AttentionCore
 from ..ir.sites import Grid
 from ..modules.depthwise import DepthwiseConv
@@ -56,6 +59,11 @@ class ManhattanCore(AttentionCore):
         mixed = manhattan_attention(query, key, value, log_decay, geometry, bias)
         return enhanced(mixed, value, grid, self.lepe)
 
+    def formula(self, sizes: CoreSizes) -> SiteFormula:
+        """``2N²C``, and the enhancement."""
+        dense, values = _enhancement_cost(self.lepe, self.grid, sizes)
+        return sizes.products("MaSA", N * P, values, dense)
+
     def extra_repr(self) -> str:
         return f"grid={self.grid}, placement={self.placement!r}, scale={self.scale:.4g}"
 
@@ -101,6 +109,17 @@ class DecomposedManhattanCore(AttentionCore):
             mixed = join_map(prefix, old + self.gate.to(old.dtype) * (image - old))
         return enhanced(mixed, value, grid, self.lepe)
 
+    def formula(self, sizes: CoreSizes) -> SiteFormula | None:
+        """``2N(H + W)C`` along rows and columns, with both passes' maps; beside a gate the dense attention too."""
+        if sizes.sides is None:
+            return None
+        dense, values = _enhancement_cost(self.lepe, self.grid, sizes)
+        prefix = self.grid.prefix_tokens
+        whole = N**2 if self.gate is not None else (PREFIX * N if prefix else ZERO)
+        pairs = map_tokens(prefix) * (ROWS + COLUMNS) + whole
+        values |= {ROWS: sizes.sides[0], COLUMNS: sizes.sides[1], **({PREFIX: prefix} if prefix else {})}
+        return sizes.products("MaSA-d", pairs, values, dense)
+
     def extra_repr(self) -> str:
         return f"grid={self.grid}, scale={self.scale:.4g}"
 
@@ -133,6 +152,10 @@ class ReducedManhattanCore(AttentionCore):
         )  # fmt: skip
         return manhattan_attention(query, key, value, log_decay, geometry)
 
+    def formula(self, sizes: CoreSizes) -> SiteFormula:
+        """``2NPC``: every reduced key is scored, however decayed."""
+        return sizes.products("reduced MaSA", N * P)
+
     def extra_repr(self) -> str:
         return f"grid={self.grid}, reduced={self.reduced}, scale={self.scale:.4g}"
 
@@ -149,6 +172,17 @@ def neutral_enhancement(channels: int) -> DepthwiseConv:
     for parameter in lepe.parameters():
         nn.init.zeros_(parameter)
     return lepe
+
+
+def _enhancement_cost(
+    lepe: DepthwiseConv | None, grid: Grid, sizes: CoreSizes
+) -> tuple[Expr, dict[Symbol, Extent]]:
+    """MACs of the convolution of the map's values, and what the symbols in them are."""
+    if lepe is None:
+        return ZERO, {}
+    prefix, taps = grid.prefix_tokens, lepe.conv.kernel_size
+    values = {K: taps[0] * taps[1], **({PREFIX: prefix} if prefix else {})}
+    return K * map_tokens(prefix) * sizes.widths.inner, values
 
 
 def enhanced(mixed: Tensor, value: Tensor, grid: Grid, lepe: nn.Module | None) -> Tensor:

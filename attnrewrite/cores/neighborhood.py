@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..algebra.core_formula import CoreSizes, pairs_with_prefix
+from ..algebra.formulas import kernel_keys
+from ..algebra.site_formula import K, N, P, SiteFormula
 from ..errors import ConversionError
 from ..functional import neighborhood_attention
 from ..ir.sites import Grid
@@ -76,6 +79,13 @@ class NeighborhoodAttention(ExactWhereHeld):
         entries = self.entries if grid == self.grid else relative_entries(sides).to(bias.device)
         return reached_table(bias[0], entries, sides, kernel, self.dilation)
 
+    def formula(self, sizes: CoreSizes) -> SiteFormula | None:
+        """``2NKC`` for ``K`` keys in a kernel, and the pairs with the prefix."""
+        if sizes.sides is None:
+            return None
+        pairs, values = pairs_with_prefix(K, self.grid.prefix_tokens)
+        return sizes.products("NA", pairs, values | {K: kernel_keys(*sizes.sides, self.kernel_size, self.dilation)})
+
     def seen(self, queries: Tensor) -> Tensor:
         kernel = clamped_kernel(self.kernel_size, self.dilation, self.grid)
         return _seen_cells(queries, self.grid, self.grid, kernel, self.dilation)
@@ -137,6 +147,12 @@ class SlidingAttention(ExactWhereHeld):
         assert isinstance(mixed, Tensor)
         return mixed
 
+    def formula(self, sizes: CoreSizes) -> SiteFormula | None:
+        """``2NKC`` for ``K`` keys in a kernel."""
+        if sizes.sides is None:
+            return None
+        return sizes.products("NA", N * K, {K: kernel_keys(*sizes.sides, self.kernel_size, self.dilation)})
+
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, scale={self.scale:.4g}"
 
@@ -171,6 +187,10 @@ class ReducedNeighborhoodAttention(ExactWhereHeld):
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         rate = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, mask, rate, scale=self.scale).transpose(1, 2)
+
+    def formula(self, sizes: CoreSizes) -> SiteFormula:
+        """``2NPC``: every reduced key is scored, whichever are masked."""
+        return sizes.products("reduced NA", N * P)
 
     def seen(self, queries: Tensor) -> Tensor:
         kernel = clamped_kernel(self.kernel_size, (1, 1), self.reduced)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..algebra.core_formula import CoreSizes, core_formula
+from ..algebra.site_formula import SiteFormula
 from ..errors import ConversionError
 from ..ir.core import AttentionCore
 from ..ir.sites import Grid
@@ -47,6 +49,9 @@ class OfMap(AttentionCore):
         mixed = self.core(*parts, None if bias is None else bias[None])
         return mixed.unflatten(1, query.shape[1:3])
 
+    def formula(self, sizes: CoreSizes) -> SiteFormula | None:
+        return core_formula(self.core, sizes)
+
 
 class InTokenOrder(AttentionCore):
     """A core of maps, on tokens that are given in another order, such as group by group.
@@ -81,6 +86,9 @@ class InTokenOrder(AttentionCore):
             )
         maps = [part.flatten(1, -3)[:, self.cells].unflatten(1, self._sides()) for part in (query, key, value)]
         return self.core(*maps, *others).flatten(1, 2)[:, self.place].unflatten(1, axes)
+
+    def formula(self, sizes: CoreSizes) -> SiteFormula | None:
+        return core_formula(self.core, sizes)
 
     def _sides(self) -> tuple[int, int]:
         return self.grid.height, self.grid.width

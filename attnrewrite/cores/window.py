@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..algebra.core_formula import CoreSizes
+from ..algebra.formulas import window_pairs
+from ..algebra.site_formula import PAIRS, SiteFormula
 from ..errors import ConversionError
 from ..functional import grouped_attention
 from ..ir.core import AttentionCore
@@ -24,6 +27,7 @@ class WindowAttention(AttentionCore):
     """
 
     keeps_weights = True
+    counted_by_formula = True  # kernels and plain forms take blocks of one size, also where the border cuts them
     grid: Grid
 
     def __init__(self, window: Window, grid: Grid, scale: float, dropout: float = 0.0) -> None:
@@ -50,6 +54,12 @@ class WindowAttention(AttentionCore):
         )  # fmt: skip
         assert isinstance(mixed, Tensor)
         return mixed
+
+    def formula(self, sizes: CoreSizes) -> SiteFormula | None:
+        """``2QC`` for ``Q`` pairs of a token and a slot of its block, truncated at the border."""
+        if sizes.sides is None:
+            return None
+        return sizes.products("block NA", PAIRS, {PAIRS: window_pairs(*sizes.sides, self.window)})
 
     @property
     def padded(self) -> Window | None:

@@ -39,12 +39,18 @@ class AttentionCore(nn.Module):
         keeps_weights: the weights that it gives to keys are those of the original, so that what reads them may go on.
         only_weighs_values: it does nothing to values but weigh them, so that its weights can be read off by unit
             vectors in their place.
+        counted_by_formula: its cost is the formula that it states, whatever operations it is made of: its products are
+            sums of shifted ones, stand for averages, or are made in larger blocks than there are.
+
+    A core states its cost by a method ``formula``: see ``algebra.core_formula.CostedCore``. One without is counted by
+    its operations.
     """
 
     operands = Operands.KEYS
     grid: Grid | None = None
     keeps_weights = False
     only_weighs_values = False
+    counted_by_formula = False
 
     @property
     def padded(self) -> Window | None:

@@ -6,11 +6,16 @@ from typing import Unpack
 
 import torch
 import torch.nn.functional as F
+from sympy import Expr, Integer, Max, expand, sqrt
 from torch import Tensor, nn
 
+from ..algebra.module_formula import CostedCall
+from ..algebra.site_formula import C, Extent, K, N, P, SiteFormula, h
+from ..algebra.symbols import down, offsets
 from ..errors import ArgumentError
 from ..ir.heads import as_pair
 from ..operators.aggregated_attention import (
+    AggregatedGeometry,
     AggregatedProblem,
     LearnedTokens,
     LocalKeys,
@@ -20,6 +25,7 @@ from ..operators.aggregated_attention import (
 from ..operators.index_rule import window_on_map
 from .adaptive_pool import adaptive_average
 from .cosine_attention import LengthScaledAttention, ScoreOptions
+from .heads import widths_of
 from .initialization import initialize
 from .log_cpb import Size
 
@@ -49,6 +55,8 @@ class AggregatedAttention(LengthScaledAttention):
     Raises:
         ArgumentError: for arguments that do not fit each other.
     """
+
+    costed_call = CostedCall(counted_by_formula=True)
 
     def __init__(
         self,
@@ -131,6 +139,35 @@ class AggregatedAttention(LengthScaledAttention):
             return self.pool_size
         assert self.sr_ratio is not None
         rows, columns = (torch.sym_max(side // ratio, 1) for side, ratio in zip(pixels, self.sr_ratio, strict=True))
+        return rows, columns
+
+    def formula(self, height: Extent, width: Extent) -> SiteFormula | None:
+        """k² neighbors and P pooled cells in one softmax, and with learned tokens a third ``Nk²C``:
+        ``5NC² + 2PC² + 2NPC + 3Nk²C``. Without them it is pixel-focused attention, ``2Nk²C``. None without a pooled
+        map, with a reducer of the user's own, and where the position bias is resampled."""
+        if not self.pool or self.reducer is not None or self.interpolate_bias:
+            return None
+        rows, columns = self._cells(height, width)
+        widths, learned = widths_of(self.proj, self.num_heads), self.learnable_tokens is not None
+        a, weights = widths.inner, h * N * (K + P)
+        products = AggregatedGeometry(N, 1, 1, a, a, window_size=sqrt(K), shared_keys=P, learned=learned)
+        formula = SiteFormula.of(
+            "AA" if learned else "PFA",
+            {N: height * width, P: rows * columns, K: self.window_size**2, **widths.symbols},
+            dense=5 * N * C * a + 2 * P * C * a, core=expand(products.macs()), normalization=N * a,
+            attention_map=weights, saved=C * N + 4 * a * N + 2 * a * P + weights, moved=4 * a * N + 2 * a * P,
+            streams=2 * C * N + 6 * a * N + C * P + 2 * a * P, weights=5 * C * a,
+        )  # fmt: skip
+        return self.with_position_bias(formula, offsets(height, rows) * offsets(width, columns))
+
+    def _cells(self, height: Extent, width: Extent) -> tuple[Expr, Expr]:
+        """``key_grid`` for costs."""
+        if self.pool_size is not None:
+            return Integer(self.pool_size[0]), Integer(self.pool_size[1])
+        assert self.sr_ratio is not None
+        rows, columns = (
+            Max(1, down(side, Integer(ratio))) for side, ratio in zip((height, width), self.sr_ratio, strict=True)
+        )
         return rows, columns
 
     def _keys(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

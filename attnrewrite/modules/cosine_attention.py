@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..algebra.formulas import self_attention
+from ..algebra.module_formula import CostedCall
+from ..algebra.site_formula import TABLE, E, Extent, SiteFormula, h
 from ..errors import ArgumentError
 from ..ir.heads import as_pair
-from .heads import require_heads
+from .heads import require_heads, widths_of
 from .initialization import initialize
 from .log_cpb import BiasCache, Size, log_cpb, resample_bias
 
@@ -145,6 +148,13 @@ class LengthScaledAttention(nn.Module, ABC):
             return compute()
         return self._bias_cache.get([*fc1.parameters(), *fc2.parameters()], (*pixels, *cells, *pretrain), compute)
 
+    def with_position_bias(self, formula: SiteFormula, offsets: Extent) -> SiteFormula:
+        """The cost with that of the position bias, an MLP of 2 to E to heads channels, once for each of T relative
+        ``offsets``, whatever the batch: ``T(2E + Eh)``. It can be folded at a fixed size."""
+        if self.cpb_fc1 is None:
+            return formula
+        return formula.plus({TABLE: offsets, E: CPB_HIDDEN}, once=TABLE * (2 * E + E * h))
+
     def dense(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """``softmax(query key^T + bias) value``, with heads-first operands."""
         bias = None if bias is None else bias.to(value.dtype)
@@ -167,6 +177,8 @@ class CosineAttention(LengthScaledAttention):
         dim, num_heads, position_bias, options: of ``LengthScaledAttention``.
         qkv_bias: whether the projection to queries, keys and values has a bias.
     """
+
+    costed_call = CostedCall()
 
     def __init__(
         self,
@@ -192,3 +204,10 @@ class CosineAttention(LengthScaledAttention):
         query = self.scaled_query(self.unit(query), seen)
         mixed = self.dense(query, self.unit(key), value, self.position_bias(pixels, pixels))
         return self.project(mixed).unflatten(1, pixels)
+
+    def formula(self, height: Extent, width: Extent) -> SiteFormula | None:
+        """``4NC² + 2N²C`` and the position bias; None where it is resampled."""
+        if self.interpolate_bias:
+            return None
+        formula = self_attention(height * width, widths_of(self.proj, self.num_heads))
+        return self.with_position_bias(formula, (2 * height - 1) * (2 * width - 1))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from sympy import Integer, Min, sympify
 from torch import Tensor, nn
 
+from ..algebra.module_formula import CostedCall
+from ..algebra.site_formula import PAIRS, ZERO, C, E, Extent, G, N, SiteFormula, h
+from ..algebra.symbols import group_pairs
 from ..errors import ArgumentError, nearest
 from ..functional import grouped_attention
 from ..ir.heads import as_pair
 from .dynamic_position_bias import DynamicPositionBias, central_table, relative_index
-from .heads import require_heads
+from .heads import require_heads, widths_of
 
 Pair = tuple[int, int]
 
@@ -47,6 +51,8 @@ class LongShortDistanceAttention(nn.Module):
     Raises:
         ArgumentError: for arguments that have no meaning or do not fit each other.
     """
+
+    costed_call = CostedCall()
 
     def __init__(
         self,
@@ -110,6 +116,29 @@ class LongShortDistanceAttention(nn.Module):
         if is_padded:  # not a slice: its strides would bind an exported program to maps that need padding
             mixed = F.pad(mixed, (0, 0, 0, 0, -left, -right, -top, -bottom))
         return self.proj(mixed.flatten(-2))
+
+    def formula(self, height: Extent, width: Extent) -> SiteFormula | None:
+        """Groups of G x G neighbors (SDA) or of cells an interval apart (LDA): ``4NC² + 2QC`` for Q pairs of tokens,
+        ``NG²`` of them where the groups divide the map. Maps that a group covers are one group, cut down to the shorter
+        side. The position MLP of width E = C/16 runs once on ``(2G-1)²`` offsets. None for groups that are not square,
+        and for other options than those of CrossFormer's classification models. (CrossFormer's own code projects and
+        scores the padding of other maps too: ``4N̂C² + 2N̂G²C``.)"""
+        rows, columns = self.group_size
+        as_published = self.small_map == "shrink" and self.padding == "mask" and not self.centered
+        if rows != columns or isinstance(self.interval, str) or not as_published:
+            return None
+        height, width, size = sympify(height), sympify(width), Integer(rows)
+        widths, interval = widths_of(self.proj, self.num_heads), Integer(self.interval or 1)
+        a, pairs, once = widths.inner, group_pairs(height, width, size, interval), ZERO
+        values = {PAIRS: pairs, N: height * width, G: Min(size, height, width), **widths.symbols}
+        if self.pos is not None:
+            values[E] = Integer(widths.model // 16)
+            once = (2 * G - 1) ** 2 * (2 * E + 2 * E**2 + E * h)
+        return SiteFormula.of(
+            "SDA" if interval == 1 else "LDA", values,
+            dense=4 * C * a * N, core=2 * PAIRS * a, once=once, attention_map=h * PAIRS,
+            saved=C * N + 4 * a * N + h * PAIRS, moved=4 * a * N, streams=2 * C * N + 4 * a * N, weights=4 * C * a,
+        )  # fmt: skip
 
     def groups(self, height: int, width: int) -> tuple[Pair, Pair]:
         """Tokens of a group and the interval between them, (rows, columns), on a map of this size."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..algebra.module_formula import CostedCall
+from ..algebra.site_formula import COLUMNS, ROWS, ZERO, C, Extent, K, N, SiteFormula, h
 from ..operators.manhattan_attention import ManhattanGeometry, check_placement, manhattan_attention
 from .decay import ManhattanPosition, PositionTables, rotate
 from .depthwise import DepthwiseConv
-from .heads import require_heads
+from .heads import require_heads, widths_of
 
 
 class ManhattanAttention(nn.Module):
@@ -27,6 +29,8 @@ class ManhattanAttention(nn.Module):
     Raises:
         ArgumentError: if the heads do not divide the channels, or for an unknown placement.
     """
+
+    costed_call = CostedCall(beside=("tables",), counted_by_formula=True)
 
     def __init__(
         self,
@@ -68,6 +72,27 @@ class ManhattanAttention(nn.Module):
         geometry = ManhattanGeometry(height, width, decomposed=self.decomposed, placement=self.decay_placement)
         mixed = manhattan_attention(query, key, heads, tables.log_decay, geometry).flatten(-2)
         return self.out_proj(mixed if self.lepe is None else mixed + self.lepe(value))
+
+    def formula(self, height: Extent, width: Extent) -> SiteFormula:
+        """``4NC² + 2N²C + 25NC``, or along rows and columns ``4NC² + 2N(H + W)C + 25NC``."""
+        widths = widths_of(self.out_proj, self.num_heads)
+        a, around = widths.inner, ZERO if self.lepe is None else K
+        values = {N: height * width, **widths.symbols}
+        if self.lepe is not None:
+            values[K] = self.lepe.conv.kernel_size[0] ** 2
+        if self.decomposed:
+            values |= {ROWS: height, COLUMNS: width}
+            keys, operands = ROWS + COLUMNS, 8 * a * N
+            products = ManhattanGeometry(ROWS, COLUMNS, decomposed=True).macs(1, a, a).subs(ROWS * COLUMNS, N)
+        else:
+            keys, operands = N, 4 * a * N
+            products = ManhattanGeometry(N, 1).macs(1, a, a)
+        return SiteFormula.of(
+            "MaSA-d" if self.decomposed else "MaSA", values,
+            dense=4 * N * C * a + around * N * a, core=products, attention_map=h * N * keys,
+            saved=C * N + operands + h * N * keys, moved=operands,
+            streams=2 * C * N + 6 * a * N, weights=4 * C * a + around * a,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, decomposed={self.decomposed}, decay_placement={self.decay_placement!r}"

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..algebra.formulas import neighborhood_attention as neighborhood_formula
+from ..algebra.module_formula import CostedCall
+from ..algebra.site_formula import Extent, SiteFormula
 from ..errors import ArgumentError
 from ..functional import neighborhood_attention
 from .drop_path import DropPath
 from .feed_forward import FeedForward
-from .heads import require_heads
+from .heads import require_heads, widths_of
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -38,6 +41,8 @@ class NeighborhoodAttention2d(nn.Module):
     Raises:
         ArgumentError: if the heads do not divide the channels, or for a kernel or dilation below 1.
     """
+
+    costed_call = CostedCall()
 
     def __init__(
         self,
@@ -70,6 +75,11 @@ class NeighborhoodAttention2d(nn.Module):
         )
         assert isinstance(mixed, Tensor)
         return self.proj(mixed.flatten(-2))
+
+    def formula(self, height: Extent, width: Extent) -> SiteFormula:
+        """``4NC² + 2NKC`` for ``K`` keys in a kernel."""
+        kernel, dilation = (self.kernel_size,) * 2, (self.dilation,) * 2
+        return neighborhood_formula(height, width, 0, kernel, dilation, widths_of(self.proj, self.num_heads))
 
     def _fitting(self, side: int) -> tuple[int, int]:
         """Kernel size and dilation on an axis of so many tokens."""

@@ -11,8 +11,10 @@ from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
+from sympy import Expr, Rational
 from torch import Tensor, nn
 
+from ..algebra.site_formula import LAYER_NORM, STATE, ZERO, D, E, Extent, N, SiteFormula
 from ..numerics.precision import accumulation_dtype, autocast_off
 from ..operators.soft_split import PatchGrid
 from .feed_forward import FeedForward
@@ -31,6 +33,14 @@ class TokenLayer(nn.Module, ABC):
     @abstractmethod
     def mix(self, projected: Tensor) -> Tensor:
         """``[B, N, 3 * out_dim]``, what ``projection`` gives, to ``[B, N, out_dim]``."""
+
+    @abstractmethod
+    def formula(self, tokens: Extent) -> SiteFormula:
+        """The cost per image, on so many patches."""
+
+    def norm_of_patches(self) -> Expr:
+        """What fvcore charges for it."""
+        return LAYER_NORM * N * D if isinstance(self.norm1, nn.LayerNorm) else ZERO
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``[B, N, dim]`` to ``[B, N, out_dim]``."""
@@ -91,6 +101,16 @@ class TokenTransformer(TokenLayer):
         tokens = self.attn(projected)
         return tokens + self.mlp(self.norm2(tokens))
 
+    def formula(self, tokens: Extent) -> SiteFormula:
+        """``N(3De + 3e²) + 2N²e`` for an MLP as wide as its tokens."""
+        width = self.attn.proj.in_features
+        hidden = Rational(self.mlp.fc1.out_features, width) * E
+        return SiteFormula.of(
+            "T2T", {N: tokens, D: self.attn.qkv.in_features, E: width},
+            dense=N * (3 * D * E + E**2 + 2 * E * hidden), core=2 * N**2 * E, attention_map=N**2,
+            normalization=self.norm_of_patches(), saved=D * N + 5 * E * N + N**2, moved=4 * E * N,
+        )  # fmt: skip
+
 
 class TokenPerformer(TokenLayer):
     """The token layer with random features (Choromanski et al. 2021, Performer): linear in the number of patches.
@@ -129,6 +149,15 @@ class TokenPerformer(TokenLayer):
         key, query, value = projected.chunk(3, dim=-1)
         tokens = value + self.drop(self.proj(self._attend(query, key, value)))
         return tokens + self.mlp(self.norm2(tokens))
+
+    def formula(self, tokens: Extent) -> SiteFormula:
+        """``N(3De + 3e²) + N(4em + m)`` with m random features."""
+        features, width = self.w.shape
+        return SiteFormula.of(
+            "T2T-p", {N: tokens, D: self.kqv.in_features, E: width, STATE: features},
+            dense=N * (3 * D * E + 3 * E**2), core=N * (4 * E * STATE + STATE),
+            normalization=self.norm_of_patches(), saved=D * N + 7 * E * N, moved=4 * E * N,
+        )  # fmt: skip
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """In float32 at least: the features are exponentials, and their sums' guard is zero in half precision."""

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from sympy import Expr, sympify
 from torch import Tensor, nn
 
+from ..algebra.module_formula import CostedCall
+from ..algebra.site_formula import OUT, STATE, ZERO, D, E, Extent, N, SiteFormula
+from ..algebra.symbols import strided, symbol
 from ..errors import ArgumentError, nearest
 from ..numerics.precision import accumulation_dtype
 from ..operators.soft_split import PatchGrid
@@ -20,6 +24,15 @@ KINDS: dict[str, type[TokenTransformer | TokenPerformer]] = {
 }
 PIXELS, TOKENS = PatchGrid(7, 4, 2), PatchGrid(3, 2, 1)
 SMALLEST_SIDE = PIXELS.kernel_size - 2 * PIXELS.padding
+
+
+def _split_sides(height: Extent, width: Extent) -> list[tuple[Expr, Expr]]:
+    """The sides of the map after each of the three splits into patches, for costs."""
+    sides, made = (sympify(height), sympify(width)), []
+    for patches in (PIXELS, TOKENS, TOKENS):
+        sides = tuple(strided(side, patches.kernel_size, patches.stride, patches.padding) for side in sides)
+        made.append(sides)
+    return made
 
 
 class TokensToToken(nn.Module):
@@ -39,6 +52,11 @@ class TokensToToken(nn.Module):
     Raises:
         ArgumentError: for an unknown kind or widths that are not two positive numbers.
     """
+
+    costed_call = CostedCall(
+        "image", channels_first=True, counted_by_formula=True, kind="stem",
+        result=lambda height, width: _split_sides(height, width)[-1],
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -75,6 +93,21 @@ class TokensToToken(nn.Module):
         tokens = self.attention1.forward_patches(image, PIXELS).permute(0, 3, 1, 2)
         tokens = self.attention2.forward_patches(tokens, TOKENS).permute(0, 3, 1, 2)
         return project_patches(tokens, nn.Identity(), self.project, TOKENS)
+
+    def formula(self, height: Extent, width: Extent) -> SiteFormula:
+        """Both token layers on their patches, and the linear map of the last ones."""
+        first, second, last = (rows * columns for rows, columns in _split_sides(height, width))
+        layers = (self.attention1.formula(first), self.attention2.formula(second))
+        apart = {name for name in (N, D, E, STATE) if name in (N, D) or layers[0].values[E] != layers[1].values[E]}
+        found, width_of_tokens = SiteFormula("T2T stem", dense=ZERO), E
+        summed = ("dense", "core", "attention_map", "normalization", "saved")
+        for number, layer in enumerate(layers, start=1):
+            own = {name: symbol(f"{name}_{number}") for name in apart}
+            values = {own.get(name, name): value for name, value in layer.values.items()}
+            parts = {name: getattr(layer, name) for name in summed}
+            found = found.plus(values, **{name: part.subs(own, simultaneous=True) for name, part in parts.items()})
+            width_of_tokens = own.get(E, E)
+        return found.plus({OUT: self.project.out_features, N: last}, dense=TOKENS.macs(N, width_of_tokens, OUT))
 
     @staticmethod
     def grid(height: int, width: int) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from markupsafe import escape
 
 from attnrewrite import analyze
 from attnrewrite.__main__ import main
+from attnrewrite.algebra import symbols
 from attnrewrite.costs import Hardware
-from attnrewrite.costs.algebra import symbols
 from attnrewrite.errors import ArgumentError, ConversionError
 from attnrewrite.hosts.loading import load_model
 

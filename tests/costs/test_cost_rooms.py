@@ -8,7 +8,7 @@ from pathlib import Path
 import attnrewrite.costs
 
 COSTS = Path(attnrewrite.costs.__file__).parent
-ROOMS = ("algebra", "count", "sites", "report")
+ROOMS = ("count", "sites", "report")
 
 
 def imported(path: Path) -> set[tuple[str, ...]]:
@@ -40,7 +40,7 @@ def test_no_room_knows_a_later_one():
     }
     assert back == set()
     assert ("count", "cost") in GRAPH["count", "trace"]  # the graph is read
-    assert ("algebra", "formulas") in GRAPH["sites", "candidates"]
+    assert ("count", "declared") in GRAPH["sites", "core_sites"]
 
 
 def test_files_know_each_other_one_way():

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sympy import Integer, Min, Rational, srepr, sympify
 
-from attnrewrite.costs.algebra import symbols
-from attnrewrite.costs.algebra.crossover import cheaper_above, crossings
-from attnrewrite.costs.algebra.interpolate import fitted
-from attnrewrite.costs.algebra.symbols import (
+from attnrewrite.algebra import symbols
+from attnrewrite.algebra.crossover import cheaper_above, crossings
+from attnrewrite.algebra.interpolate import fitted
+from attnrewrite.algebra.symbols import (
     B,
     H,
     W,

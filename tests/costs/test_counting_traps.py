@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnrewrite import analyze, convert
-from attnrewrite.costs.algebra.site_formula import PAIRS
+from attnrewrite.algebra.site_formula import PAIRS
 from attnrewrite.errors import ArgumentError, CaptureError
 from attnrewrite.functional import neighborhood_attention
 from attnrewrite.hosts.loading import load_model
@@ -134,7 +134,7 @@ def test_distilled_and_register_tokens():
 
 @pytest.mark.parametrize("side", [56, 60, 50])
 def test_position_networks_where_the_pooling_does_not_divide(side):
-    from attnrewrite.costs.algebra.symbols import count_offsets
+    from attnrewrite.algebra.symbols import count_offsets
     from attnrewrite.modules.log_cpb import _offset_range
 
     for cells in (7, 8, side // 8):

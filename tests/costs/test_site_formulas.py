@@ -8,9 +8,11 @@ import torch
 from sympy import Integer
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnrewrite.costs.algebra import formulas
-from attnrewrite.costs.algebra.site_formula import Widths
-from attnrewrite.costs.algebra.symbols import B, H, W, evaluator
+from attnrewrite.algebra import formulas
+from attnrewrite.algebra.site_formula import Widths
+from attnrewrite.algebra.symbols import B, H, W, evaluator
+from attnrewrite.modules import AggregatedAttention, LongShortDistanceAttention, ManhattanAttention
+from attnrewrite.modules.token_layers import TokenPerformer, TokenTransformer
 
 WIDTH, HEADS, BATCH = 64, 4, 2
 WIDTHS = Widths(WIDTH, HEADS, WIDTH)
@@ -48,27 +50,27 @@ def source(height: int, width: int) -> torch.Tensor:
             lambda s, n, f: spelled.linearly_reduced(s, n, f, 7), 7,
         ),
         (
-            lambda h, w: formulas.manhattan_attention(h, w, WIDTHS, decomposed=False),
+            lambda h, w: ManhattanAttention(WIDTH, HEADS).formula(h, w),
             lambda s, n, f: spelled.manhattan(s, n, f, decomposed=False), 1,
         ),
         (
-            lambda h, w: formulas.manhattan_attention(h, w, WIDTHS, decomposed=True),
+            lambda h, w: ManhattanAttention(WIDTH, HEADS, decomposed=True).formula(h, w),
             lambda s, n, f: spelled.manhattan(s, n, f, decomposed=True), 1,
         ),
         (
-            lambda h, w: formulas.long_short_attention(h, w, 7, 1, WIDTHS),
+            lambda h, w: LongShortDistanceAttention(WIDTH, HEADS, 7).formula(h, w),
             lambda s, n, f: spelled.grouped(s, n, f, 7, 1), 3,
         ),
         (
-            lambda h, w: formulas.long_short_attention(h, w, 5, 3, WIDTHS),
+            lambda h, w: LongShortDistanceAttention(WIDTH, HEADS, 5, 3).formula(h, w),
             lambda s, n, f: spelled.grouped(s, n, f, 5, 3), 3,
         ),
         (
-            lambda h, w: formulas.token_transformer(h * w, WIDTH, 16, performer=False),
+            lambda h, w: TokenTransformer(WIDTH, 16).formula(h * w),
             lambda s, n, f: spelled.token_layer(s.flatten(1, 2), 16, False, f), 1,
         ),
         (
-            lambda h, w: formulas.token_transformer(h * w, WIDTH, 16, performer=True),
+            lambda h, w: TokenPerformer(WIDTH, 16).formula(h * w),
             lambda s, n, f: spelled.token_layer(s.flatten(1, 2), 16, True, f), 1,
         ),
     ],
@@ -95,7 +97,8 @@ def test_neighborhood_attention_at_any_dilation(kernel, prefix):
 
 @pytest.mark.parametrize("learnable", [True, False])
 def test_aggregated_attention(learnable):
-    formula = formulas.aggregated_attention(H * W, 49, 3, WIDTHS, learnable=learnable)
+    module = AggregatedAttention(WIDTH, HEADS, pool_size=7, learnable_tokens=learnable, position_bias=False)
+    formula = module.formula(H, W)
     for height, width in sizes(7, seed=3):
         expected = counted(lambda h=height, w=width: spelled.aggregated(source(h, w), HEADS, 3, 7, learnable))
         assert formula.macs_of(BATCH, height, width) == expected
@@ -115,7 +118,7 @@ def test_cross_scale_embedding_shares_out_its_channels():
     filters = [torch.empty(share, 3, k, k, device="meta") for share, k in zip((32, 16, 8, 8), kernels, strict=True)]
 
     def sides(kernel):
-        from attnrewrite.costs.algebra.symbols import strided
+        from attnrewrite.algebra.symbols import strided
 
         return tuple(strided(side, kernel, stride, (kernel - stride) // 2) for side in (H, W))
 

@@ -44,9 +44,6 @@ def total(costs: Iterable[Cost]) -> Cost:
     return Cost(*map(sum, zip(*map(_vector, costs), strict=True)))
 
 
-LAYER_NORM, BATCH_NORM = 5, 2
-"""What fvcore charges an element of a normalization."""
-
 CONVENTIONS: dict[str, Callable[[Cost], int]] = {
     "mac": lambda cost: cost.macs,
     "flop": lambda cost: 2 * cost.macs,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from ...algebra.site_formula import BATCH_NORM, LAYER_NORM
 from ...operators.attention_problem import AttentionProblem
 from ...operators.operator import REGISTERED
-from .cost import BATCH_NORM, LAYER_NORM, Cost
+from .cost import Cost
 
 
 def name_of(operator: Any) -> str:

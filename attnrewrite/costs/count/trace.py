@@ -20,7 +20,7 @@ from ...capture.boundaries import bind_arguments
 from ...numerics.private_kernels import private_kernel
 from .autocast_regions import off_on_meta
 from .cost import Cost, total
-from .definitions import defined_cost, is_defined
+from .declared import declared_cost, is_counted_by_formula
 from .dispatch import Dispatcher, Known, shapes_of
 from .op_costs import name_of, storage_key
 
@@ -225,8 +225,8 @@ def _modules_noted(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             recorder.path.append(path)
             recorder.found.module_calls[path] = recorder.found.module_calls.get(path, 0) + 1
-            if recorder.by_definition is None and is_defined(module):
-                cost = defined_cost(module, bind_arguments(module, args, kwargs))
+            if recorder.by_definition is None and is_counted_by_formula(module):
+                cost = declared_cost(module, bind_arguments(module, args, kwargs))
                 if cost is not None:
                     recorder.define(path, cost, shapes_of(args))
 

@@ -13,8 +13,8 @@ from functools import cached_property, partial
 
 from sympy import Expr
 
-from ..algebra.interpolate import fitted
-from ..algebra.symbols import evaluator
+from ...algebra.interpolate import fitted
+from ...algebra.symbols import evaluator
 from .cost import Cost
 from .size_tracer import SizeTracer
 

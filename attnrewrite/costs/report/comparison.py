@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...algebra.crossover import cheaper_above, crossings
+from ...algebra.symbols import order
 from ...reports.names import folded_name, numberless
 from ...reports.numbers import scaled
 from ...reports.tables import aligned
-from ..algebra.crossover import cheaper_above, crossings
-from ..algebra.symbols import order
 from ..sites.counted_site import CountedSite
 from ..sites.model_formula import ModelFormula
 from .model_costs import ModelCosts

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...algebra.symbols import H, W
 from ...reports.numbers import scaled
 from ...reports.page import fragment, page
-from ..algebra.symbols import H, W
 from .charts import roofline_chart, scaling_chart
 from .comparison import Comparison
 from .curves import curves

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 from sympy import Expr
 
-from ..algebra.symbols import plain
+from ...algebra.symbols import plain
 from ..sites.counted_site import CountedSite
 from .comparison import Comparison
 from .model_costs import ModelCosts

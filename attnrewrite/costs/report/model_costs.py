@@ -11,9 +11,9 @@ import sympy
 from sympy import Expr
 from torch import nn
 
+from ...algebra.symbols import B, envelope, evaluator, leading, order
 from ...capture.examples import Inputs
 from ...errors import ArgumentError
-from ..algebra.symbols import B, envelope, evaluator, leading, order
 from ..count.cost import Cost, counted
 from ..count.size_tracer import SizeTracer
 from ..count.trace import Trace, Unpriced

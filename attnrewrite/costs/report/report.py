@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from ...algebra.crossover import crossings
 from ...capture.examples import Inputs
 from ...errors import ArgumentError
-from ..algebra.crossover import crossings
 from .comparison import Comparison
 from .hardware import Hardware, hardware_of
 from .html import cost_fragment, cost_page

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...algebra.site_formula import SiteFormula
+from ...algebra.symbols import H, W, plain
 from ...reports.names import folded_name, numberless
 from ...reports.numbers import scaled
 from ...reports.tables import aligned, markdown_table
-from ..algebra.site_formula import SiteFormula
-from ..algebra.symbols import H, W, plain
 from ..count.cost import UNITS
 from ..sites.counted_site import CountedSite
 from .comparison import Comparison

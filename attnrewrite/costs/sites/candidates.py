@@ -9,11 +9,11 @@ from dataclasses import replace
 from sympy import Expr, Integer
 from torch.fx import Node
 
+from ...algebra import formulas
+from ...algebra.site_formula import SiteFormula, Widths
 from ...graph.values import input_of, operator_name, shape_of
 from ...ir.sites import AttentionSite, Global, Grid, MapGroups, MlpSite, Reduced, StemSite, Window
 from ...operators import GroupedProblem
-from ..algebra import formulas
-from ..algebra.site_formula import SiteFormula, Widths
 from .counted_site import AnySite
 from .extents import Maps, Sides
 from .operator_sites import OperatorSite

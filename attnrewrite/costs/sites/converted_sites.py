@@ -9,6 +9,11 @@ from sympy import Expr
 from torch import nn
 from torch.fx import Node
 
+from ...algebra import formulas
+from ...algebra.core_formula import CoreSizes, core_formula
+from ...algebra.module_formula import costed_module
+from ...algebra.site_formula import PADDED, ZERO, A, C, N, P, SiteFormula, Widths, h
+from ...algebra.symbols import H, W
 from ...cores import Activation, GatherPatches, MapToTokens
 from ...cores.conv_gate import ConvGate, ConvGatedMlp
 from ...cores.cross_scale import CrossScaleConv, CrossScalePatches
@@ -19,11 +24,6 @@ from ...ir.core import Operands
 from ...ir.sites import AttentionSite, MapGroups, MlpSite, Projection, Site, StemSite
 from ...modules.conv_glu import ConvGLU
 from ...modules.cross_scale import CrossScaleMerge, CrossScaleStem
-from ..algebra import formulas
-from ..algebra.site_formula import PADDED, ZERO, A, C, N, P, SiteFormula, Widths, h
-from ..algebra.symbols import H, W
-from ..count.core_formulas import Given, core_formula
-from ..count.definitions import definition_of
 from .candidates import mlp_form
 from .counted_site import CountedSite
 
@@ -51,7 +51,7 @@ def _attention(
     keys = queries if windowed else values.get(P, queries)
     width = int(values[C])
     widths = Widths(width, int(values[h]), int(values.get(A, width)))
-    core = core_formula(conversion.core, Given(queries, keys, counted.sides, widths))
+    core = core_formula(conversion.core, CoreSizes(queries, keys, counted.sides, widths))
     if core is None:
         return None
     parts = {name: getattr(before, name).subs(PADDED, N) for name in ("dense", "streams", "weights")}
@@ -66,10 +66,10 @@ def _attention(
 
 def _published(counted: CountedSite, site: AttentionSite, module: nn.Module) -> SiteFormula | None:
     """A paper's module in the place of the whole site."""
-    definition = definition_of(module)
-    if definition is None or counted.sides is None or (site.grid is not None and site.grid.prefix_tokens):
+    costed = costed_module(module)
+    if costed is None or counted.sides is None or (site.grid is not None and site.grid.prefix_tokens):
         return None
-    return definition.formula(module, *counted.sides)
+    return costed.formula(*counted.sides)
 
 
 def _projections(site: AttentionSite, *parts: Projection | None) -> Expr:
@@ -110,9 +110,7 @@ def _stem(counted: CountedSite, site: StemSite, before: SiteFormula, conversion:
     if type(core) is CrossScaleMerge:
         return _cross_scale(counted, site, core.reductions)
     if type(core) in (TokensToTokenStem, TokensToTokenBranch) and _is_image(site.source):
-        definition = definition_of(core)
-        assert definition is not None
-        made = definition.formula(core, H, W)
+        made = core.formula(H, W)
         return made if made is None or isinstance(conversion, WholeSite) else _beside(made, before)
     return None
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
 from torch.fx import Node
 
+from ...algebra.core_formula import is_costed
 from ...capture import Capture, ModuleCall, NodeRef
 from ...graph.dataflow import Dataflow
 from ...graph.values import shape_of
+from ...ir.core import AttentionCore
 from ...ir.sites import Grid
-from ..count.core_calls import map_given
-from ..count.core_formulas import has_formula
+from ..count.declared import map_given
 from .operator_sites import next_linear
 
 
@@ -22,7 +22,7 @@ class CoreSite:
 
     name: str
     call: ModuleCall
-    module: nn.Module
+    module: AttentionCore
     query: Node
     source: Node
     end: Node
@@ -39,13 +39,22 @@ class CoreSite:
 
 
 def core_sites(capture: Capture, flow: Dataflow) -> list[CoreSite]:
-    """Every call, in ``capture``'s model, of a core of known cost whose operands come from linear maps."""
-    calls = ((call, capture.module_of(call)) for call in flow.capture.root.walk())
-    found = (_read(call, module, flow) for call, module in calls if has_formula(module))
+    """Every call, in ``capture``'s model, of a core that states its cost and whose operands come from linear maps.
+
+    Of a core around another it is the inner one. A core that is given no map is left to the recognizers.
+    """
+    found = (_read(call, module, flow) for call, module in _innermost(flow.capture.root, capture))
     return [site for site in found if site is not None]
 
 
-def _read(call: ModuleCall, module: nn.Module, flow: Dataflow) -> CoreSite | None:
+def _innermost(call: ModuleCall, capture: Capture) -> list[tuple[ModuleCall, AttentionCore]]:
+    """Calls of cores that state their cost, with no other such call inside."""
+    inside = [found for child in call.children for found in _innermost(child, capture)]
+    module = capture.module_of(call)
+    return inside or ([(call, module)] if isinstance(module, AttentionCore) and is_costed(module) else [])
+
+
+def _read(call: ModuleCall, module: AttentionCore, flow: Dataflow) -> CoreSite | None:
     operands = [_node(call.arguments[name]) for name in ("query", "key", "value")]
     result = _node(call.output)
     if result is None or any(operand is None for operand in operands):
@@ -63,6 +72,8 @@ def _read(call: ModuleCall, module: nn.Module, flow: Dataflow) -> CoreSite | Non
     shape = shape_of(query)
     local = _node(call.arguments.get("local_key"))
     grid = map_given(module, shape, None if local is None else shape_of(local))
+    if grid is None:
+        return None
     return CoreSite(
         name=flow.capture.enclosing_call([*linears, result]).path,
         call=call, module=module, query=query, source=source, end=next_linear(result, flow) or result,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...algebra.site_formula import SiteFormula
 from ...ir.sites import Site
-from ..algebra.site_formula import SiteFormula
 from .core_sites import CoreSite
 from .extents import Sides
 from .operator_sites import OperatorSite

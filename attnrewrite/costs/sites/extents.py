@@ -11,10 +11,10 @@ from sympy import Expr, Integer
 from torch import Tensor
 from torch.fx import Node
 
+from ...algebra.symbols import H, W, down, strided, up
 from ...capture import CapturedGraph
 from ...graph.values import input_of, operator_name, shape_of
 from ...ir.sites import StemSite
-from ..algebra.symbols import H, W, down, strided, up
 
 Sides = tuple[Expr, Expr]
 

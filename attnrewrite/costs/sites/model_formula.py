@@ -11,14 +11,14 @@ import sympy
 from sympy import Expr, Integer
 from torch import nn
 
+from ...algebra.interpolate import fitted
+from ...algebra.site_formula import ZERO, SiteFormula
+from ...algebra.symbols import evaluator, lattice_unit, plain
 from ...capture.examples import Inputs
 from ...capture.replica import without_hooks
 from ...errors import ArgumentError, CaptureError, first_line
 from ...planning.plan import Plan
 from ...planning.stages import lifted
-from ..algebra.interpolate import fitted
-from ..algebra.site_formula import ZERO, SiteFormula
-from ..algebra.symbols import evaluator, lattice_unit, plain
 from ..count.size_tracer import SizeTracer
 from .counted_site import CountedSite
 from .site_reader import SiteReader

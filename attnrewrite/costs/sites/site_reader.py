@@ -9,14 +9,13 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from ...algebra.core_formula import CoreSizes, between_maps, core_formula
+from ...algebra.module_formula import costed_module
+from ...algebra.site_formula import SiteFormula, Widths
 from ...capture import Capture, ModuleCall, NodeRef
 from ...graph.dataflow import Dataflow
 from ...graph.values import shape_of
 from ...ir.sites import AttentionSite, MlpSite, Site, StemSite
-from ..algebra.site_formula import SiteFormula, Widths
-from ..count.core_calls import BY_DEFINITION
-from ..count.core_formulas import Given, between_maps, core_formula
-from ..count.definitions import definition_of
 from .candidates import Candidates
 from .core_sites import CoreSite, core_sites
 from .counted_site import AnySite, CountedSite, OwnModule
@@ -76,34 +75,36 @@ class SiteReader:
 
     def _note_maps(self, call: ModuleCall) -> None:
         """Maps that modules of this library are known to make."""
-        definition = definition_of(self.capture.module_of(call))
-        made = self._tensor(call.output) if definition is not None and definition.result is not None else None
-        if definition is not None and definition.result is not None and made is not None:
-            source = self._tensor(call.arguments[definition.argument])
-            sides = None if source is None else self.maps.sides(definition.sides(shape_of(source)), source.next)
+        module = costed_module(self.capture.module_of(call))
+        made = self._tensor(call.output)
+        if module is not None and module.costed_call.result is not None and made is not None:
+            read = module.costed_call
+            source = self._tensor(call.arguments[read.argument])
+            sides = None if source is None else self.maps.sides(read.sides(shape_of(source)), source.next)
             if sides is not None:
-                self.maps.add(Map(made, definition.result_sides(shape_of(made)), definition.result(*sides)))
+                self.maps.add(Map(made, read.result_sides(shape_of(made)), module.costed_call.result(*sides)))
         for child in call.children:
             self._note_maps(child)
 
     def _own_modules(self, call: ModuleCall) -> list[tuple[Node, CountedSite]]:
         """Calls of this library's attention modules; their formula is their definition, or has to equal the count."""
-        definition = definition_of(self.capture.module_of(call))
-        if definition is None:
+        module = costed_module(self.capture.module_of(call))
+        if module is None:
             return [pair for child in call.children for pair in self._own_modules(child)]
-        source = self._tensor(call.arguments[definition.argument])
-        if source is None or not definition.is_plain(call.arguments):
+        read = module.costed_call
+        source = self._tensor(call.arguments[read.argument])
+        if source is None or not read.is_plain(call.arguments):
             return []
-        size = definition.sides(shape_of(source))
+        size = read.sides(shape_of(source))
         sides = self.maps.sides(size, source.next)
-        formula = None if sides is None else definition.formula(self.capture.module_of(call), *sides)
+        formula = None if sides is None else module.formula(*sides)
         if formula is None:
             return []
         macs = self.regions.claim_call(call)
-        if definition.replaces_count:
+        if read.counted_by_formula:
             macs = formula.macs_of(self.batch, *self._size)
         describe = f"{call.kind.rpartition('.')[2]} on {size[0]}x{size[1]}"
-        site = OwnModule(call.path, definition.kind, describe)
+        site = OwnModule(call.path, read.kind, describe)
         return [(source, self._counted(site, macs, iter([formula]), sides))]
 
     def _tensor(self, reference: Any) -> Node | None:
@@ -122,12 +123,12 @@ class SiteReader:
         if keys is None:
             return None
         widths = Widths(site.width, site.heads, site.heads * site.head_dim)
-        formula = core_formula(site.module, Given(queries, keys, sides, widths))
+        formula = core_formula(site.module, CoreSizes(queries, keys, sides, widths))
         if formula is None:
             return None
         inside = self.regions.inside(site.call)
-        defined = isinstance(site.module, BY_DEFINITION)
-        macs = formula.macs_of(self.batch, *self._size) if defined else sum(map(self.regions.macs, inside))
+        by_formula = site.module.counted_by_formula
+        macs = formula.macs_of(self.batch, *self._size) if by_formula else sum(map(self.regions.macs, inside))
         around = sorted(self.regions.counting([site.source], site.end, site.linears) - set(inside))
         maps = [self.candidates.of_node(node) for node in around]
         known = [each for each in maps if each is not None]

@@ -18,6 +18,9 @@ D, E, OUT, R, G = (symbol(name) for name in ("D", "E", "O", "R", "G"))
 ROWS, COLUMNS, PADDED, PAIRS, TABLE, PREFIX, STATE = (symbol(s) for s in ("H_s", "W_s", "N̂", "Q", "T", "t", "m"))
 ZERO = Integer(0)
 
+LAYER_NORM, BATCH_NORM = 5, 2
+"""What fvcore charges an element of a normalization."""
+
 
 @dataclass(frozen=True)
 class SiteFormula:
@@ -28,6 +31,7 @@ class SiteFormula:
         dense: MACs of linear maps and convolutions; ``core``: of the attention products.
         once: MACs that do not grow with the batch (position MLPs), constant-foldable at a fixed size.
         attention_map: elements of the softmax inputs.
+        normalization: what fvcore charges for norms and poolings inside that are no operations of their own.
         saved: elements kept for the backward pass by the unfused form, without norms and position bias.
         moved: elements a fused core reads and writes at least; ``streams``: the linear maps likewise, and ``weights``
             elements of their weights, once for the whole batch.
@@ -39,11 +43,17 @@ class SiteFormula:
     core: Expr = ZERO
     once: Expr = ZERO
     attention_map: Expr = ZERO
+    normalization: Expr = ZERO
     saved: Expr = ZERO
     moved: Expr = ZERO
     streams: Expr = ZERO
     weights: Expr = ZERO
     values: dict[Symbol, Expr] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kind: str, values: dict[Symbol, Extent], **parts: Expr) -> SiteFormula:
+        """With values that may be plain numbers."""
+        return cls(kind, values={name: sympify(value) for name, value in values.items()}, **parts)
 
     @property
     def macs(self) -> Expr:

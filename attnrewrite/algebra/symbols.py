@@ -13,8 +13,8 @@ from typing import Any
 import sympy
 from sympy import Add, Expr, Function, Integer, Max, Min, Poly, Rational, Symbol
 
-from ...ir.sites import Window
-from ...operators.partition_rule import AxisPartition, attended_slots
+from ..ir.sites import Window
+from ..operators.partition_rule import AxisPartition, attended_slots
 
 
 def symbol(name: str) -> Symbol:
