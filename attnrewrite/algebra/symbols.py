@@ -6,6 +6,7 @@ disappears where it rounds nothing.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import cache, reduce
 from typing import Any
@@ -35,6 +36,14 @@ class _Count(Function):
     is_integer = True
     is_nonnegative = True
 
+    def _latex(self, printer: Any, exp: str | None = None) -> str:
+        """``exp`` is the exponent of its power, which sympy leaves to the function."""
+        return self._tex(printer) if exp is None else rf"{self._tex(printer)}^{{{exp}}}"
+
+    @abstractmethod
+    def _tex(self, printer: Any) -> str:
+        """Of the function itself."""
+
 
 class down(_Count):
     """``⌊x / m⌋``."""
@@ -48,7 +57,7 @@ class down(_Count):
     def _sympystr(self, printer: Any) -> str:
         return f"⌊{_quotient(printer, *self.args)}⌋"
 
-    def _latex(self, printer: Any) -> str:
+    def _tex(self, printer: Any) -> str:
         return rf"\left\lfloor {printer.doprint(self.args[0] / self.args[1])} \right\rfloor"
 
 
@@ -64,7 +73,7 @@ class up(_Count):
     def _sympystr(self, printer: Any) -> str:
         return f"⌈{_quotient(printer, *self.args)}⌉"
 
-    def _latex(self, printer: Any) -> str:
+    def _tex(self, printer: Any) -> str:
         return rf"\left\lceil {printer.doprint(self.args[0] / self.args[1])} \right\rceil"
 
 
@@ -89,7 +98,7 @@ class block_pairs(_Count):
         length, size, shift, *_ = self.args
         return f"pairs({printer.doprint(length)}; {size}, {shift})"
 
-    def _latex(self, printer: Any) -> str:
+    def _tex(self, printer: Any) -> str:
         length, size, shift, *_ = (printer.doprint(value) for value in self.args)
         return rf"\operatorname{{pairs}}_{{{size},{shift}}}\left({length}\right)"
 
@@ -108,7 +117,7 @@ class offsets(_Count):
     def _sympystr(self, printer: Any) -> str:
         return f"offsets({printer.doprint(self.args[0])}, {printer.doprint(self.args[1])})"
 
-    def _latex(self, printer: Any) -> str:
+    def _tex(self, printer: Any) -> str:
         side, cells = (printer.doprint(value) for value in self.args)
         return rf"\operatorname{{offsets}}\left({side}, {cells}\right)"
 
@@ -138,7 +147,7 @@ class group_pairs(_Count):
         height, width, group, interval = (printer.doprint(value) for value in self.args)
         return f"pairs({height}, {width}; {group}·{interval})"
 
-    def _latex(self, printer: Any) -> str:
+    def _tex(self, printer: Any) -> str:
         height, width, group, interval = (printer.doprint(value) for value in self.args)
         return rf"\operatorname{{pairs}}_{{{group} \cdot {interval}}}\left({height}, {width}\right)"
 
@@ -166,7 +175,7 @@ class interval_pairs(_Count):
         side, group, interval = (printer.doprint(value) for value in self.args)
         return f"pairs({side}; {group}·{interval})"
 
-    def _latex(self, printer: Any) -> str:
+    def _tex(self, printer: Any) -> str:
         side, group, interval = (printer.doprint(value) for value in self.args)
         return rf"\operatorname{{pairs}}_{{{group} \cdot {interval}}}\left({side}\right)"
 
@@ -191,7 +200,7 @@ class grouped_side(_Count):
         side, group, interval = (printer.doprint(value) for value in self.args)
         return f"padded({side}; {group}·{interval})"
 
-    def _latex(self, printer: Any) -> str:
+    def _tex(self, printer: Any) -> str:
         side, group, interval = (printer.doprint(value) for value in self.args)
         return rf"\operatorname{{padded}}_{{{group} \cdot {interval}}}\left({side}\right)"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sympy import Expr
 from torch import Tensor, nn
 
 from ..algebra.module_formula import CostedCall
@@ -83,7 +84,8 @@ class ManhattanAttention(nn.Module):
         if self.decomposed:
             values |= {ROWS: height, COLUMNS: width}
             keys, operands = ROWS + COLUMNS, 8 * a * N
-            products = ManhattanGeometry(ROWS, COLUMNS, decomposed=True).macs(1, a, a).subs(ROWS * COLUMNS, N)
+            along_both: Expr = ManhattanGeometry(ROWS, COLUMNS, decomposed=True).macs(1, a, a)
+            products = along_both.subs(ROWS * COLUMNS, N)
         else:
             keys, operands = N, 4 * a * N
             products = ManhattanGeometry(N, 1).macs(1, a, a)

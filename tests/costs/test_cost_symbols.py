@@ -105,6 +105,12 @@ def test_text_is_as_one_writes_it():
     assert plain(up(H, Integer(4))) == "⌈H/4⌉"
 
 
+def test_powers_of_roundings_are_written_in_latex():
+    side = down(H, Integer(4))
+    assert sympy.latex(side**2) == sympy.latex(side) + "^{2}"
+    assert sympy.latex(grouped_side(H, Integer(7), Integer(2)) ** 3).endswith("^{3}")
+
+
 def test_expressions_survive_their_representation():
     expression = down(H, Integer(4)) * up(W, Integer(7)) + block_pairs(H, *map(Integer, (7, 3, 1, 0)))
     expression += grouped_side(H, Integer(7), Integer(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,8 @@ from repetition import thinned
 from torch import nn
 
 from attnrewrite import analyze, convert
+from attnrewrite.algebra.core_formula import CoreSizes
+from attnrewrite.algebra.site_formula import ZERO, C, N, SiteFormula, h
 from attnrewrite.costs import Report
 from attnrewrite.costs.count.size_tracer import SizeTracer
 from attnrewrite.costs.report.what_if import converted_cost
@@ -207,3 +210,54 @@ def test_a_core_without_a_formula_is_counted_and_said_so():
     changed = analyze(convert(donor("vit"), Strange(), image("vit"), progress=False), image("vit")).total
     assert predicted.after_macs == changed
     assert row.after_macs < row.before_macs == 4 * tokens * width**2 + 2 * tokens**2 * width
+
+
+class Quarter(AttentionCore):
+    """Scores four channels of each head, and says what that costs."""
+
+    def __init__(self, grid):
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, query, key, value):
+        return torch.einsum("bnmh,bmhe->bnhe", self.scores(query[..., :4], key[..., :4]), value)
+
+    def scores(self, query, key):
+        return torch.einsum("bnhd,bmhd->bnmh", query, key)
+
+    def formula(self, sizes: CoreSizes) -> SiteFormula:
+        values = {N: sizes.queries, **sizes.widths.symbols}
+        return SiteFormula.of("quarter", values, dense=ZERO, core=N**2 * (4 * h + C))
+
+
+class SummedQuarter(Quarter):
+    """The same, with sums of products for scores, which no count of contractions sees."""
+
+    counted_by_formula = True
+
+    def scores(self, query, key):
+        return (query[:, :, None] * key[:, None]).sum(-1)
+
+
+@dataclass(frozen=True)
+class Quartered(Target):
+    core: type[Quarter] = Quarter
+    name = "quartered"
+
+    def convert(self, site, index, weights):
+        return BetweenProjections(Exactness.PROJECTED, "for a test", self.core(site.grid))
+
+
+@pytest.mark.parametrize("core", [Quarter, SummedQuarter])
+def test_a_core_states_its_own_cost(core):
+    predicted = converted_cost(report("vit"), Quartered(core), {})
+    found = analyze(convert(donor("vit"), Quartered(core), image("vit"), progress=False), image("vit"))
+    tokens, width, heads = 25, 24, 3
+    row = next(row for row in predicted.rows if row.name == "blocks.0.attn")
+    site = next(site for site in found.sites if site.name == "blocks.0.attn")
+    assert row.after.kind == site.formula.kind == "quarter"
+    assert row.after_macs == site.macs == 4 * tokens * width**2 + tokens**2 * (4 * heads + width)
+    assert predicted.after_macs == found.total
+    assert not [note for note in predicted.notes if "has no formula" in note]
+    assert found.checks  # at other sizes than the captured one too
+    assert all(check.equal for check in found.checks)

@@ -17,7 +17,6 @@ from ...algebra.symbols import H, W
 from ...cores import Activation, GatherPatches, MapToTokens
 from ...cores.conv_gate import ConvGate, ConvGatedMlp
 from ...cores.cross_scale import CrossScaleConv, CrossScalePatches
-from ...cores.tokens_to_token import TokensToTokenBranch, TokensToTokenStem
 from ...graph.values import shape_of
 from ...ir.contract import BetweenProjections, Conversion, WholeSite
 from ...ir.core import Operands
@@ -109,8 +108,9 @@ def _stem(counted: CountedSite, site: StemSite, before: SiteFormula, conversion:
         return _cross_scale(counted, site, core.projs)
     if type(core) is CrossScaleMerge:
         return _cross_scale(counted, site, core.reductions)
-    if type(core) in (TokensToTokenStem, TokensToTokenBranch) and _is_image(site.source):
-        made = core.formula(H, W)
+    costed = costed_module(core)
+    if costed is not None and _is_image(site.source):
+        made = costed.formula(H, W)
         return made if made is None or isinstance(conversion, WholeSite) else _beside(made, before)
     return None
 

@@ -51,7 +51,7 @@ def _innermost(call: ModuleCall, capture: Capture) -> list[tuple[ModuleCall, Att
     """Calls of cores that state their cost, with no other such call inside."""
     inside = [found for child in call.children for found in _innermost(child, capture)]
     module = capture.module_of(call)
-    return inside or ([(call, module)] if isinstance(module, AttentionCore) and is_costed(module) else [])
+    return inside or ([(call, module)] if is_costed(module) and isinstance(module, AttentionCore) else [])
 
 
 def _read(call: ModuleCall, module: AttentionCore, flow: Dataflow) -> CoreSite | None:

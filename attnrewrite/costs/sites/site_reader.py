@@ -43,6 +43,7 @@ class SiteReader:
         self.regions = Regions(flow)
         self.sites, self.operators = sites, operator_sites(flow)
         grids = [site.grid for site in sites if isinstance(site, AttentionSite) and site.grid is not None]
+        grids += [core.grid for core in self.cores]
         prefixes = {grid.prefix_tokens for grid in grids} | {site.prefix_tokens for site in self.operators}
         self.candidates = Candidates(self.maps, tuple(prefixes), self.batch)
 
