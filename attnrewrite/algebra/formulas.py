@@ -1,7 +1,7 @@
 """The cost of every building block as a formula in its own symbols.
 
 Sources: the table of the building blocks is from the papers named at each function; every formula is checked against a
-count of the operations (``tests/costs``). Per image unless named ``once``; MAC is one multiply-accumulate.
+count of the operations (``tests/algebra``). Per image unless named ``once``; MAC is one multiply-accumulate.
 """
 
 from __future__ import annotations
