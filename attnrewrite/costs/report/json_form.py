@@ -49,7 +49,7 @@ def as_dict(costs: ModelCosts, comparisons: Sequence[Comparison]) -> dict[str, A
 
 
 def expression(value: Expr) -> dict[str, str]:
-    """For programs, for people, and for papers; the functions in them are those of ``costs.symbols``."""
+    """For programs, for people, and for papers; the functions in them are those of ``algebra.symbols``."""
     return {"srepr": sympy.srepr(value), "text": plain(value), "latex": sympy.latex(value)}
 
 
