@@ -68,14 +68,19 @@ class BiasedProblem(AttentionProblem):
         dtype = accumulation_dtype(self.query.dtype)
         query, key, value = (part.to(dtype).transpose(1, 2) for part in (self.query, self.key, self.value))
         logits = (query * self.scale) @ key.mT
-        bias = self.bias_of_rows(0, self.sides[0], dtype)
-        if bias is not None:
-            prefix = self.prefix_tokens
-            logits = logits + F.pad(bias, (prefix, 0, prefix, 0))
+        terms = self.terms_of_rows(0, self.sides[0], dtype)
+        if terms is not None:
+            logits = logits + terms
         weights, lse = softmax_statistics(logits, dropout)
         return (weights @ value).transpose(1, 2).to(self.query.dtype), lse.transpose(1, 2)
 
-    def bias_of_rows(self, first: int, stop: int, dtype: torch.dtype) -> Tensor | None:
+    def terms_of_rows(self, first: int, stop: int, dtype: torch.dtype) -> Tensor | None:
+        """``[heads, queries, keys]``: what is added to the logits of some rows of queries; prefix tokens, to and from
+        which there is no bias, go with the first row."""
+        bias, prefix = self._bias_of_rows(first, stop, dtype), self.prefix_tokens
+        return bias if bias is None or not prefix else F.pad(bias, (prefix, 0, prefix if first == 0 else 0, 0))
+
+    def _bias_of_rows(self, first: int, stop: int, dtype: torch.dtype) -> Tensor | None:
         """``[heads, (stop - first) * W, h * w]``: the bias of some rows of queries with the whole map of keys."""
         terms = []
         if self.log_decay is not None:

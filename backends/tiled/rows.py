@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...numerics.precision import accumulation_dtype
@@ -117,11 +116,7 @@ def _tokens(problem: BiasedProblem, rows: Rows) -> slice:
 
 
 def _terms(problem: BiasedProblem, rows: Rows) -> Tensor | None:
-    bias = problem.bias_of_rows(*rows, accumulation_dtype(problem.query.dtype))
-    prefix = problem.prefix_tokens
-    if bias is None or not prefix:
-        return bias
-    return F.pad(bias, (prefix, 0, prefix if rows[0] == 0 else 0, 0))
+    return problem.terms_of_rows(*rows, accumulation_dtype(problem.query.dtype))
 
 
 def _heads_first(problem: BiasedProblem) -> list[Tensor]:

@@ -18,11 +18,10 @@ from torch import Tensor
 
 import attnrewrite
 from attnrewrite import cores
-from attnrewrite.cores import aggregated, neighborhood
+from attnrewrite.cores import aggregated, grouped, neighborhood
 from attnrewrite.errors import ConversionError
 from attnrewrite.ir.sites import Window
-from attnrewrite.operators import long_short_attention as long_short
-from attnrewrite.operators import manhattan_attention as manhattan
+from attnrewrite.operators import BiasedProblem
 
 Wrapped = Callable[..., Any]
 MASKED = ("swin", "aggregated", {"windows": "mask"})
@@ -51,21 +50,18 @@ def without_padding(forward: Wrapped) -> Wrapped:
     )
 
 
-def padded_at_the_start(into_groups: Wrapped) -> Wrapped:
-    def shifted(image: Tensor, *sizes: Any) -> Tensor:
-        return into_groups(image.roll(1, 2), *sizes)
-
-    return shifted
+def begun_elsewhere(operator: Wrapped) -> Wrapped:
+    """Regions that begin a token later than the map."""
+    return lambda *parts, **more: operator(*parts, shift=1, **more)
 
 
-def class_token_decays(with_prefix: Wrapped) -> Wrapped:
+def class_token_decays(terms: Wrapped) -> Wrapped:
     """The class token treated as one more token of the map, next to the first."""
 
-    def wrong(bias: Tensor, prefix: int) -> Tensor:
-        padded = with_prefix(bias, prefix).clone()
-        padded[:, :prefix, prefix:] = bias[:, :1]
-        padded[:, prefix:, :prefix] = bias[:, :, :1]
-        return padded
+    def wrong(problem: Any, *rows: Any) -> Tensor:
+        bias, prefix = terms(problem, *rows).clone(), problem.prefix_tokens
+        bias[:, :, :prefix] = bias[:, :, prefix : prefix + 1]
+        return bias
 
     return wrong
 
@@ -128,11 +124,11 @@ def test_a_fault_shows_against_the_donor(
 
 DEFINED_FAULTS: list[tuple[str, Case, Callable[..., Tensor | None], object, str, Callable[[Wrapped], Wrapped]]] = [
     ("class token on the map", ("vit", "manhattan", {"decay": 0.8}),
-     lambda op: define.manhattan(op, head_decay(0.8, 3)), manhattan, "with_prefix", class_token_decays),
+     lambda op: define.manhattan(op, head_decay(0.8, 3)), BiasedProblem, "terms_of_rows", class_token_decays),
     ("class token not seen", FIRST_BLOCKS, lambda op: define.neighborhood(op, (3, 3)),
      neighborhood, "neighborhood_attention", first_key_lost),
-    ("wrong pad", ("vit", "long_short_distance", {"group_size": 3, "interval": 1}),
-     lambda op: define.long_short_distance(op, (3, 3), (1, 1)), long_short, "into_groups", padded_at_the_start),
+    ("wrong groups", ("vit", "long_short_distance", {"group_size": 3, "interval": 1}),
+     lambda op: define.long_short_distance(op, (3, 3), (1, 1)), grouped, "grouped_attention", begun_elsewhere),
     ("flipped table", ("swin", "neighborhood", {"kernel_size": 3}), lambda op: define.neighborhood(op, (3, 3)),
      neighborhood, "reached_table", lambda table: lambda *arguments: table(*arguments).flip(1, 2)),
 ]  # fmt: skip

@@ -22,6 +22,7 @@ NO_GROUPS = "one key per token.*; use to='aggregated' or to='neighborhood'"
 WINDOWED = "it attends within window.*; use to='neighborhood' or to='long_short_distance'"
 NOT_A_SUM = "not a sum over the two axes; use to='manhattan'"
 UNDILATED_REDUCED = "dilation is not defined over reduced keys; use to='neighborhood'"
+UNDILATED_POOLED = r"dilation is not defined over reduced\(7x7.* keys; use to='neighborhood'"
 UNDILATED = "dilation is not defined over window.* keys; use to='neighborhood'"
 VITS = ("vit", "vit, registers", "vit, average", "vit, torchvision", "vit, transformers")
 SWINS = ("swin", "swin, torchvision", "swin, transformers")
@@ -76,7 +77,7 @@ CELLS: list[tuple[tuple[str, ...], str, dict[str, Any], list[str]]] = [
     (("pvt v2", "pvt v2, linear", "pvt v1, twins"), "neighborhood", {}, [E, E, E, E]),
     (("pvt v2", "pvt v1, twins"), "neighborhood", {"kernel_size": (1, 2)}, [P, P, P, P]),
     (("pvt v2", "pvt v1, twins"), "neighborhood", {"dilation": 2}, [UNDILATED_REDUCED] * 3 + [P]),
-    (("pvt v2, linear",), "dilated_neighborhood", {}, [UNDILATED] * 4),
+    (("pvt v2, linear",), "dilated_neighborhood", {}, [UNDILATED_POOLED] * 4),
     (("pvt v2", "pvt v1, twins", "pvt v1, transformers"), "neighborhood", {"kernel_size": 1} | REFIT, [P, P, P, P]),
     (("pvt v2", "pvt v1, twins", "pvt v1, transformers"), "long_short_distance", REFIT, [P, P, P, E]),
     (("pvt v2", "pvt v1, twins", "pvt v1, transformers"), "manhattan", REFIT, [P, P, P, C]),
