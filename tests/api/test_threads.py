@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from repetition import thinned
 from small_models import difference, images, small_model
 from torch import nn
 
@@ -46,7 +47,7 @@ def in_threads(*calls, rounds):
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thinned(NAMES, 2))
 def test_four_threads_at_once(name, rounds):
     donor, other = small_model(name).float(), small_model("timm_vit").float()
     batch, others = images(name, 1, torch.float32), images("timm_vit", 1, torch.float32)

@@ -42,6 +42,7 @@ def test_two_processes_that_build_at_once_both_get_the_binary(built, tmp_path):
     assert [process.communicate()[0].strip() for process in both] == [str(tmp_path / built.name)] * 2
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_every_kernel_stays_in_the_namespace_of_its_instruction_set(tmp_path):
     """A function that two instruction sets share would be the linker's choice, and crash on older processors."""
