@@ -106,6 +106,21 @@ def test_results_and_gradients_are_those_of_the_definition(case, threads):
     assert all(found[name].numel() == 0 for name in OPERANDS if operands[name] is None)
 
 
+@pytest.mark.parametrize("size", [3, 5, 7, 9, 11, 13])
+def test_keys_that_both_borders_stop_windows_at_hear_of_all_their_queries(size):
+    """On maps of less than two windows up to ``2 * size - 1`` rows of queries see one row of keys."""
+    for length in range(size, 2 * size + 2):
+        for kernel, grid in (((size,), (length,)), ((size, 1), (length, 3)), ((size, size, 1), (length, length, 2))):
+            names = ("query", "key", "value")
+            operands = dict.fromkeys(OPERANDS) | {each: torch.randn(1, *grid, 1, 3) for each in names}
+            local = Local(kernel, (1,) * len(kernel), True)
+            (output, lse), gradients = exact(operands, local, operands["value"], operands["value"][..., 0])
+            found = native_gradients(operands, local, operands["value"], operands["value"][..., 0])
+            assert_close(native(operands, local)[0], output, 3e-5)
+            for name in names:
+                assert_close(found[name], gradients[name], 1e-4)
+
+
 @settings(deadline=None, max_examples=40)
 @given(cases(torch.bfloat16))
 def test_half_precision_is_rounded_once(case):

@@ -7,7 +7,7 @@ namespace attnrewrite::ISA {
 
 namespace {
 
-constexpr int64_t kMostSeeing = (13 + 13 / 2 + 2) * 13;  // rows of queries that see a row of keys
+constexpr int64_t kMostSeeing = (2 * 13 - 1) * (2 * 13 - 1);  // rows of queries that see a row of keys
 
 // Gradients of one piece of work: those of the keys in its band of rows, and of the queries in it. The queries around
 // the band, which see its keys too, are attended again.
@@ -20,7 +20,7 @@ class Backward {
         piece_(piece),
         first_(map.first_seeing(0, map.first_row)),
         last_(map.last_seeing(0, map.last_row - 1) + 1),
-        depth_(lesser(last_ - first_ + 1, problem.kernel[0] + problem.kernel[0] / 2 + 2)),
+        depth_(map.most_seeing(0, map.first_row, map.last_row) + 1),
         own_(map, greater(0, map.start(0, first_)), lesser(map.size[0], map.start(0, last_ - 1) + problem.kernel[0])),
         queries_(map, problem.channels, depth_),
         outputs_(map, problem.value_channels, depth_),
@@ -220,7 +220,7 @@ class Backward {
   const LocalMap& map_;
   const int64_t piece_;
   const int64_t first_, last_;  // rows of queries
-  const int64_t depth_;         // of them that are kept at a time
+  const int64_t depth_;         // of them that are kept at a time: two are attended before a key pulls from the first
   LocalWeights own_;
   PackedRows queries_, outputs_;
   PackedRows by_distance_;  // channels: gradients of logits, then weights, of every row of a window, by distance

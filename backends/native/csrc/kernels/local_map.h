@@ -61,6 +61,14 @@ struct LocalMap {
     return position;
   }
 
+  // The most queries of an axis that see one of the keys in `[from, to)`: on a map of less than two windows a key can be
+  // in all the windows that both borders stop.
+  int64_t most_seeing(int axis, int64_t from, int64_t to) const {
+    int64_t most = 0;
+    for (int64_t at = from; at < to; ++at) most = greater(most, last_seeing(axis, at) - first_seeing(axis, at) + 1);
+    return most;
+  }
+
   int64_t offset(const Operand& operand, int64_t row, int64_t line, int64_t column) const {
     const int64_t position[3] = {row, line, column};
     int64_t result = batch * operand.batch_stride + head * operand.head_stride;
