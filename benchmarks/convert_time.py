@@ -93,7 +93,7 @@ def exports(model: nn.Module, image: Tensor) -> None:
     if not others:
         same_size_looks(first)
     for look in (first, *others[:1]):
-        training_look(look)
+        training_look(first, look)
 
 
 def loaded(name: str, size: int = 224) -> tuple[nn.Module, Tensor]:
