@@ -39,7 +39,8 @@ typecheck: $(READY)
 	$(RUN) -m build --no-isolation --outdir "$$scratch" . > "$$log" 2>&1 || { cat "$$log"; exit 1; }; \
 	$(INSTALL) --quiet --no-deps --target "$$scratch/site" "$$scratch"/*.whl; \
 	cd "$$scratch/site"; \
-	$(abspath $(RUN)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p attnrewrite
+	check="$(abspath $(RUN)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache"; \
+	$$check -p attnrewrite; $$check $(CURDIR)/benchmarks $(CURDIR)/examples
 
 benchmarks: $(READY)
 	@set -e; for script in $(wildcard benchmarks/*.py); do $(RUN) $$script; done

@@ -8,13 +8,15 @@ Weights are random; inference is under ``inference_mode``, a training step is a 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from live_table import show
 from measure import Timing, interleaved
 from neighborhood import machine, milliseconds, ratio
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ class Conversion:
     name: str
     side: int
     target: str
-    options: tuple[tuple[str, int], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         options = "".join(f", {name} {value}" for name, value in self.options)
@@ -98,16 +100,14 @@ def main() -> None:
     parser.add_argument("--training", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", type=Path, help="write the table to this file, too")
     arguments = parser.parse_args()
-    report = header(arguments.repeats)
-    print(report, end="")
+    show(header(arguments.repeats), rows(arguments), arguments.output)
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[str]:
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         for conversion in CONVERSIONS:
-            line = row(conversion, threads, arguments.repeats, arguments.training)
-            report += line + "\n"
-            print(line, flush=True)
-    if arguments.output:
-        arguments.output.write_text(report)
+            yield row(conversion, threads, arguments.repeats, arguments.training)
 
 
 if __name__ == "__main__":

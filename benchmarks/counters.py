@@ -16,6 +16,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ MODELS = {
     "Swin-T torchvision": ("torchvision:swin_t", 4_490_566_656),
     "ViT-B transformers": ("transformers:ViTForImageClassification", 17_563_828_224),
 }
-OPTIONS = {"ViT-B transformers": {"num_labels": 1000}}
+OPTIONS: dict[str, dict[str, Any]] = {"ViT-B transformers": {"num_labels": 1000}}
 CONVERTED = ("ViT-S/16 timm", "Swin-T timm", "PVTv2-B1 timm")
 
 

@@ -10,13 +10,15 @@ what a model pays that does not attend locally.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 from attnrewrite.backends.native import library
+from live_table import show
 from measure import Timing, interleaved
 from neighborhood import Case, compiled_flex, machine, milliseconds, neighborhood_mask, ratio
 from torch import Tensor
@@ -45,7 +47,7 @@ def measure(case: Case, kernel: int, repeats: int, flex: bool) -> dict[str, Timi
     methods: dict[str, Callable[[], object]] = {
         "native": partial(attend, *maps, *rest),
         "native, both": train,
-        "dense": partial(scaled_dot_product_attention, *rows),
+        "dense": partial(_dense, rows),
         "dense, both": partial(_dense_gradients, leaves),
         "gemm": partial(torch.mm, square, square),
     }
@@ -56,8 +58,13 @@ def measure(case: Case, kernel: int, repeats: int, flex: bool) -> dict[str, Timi
     return interleaved(methods, repeats, "cpu")
 
 
+def _dense(rows: list[Tensor]) -> Tensor:
+    query, key, value = rows
+    return scaled_dot_product_attention(query, key, value)
+
+
 def _dense_gradients(leaves: list[Tensor]) -> None:
-    output = scaled_dot_product_attention(*leaves)
+    output = _dense(leaves)
     torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
@@ -99,20 +106,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if reason := library.missing():
         parser.error(reason)
-    report = header(arguments.repeats)
-    print(report, end="")
-    for threads in arguments.threads:
+    show(header(arguments.repeats), rows(arguments), arguments.output)
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[str]:
+    for threads, batch in product(arguments.threads, arguments.batches):
         torch.set_num_threads(threads)
-        for batch in arguments.batches:
-            for side, heads in SIDES.items():
-                case = Case(side, heads, batch)
-                flex = arguments.flex and batch == 1
-                timings = measure(case, arguments.kernel_size, arguments.repeats, flex)
-                line = row(case, arguments.kernel_size, threads, timings)
-                report += line + "\n"
-                print(line, flush=True)
-    if arguments.output:
-        arguments.output.write_text(report)
+        for side, heads in SIDES.items():
+            case = Case(side, heads, batch)
+            timings = measure(case, arguments.kernel_size, arguments.repeats, arguments.flex and batch == 1)
+            yield row(case, arguments.kernel_size, threads, timings)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import Timing, interleaved
@@ -25,7 +26,7 @@ from attnrewrite.functional import neighborhood_attention
 from attnrewrite.operators.index_rule import AxisRule, axis_table
 
 BASELINE = "masked dense"
-Method = tuple[Callable[..., Tensor], list[Tensor]]
+Method = tuple[Callable[..., Any], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,15 @@ def methods(case: Case, kernel: int, device: str, flex: bool) -> dict[str, Metho
     ]
     rows = [x.flatten(1, 2).transpose(1, 2).contiguous() for x in maps]
     mask = neighborhood_mask(case.side, kernel, device)
-    found = {
+    every: dict[str, Method] = {
         "tiled": (partial(neighborhood_attention, kernel_size=kernel, backend="tiled"), maps),
         "reference": (partial(neighborhood_attention, kernel_size=kernel, backend="reference"), maps),
         BASELINE: (partial(scaled_dot_product_attention, attn_mask=mask), rows),
         "plain dense": (scaled_dot_product_attention, rows),
     }
     if flex:
-        found["compiled flex"] = (compiled_flex(mask, device), rows)
-    return found
+        every["compiled flex"] = (compiled_flex(mask, device), rows)
+    return every
 
 
 def neighborhood_mask(side: int, kernel: int, device: str) -> Tensor:
@@ -73,7 +74,8 @@ def compiled_flex(mask: Tensor, device: str) -> Callable[..., Tensor]:
     def neighbors(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask[query, key]
 
-    block_mask = create_block_mask(neighbors, None, None, *mask.shape, device=device)
+    queries, keys = mask.shape
+    block_mask = create_block_mask(neighbors, None, None, queries, keys, device=device)
     return partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)
 
 

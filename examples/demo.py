@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def main() -> None:
     show("vit_small_patch16_224", 768, kernel_size=7)
 
 
-def show(name: str, side: int, **options: int) -> None:
+def show(name: str, side: int, **options: Any) -> None:
     model, image = load_model(f"timm:{name}", img_size=side).eval(), torch.randn(1, 3, side, side)
     started = time.perf_counter()
     converted = attnrewrite.convert(model, "neighborhood", image, **options)

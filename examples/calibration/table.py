@@ -71,7 +71,7 @@ def row(case: Case) -> str:
         return f"| {case.network} | {case.title} | there is no target {case.target!r} | | |"
     original, (images, labels) = trained(case.network), test_images(case.network)
     unlabeled = calibration_images(case.network)
-    automatic = {"measure": unlabeled} if case.convert else {}
+    automatic: dict[str, Any] = {"measure": unlabeled} if case.convert else {}
     try:
         converted = attnrewrite.convert(
             original, case.target, unlabeled[:8], progress=False, **automatic, **case.convert, **case.options
