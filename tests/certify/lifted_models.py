@@ -14,15 +14,6 @@ from attnrewrite.ir.sites import AttentionSite, Site
 from attnrewrite.planning.stages import lifted
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    """No table, norm or bias is trivial, so that no fault can hide in a zero."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 class Lifted:
     """A model's sites with what their certification needs."""
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from lifted_models import Lifted, randomised
+from lifted_models import Lifted
+from random_weights import perturbed
 
 from attnrewrite.ir.sites import AttentionSite, Window
 
@@ -18,12 +19,12 @@ Fault = Callable[[AttentionSite], AttentionSite]
 def vit(**options) -> Lifted:
     sizes = {"img_size": (48, 80), "depth": 1, "embed_dim": 32, "num_heads": 4} | options
     model = timm.create_model("vit_tiny_patch16_224", **sizes)
-    return Lifted(randomised(model), torch.randn(2, 3, *sizes["img_size"]))
+    return Lifted(perturbed(model), torch.randn(2, 3, *sizes["img_size"]))
 
 
 def covered(with_table: bool) -> Lifted:
     """One window that is the map; without a table the order of its tokens changes no output."""
-    model = randomised(
+    model = perturbed(
         timm.create_model(
             "swin_tiny_patch4_window7_224", img_size=28, window_size=7, embed_dim=24, depths=(2,), num_heads=(2,)
         )

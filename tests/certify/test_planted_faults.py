@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from lifted_models import Lifted, randomised
+from lifted_models import Lifted
+from random_weights import perturbed
 
 from attnrewrite.certify import certify, collect_values
 from attnrewrite.certify.certificate import wanted_nodes
@@ -20,13 +21,13 @@ def swin() -> Lifted:
     model = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=(56, 84), window_size=7, embed_dim=24, depths=(2, 1), num_heads=(2, 4)
     )
-    return Lifted(randomised(model), torch.randn(1, 3, 56, 84))
+    return Lifted(perturbed(model), torch.randn(1, 3, 56, 84))
 
 
 @pytest.fixture(scope="module")
 def vit() -> Lifted:
     model = timm.create_model("vit_tiny_patch16_224", img_size=(48, 80), depth=1, embed_dim=32, num_heads=4)
-    return Lifted(randomised(model), torch.randn(2, 3, 48, 80))
+    return Lifted(perturbed(model), torch.randn(2, 3, 48, 80))
 
 
 def test_sites_read_right_are_certified(swin: Lifted, vit: Lifted) -> None:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from lifted_models import Lifted, randomised
+from lifted_models import Lifted
+from random_weights import perturbed
 from test_operand_faults import FAULTS, vit
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -32,7 +33,7 @@ def explicit(model: nn.Module) -> nn.Module:
 def many(request: pytest.FixtureRequest) -> Lifted:
     model = timm.create_model("vit_tiny_patch16_224", img_size=(288, 512), depth=1, embed_dim=32, num_heads=4)
     made = explicit(model) if request.param == "explicit" else model
-    return Lifted(randomised(made), torch.randn(2, 3, 288, 512))
+    return Lifted(perturbed(made), torch.randn(2, 3, 288, 512))
 
 
 @pytest.fixture(scope="module", params=["fused", "explicit"])
@@ -42,7 +43,7 @@ def wide(request: pytest.FixtureRequest) -> Lifted:
         "swin_tiny_patch4_window7_224", img_size=(192, 288), window_size=24, embed_dim=16, depths=(2,), num_heads=(2,)
     )
     made = explicit(model) if request.param == "explicit" else model
-    return Lifted(randomised(made), torch.randn(1, 3, 192, 288))
+    return Lifted(perturbed(made), torch.randn(1, 3, 192, 288))
 
 
 def test_a_certificate_says_which_part_of_the_queries_it_is_of(many: Lifted) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from neighborhood_oracle import dilated_mask
 from torch import Tensor
+from window_cases import padded_windows
 
 from attnrewrite import AttnRewriteError
 from attnrewrite.cores import NeighborhoodAttention, ReducedNeighborhoodAttention, WindowAttention
@@ -31,14 +32,10 @@ def operands(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 4), st.integers(1, 4), st.data())
+@given(st.integers(2, 9), st.integers(2, 9), padded_windows(longest_side=4))
 @settings(max_examples=60, deadline=None)
-def test_windows_equal_attention_within_their_slots(
-    height: int, width: int, rows: int, columns: int, data: st.DataObject
-) -> None:
-    shift = (data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1)))
-    window = Window((rows, columns), shift, padding_keys=True, rolled_first=data.draw(st.booleans()))
-    grid = Grid(height, width)
+def test_windows_equal_attention_within_their_slots(height: int, width: int, window: Window) -> None:
+    grid, (rows, columns) = Grid(height, width), window.size
     query, key, value = operands(grid.tokens, grid.tokens)
     bias = torch.randn(HEADS, rows * columns, rows * columns, dtype=torch.float64)
     pads = [torch.randn(HEADS, DIM, dtype=torch.float64) for _ in range(2)]

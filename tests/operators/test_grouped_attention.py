@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import assert_same, grouped_problem, grouped_problems, of_dtype, on, random, results
+from attention_cases import assert_same, grouped_problem, grouped_problems, on, random, results
 from attnrewrite.backends.tiled import blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,20 +107,6 @@ def test_one_window_is_dense_attention(backend):
     maps = [random(2, 3, 4, 2, 5) for _ in range(3)]
     expected = neighborhood_attention(*maps, (3, 4), return_lse=True, backend="reference")
     assert_same(grouped_attention(*maps, 9, return_lse=True, backend=backend), expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
-)  # their rounding
-def test_half_precision_keeps_float32_statistics(backend, dtype, tolerance):
-    halves = of_dtype(grouped_problem((7, 7), (4, 4), bias=True, padded=True, shift=(2, 2)), dtype)
-    actual = results(on(backend), halves)
-    expected = results(on("reference"), of_dtype(halves, torch.float64))
-    assert actual[1].dtype == torch.float32
-    assert [x.dtype for x in actual[2:]] == [dtype] * 6
-    assert_same(actual[1:2], expected[1:2], 1e-6)
-    assert_same([x.double() for x in actual], expected, tolerance)
 
 
 def test_bias_uses_positions_in_the_full_window():

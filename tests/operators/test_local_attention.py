@@ -160,20 +160,6 @@ def test_gradients_of_the_output_alone_are_the_reference(additional):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
-)  # their rounding
-def test_half_precision_keeps_float32_statistics(backend, dtype, tolerance):
-    halves = of_dtype(local_problem((8, 8), (3, 3), bias=True, additional=1), dtype)
-    actual = results(on(backend), halves)
-    expected = results(on("reference"), of_dtype(halves, torch.float64))
-    assert actual[1].dtype == torch.float32
-    assert [x.dtype for x in actual[2:]] == [dtype] * 6
-    assert_same(actual[1:2], expected[1:2], 1e-6)
-    assert_same([x.double() for x in actual], expected, tolerance)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch_is_no_special_case(backend):
     output, _, *gradients = results(on(backend), local_problem((6, 6), (3, 3), batch=0, bias=True))
     assert output.shape == (0, 6, 6, 2, 2)

@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from random_weights import perturbed
 from repetition import thinned
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -72,19 +73,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], tuple[int, int
 }
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    """Weights with nothing trivial among them: a zero table, norm or bias would hide a fault."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
 def build(name: str) -> tuple[nn.Module, Tensor]:
     make, size, _ = MODELS[name]
     torch.manual_seed(0)
-    model = randomised(make())
+    model = perturbed(make(), 0.05)
     if name.endswith("fused"):
         for module in model.modules():
             if hasattr(module, "fused_attn"):
@@ -214,7 +206,7 @@ def test_dropped_mass_is_what_the_lost_keys_held() -> None:
 )
 def test_full_size_models_are_exact(name: str) -> None:
     torch.manual_seed(0)
-    model, image = randomised(timm.create_model(name)), torch.randn(1, 3, 224, 224)
+    model, image = perturbed(timm.create_model(name), 0.05), torch.randn(1, 3, 224, 224)
     options = {"kernel_size": 14} if name.startswith("vit") else {}
     converted = attnrewrite.convert(model, "neighborhood", image, fidelity="exact", strict=True, **options)
     assert worst_error(converted, model, image) < 2e-5

@@ -8,6 +8,7 @@ from attnrewrite.patterns.relative_table import relative_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from window_cases import padded_windows
 
 from attnrewrite.ir.sites import Grid, Window
 from attnrewrite.operators.index_rule import relative_offset
@@ -46,14 +47,10 @@ def swin_groups(grid: Grid, window: Window) -> tuple[Tensor, Tensor]:
     return partition(full, size), labels[:, :, None] != labels[:, None, :]
 
 
-@given(SIDES, SIDES, SIZES, SIZES, st.data())
+@given(SIDES, SIDES, padded_windows(longest_side=5))
 @settings(max_examples=150, deadline=None)
-def test_windows_as_published_are_recognized(
-    height: int, width: int, rows: int, columns: int, data: st.DataObject
-) -> None:
-    shift = (data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1)))
-    window = Window((rows, columns), shift, padding_keys=True, rolled_first=data.draw(st.booleans()))
-    grid = Grid(height, width)
+def test_windows_as_published_are_recognized(height: int, width: int, window: Window) -> None:
+    grid, (rows, columns) = Grid(height, width), window.size
     groups, mask = swin_groups(grid, window)
     found = recognize_window(groups, groups, mask, grid, (True, window.rolled_first))
     assert found is not None

@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from random_weights import randomized
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
 from torch import Tensor, nn
 from torchvision.models.maxvit import MaxVit
@@ -120,18 +121,7 @@ WHOLE = ("timm", "torchvision", "views", "indexed", "no bias")
 def donor(name: str) -> nn.Module:
     """In float64 and eval mode, with no trivial weight; shared, so never changed by a test."""
     torch.manual_seed(0)
-    model = DONORS[name][0]().double().eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for full, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.ndim == 1:
-                parameter.copy_(0.5 + 0.2 * noise)
-            elif "relative_position" in full or full.endswith("table"):
-                parameter.copy_(noise)
-            else:
-                parameter.copy_(1.2 * noise / parameter[0].numel() ** 0.5)
-    return model
+    return randomized(DONORS[name][0]().double())
 
 
 def images(name: str, batch: int = 2, seed: int = 1) -> Tensor:

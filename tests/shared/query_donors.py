@@ -8,6 +8,7 @@ from functools import cache
 import timm
 import torch
 import torch.nn.functional as F
+from random_weights import randomized
 from torch import Tensor, nn
 
 WIDTH, HEADS = 24, 3
@@ -86,14 +87,7 @@ DONORS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 def query_donor(name: str) -> nn.Module:
     """In float64 and eval mode, with no trivial weight; shared, so never changed by a test."""
     torch.manual_seed(0)
-    model = DONORS[name][0]().double().eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            wide = parameter.ndim > 1 and parameter[0].numel() > 1
-            parameter.copy_(1.2 * noise / parameter[0].numel() ** 0.5 if wide else 0.5 + 0.2 * noise)
-    return model
+    return randomized(DONORS[name][0]().double())
 
 
 def query_images(name: str, batch: int = 1) -> Tensor:

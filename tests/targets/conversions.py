@@ -117,3 +117,10 @@ def head_decay(decay: float | str | None, heads: int) -> Tensor:
     if decay == "official":
         return torch.tensor([1 - 2 ** -(2 + 4 * head / heads) for head in range(heads)], dtype=torch.float64)
     return torch.full((heads,), 1.0 if decay is None else float(decay), dtype=torch.float64)
+
+
+def assert_state_carries(model: nn.Module, other: nn.Module, batch: Tensor) -> None:
+    """``other`` computes something else, and with the state of ``model`` the same."""
+    assert distance(logits(other, batch), logits(model, batch)) > 1e-6
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other, batch), logits(model, batch))

@@ -9,6 +9,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from random_weights import randomized
 from torch import Tensor, nn
 
 import attnrewrite
@@ -81,26 +82,11 @@ DONORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
 }
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    """Weights so large that attention is far from uniform, and no bias table, norm or scale trivial."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                parameter.copy_(0.5 + 0.2 * noise)
-            elif "relative_position" in name:
-                parameter.copy_(noise)
-            else:
-                parameter.copy_(1.5 * noise / parameter[0].numel() ** 0.5)
-    return model.eval()
-
-
 @cache
 def donor(name: str) -> nn.Module:
     """In float64 and eval mode; shared, so never changed by a test."""
     torch.manual_seed(0)
-    return randomised(DONORS[name][0]()).double()
+    return randomized(DONORS[name][0]()).double()
 
 
 def images(name: str, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:

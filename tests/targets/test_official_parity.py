@@ -9,9 +9,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from random_weights import randomized
 from safetensors.torch import load_file
 from site_donors import new_cores
-from target_donors import randomised
 from torch import Tensor, nn
 
 import attnrewrite
@@ -36,7 +36,7 @@ def vit(dim: int, heads: int, side: int, **options: object) -> nn.Module:
         "vit_tiny_patch16_224", img_size=4 * side, patch_size=4, embed_dim=dim, num_heads=heads, depth=2, num_classes=5,
         class_token=False, global_pool="avg", **options,
     )  # fmt: skip
-    return randomised(model).double()
+    return randomized(model).double()
 
 
 def official(model: nn.Module, image_side: int, to: str, **options: object) -> nn.Module:
@@ -105,7 +105,7 @@ def test_gated_unit():
 def test_tokens_to_token(kind):
     tensors = stored(f"t2t/t2t_module_{kind}_img32")
     donor = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=3, depth=1, num_classes=5)
-    model = official(randomised(donor).double(), 32, "tokens_to_token", kind=kind, token_dim=12)
+    model = official(randomized(donor).double(), 32, "tokens_to_token", kind=kind, token_dim=12)
     new_cores(model, "stem")[0].load_state_dict(parameters(tensors), strict=True)
     assert deviation(model.patch_embed(tensors["input"]), tensors["output"]) <= 1e-6  # in float32 where stored
 
@@ -115,7 +115,7 @@ def test_cross_scale_embeddings():
         "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 1), num_heads=(2, 4), embed_dim=16,
         num_classes=5,
     )  # fmt: skip
-    model = official(randomised(donor).double(), 32, "cross_scale")
+    model = official(randomized(donor).double(), 32, "cross_scale")
     stem, merge = new_cores(model, "stem")
     image = stored("crossformer/cel_stem_32x32")
     stem.load_state_dict(parameters(image), strict=True)

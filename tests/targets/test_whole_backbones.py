@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from target_donors import attention_rows, distance, logits, randomised
+from random_weights import randomized
+from target_donors import attention_rows, distance, logits
 
 import attnrewrite
 
@@ -28,7 +29,7 @@ def test_a_whole_backbone_keeps_its_function(
     name: str, target: str, options: dict[str, Any], classes: dict[str, int]
 ) -> None:
     torch.manual_seed(0)
-    model = randomised(timm.create_model(name, num_classes=10))
+    model = randomized(timm.create_model(name, num_classes=10))
     converted = attnrewrite.convert(model, target, torch.randn(1, 3, 224, 224), **options)
     found = [row.exactness for row in attention_rows(converted)]
     assert {exactness: found.count(exactness) for exactness in set(found)} == classes
