@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cache, reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 from sympy import Add, Expr, Function, Integer, Max, Min, Poly, Rational, Symbol
@@ -160,24 +160,30 @@ def count_group_pairs(height: int, width: int, group: int, interval: int) -> int
     return rows * columns
 
 
-class interval_pairs(_Count):
-    """Pairs along an axis cut into groups of ``group`` tokens, ``interval`` apart; one that a group covers is one."""
+class _GroupedAxis(_Count):
+    """A number of an axis of ``side`` tokens, cut into groups of ``group`` tokens, ``interval`` apart."""
 
     nargs = 3
+    word: ClassVar[str]
+
+    @staticmethod
+    @abstractmethod
+    def counted(side: int, group: int, interval: int) -> int:
+        """The number for three integers."""
 
     @classmethod
     def eval(cls, side: Expr, group: Expr, interval: Expr) -> Expr | None:
         if all(isinstance(value, Integer) for value in (side, group, interval)):
-            return Integer(count_interval_pairs(int(side), int(group), int(interval)))
+            return Integer(cls.counted(int(side), int(group), int(interval)))
         return None
 
     def _sympystr(self, printer: Any) -> str:
         side, group, interval = (printer.doprint(value) for value in self.args)
-        return f"pairs({side}; {group}·{interval})"
+        return f"{self.word}({side}; {group}·{interval})"
 
     def _tex(self, printer: Any) -> str:
         side, group, interval = (printer.doprint(value) for value in self.args)
-        return rf"\operatorname{{pairs}}_{{{group} \cdot {interval}}}\left({side}\right)"
+        return rf"\operatorname{{{self.word}}}_{{{group} \cdot {interval}}}\left({side}\right)"
 
 
 def count_interval_pairs(side: int, group: int, interval: int) -> int:
@@ -185,29 +191,23 @@ def count_interval_pairs(side: int, group: int, interval: int) -> int:
     return side**2 if side <= group else attended_slots(AxisPartition(side, group, interval=interval))
 
 
-class grouped_side(_Count):
-    """An axis padded to groups of ``group`` places, ``interval`` apart; one that a group covers is not padded."""
+class interval_pairs(_GroupedAxis):
+    """Pairs of a token and a token of its group; an axis that a group covers is one group."""
 
-    nargs = 3
-
-    @classmethod
-    def eval(cls, side: Expr, group: Expr, interval: Expr) -> Expr | None:
-        if all(isinstance(value, Integer) for value in (side, group, interval)):
-            return Integer(count_grouped_side(int(side), int(group), int(interval)))
-        return None
-
-    def _sympystr(self, printer: Any) -> str:
-        side, group, interval = (printer.doprint(value) for value in self.args)
-        return f"padded({side}; {group}·{interval})"
-
-    def _tex(self, printer: Any) -> str:
-        side, group, interval = (printer.doprint(value) for value in self.args)
-        return rf"\operatorname{{padded}}_{{{group} \cdot {interval}}}\left({side}\right)"
+    word = "pairs"
+    counted = staticmethod(count_interval_pairs)
 
 
 def count_grouped_side(side: int, group: int, interval: int) -> int:
     """The number that ``grouped_side`` stands for."""
     return side if side <= group else -(-side // (group * interval)) * group * interval
+
+
+class grouped_side(_GroupedAxis):
+    """The axis padded to whole groups; one that a group covers is not padded."""
+
+    word = "padded"
+    counted = staticmethod(count_grouped_side)
 
 
 @cache

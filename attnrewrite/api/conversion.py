@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -22,6 +22,8 @@ from ..reports.conversion import ConversionReport
 from ..rewrite.image_sides import forget_images
 from ..rewrite.rewritten import RewrittenModule, restore_module
 from ..rewrite.saved_state import forget_loading
+
+Told = TypeVar("Told", ConversionReport, Record)
 
 
 @plain_modes()
@@ -169,10 +171,7 @@ def report(model: nn.Module) -> ConversionReport:
     Raises:
         ArgumentError: it was not converted.
     """
-    found = getattr(model, "attnrewrite_report", None)
-    if not isinstance(found, ConversionReport):
-        raise ArgumentError(f"model: {type(model).__name__} was not made by attnrewrite.convert")
-    return found
+    return _left_on(model, "attnrewrite_report", ConversionReport)
 
 
 def record(model: nn.Module) -> Record:
@@ -181,10 +180,17 @@ def record(model: nn.Module) -> Record:
     Raises:
         ArgumentError: it was not converted.
     """
-    found = getattr(model, "attnrewrite_record", None)
-    if not isinstance(found, Record):
-        raise ArgumentError(f"model: {type(model).__name__} was not made by attnrewrite.convert")
-    return found
+    return _left_on(model, "attnrewrite_record", Record)
+
+
+def _left_on(model: nn.Module, name: str, kind: type[Told]) -> Told:
+    """The attribute in which a conversion left what it did."""
+    told = getattr(model, name, None)
+    if not isinstance(told, kind):
+        raise ArgumentError(
+            f"model: {type(model).__name__} was not made by attnrewrite.convert; pass the model that convert returned"
+        )
+    return told
 
 
 def replay(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.fx import Node
@@ -74,17 +74,26 @@ def _require(core: nn.Module, kind: type[AttentionCore] | type[StageCore]) -> No
 
 
 @dataclass(frozen=True)
-class BetweenProjections(Conversion):
-    """The ``core`` mixes the values of an attention site, whose projections stay."""
+class _ByOneCore(Conversion):
+    """A ``core`` of the ``kind`` that the site needs."""
 
-    core: AttentionCore
+    kind: ClassVar[type[AttentionCore] | type[StageCore]]
+    core: nn.Module
 
     def __post_init__(self) -> None:
-        _require(self.core, AttentionCore)
+        _require(self.core, self.kind)
 
     @property
     def modules(self) -> list[nn.Module]:
         return [self.core]
+
+
+@dataclass(frozen=True)
+class BetweenProjections(_ByOneCore):
+    """The ``core`` mixes the values of an attention site, whose projections stay."""
+
+    kind = AttentionCore
+    core: AttentionCore
 
 
 @dataclass(frozen=True)
@@ -103,18 +112,12 @@ class BetweenLinears(Conversion):
 
 
 @dataclass(frozen=True)
-class BesideStem(Conversion):
+class BesideStem(_ByOneCore):
     """The ``core`` takes the place of what stands between a stem's linear map and its tokens: behind a convolution,
     before the map of gathered patches."""
 
+    kind = StageCore
     core: StageCore
-
-    def __post_init__(self) -> None:
-        _require(self.core, StageCore)
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        return [self.core]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ArgumentError, nearest
-
-_UNBOUNDED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-"""JSON has no such numbers; where one is wanted, they are words."""
+from ..numerics.unbounded import UNBOUNDED
 
 
 def decoded(kind: Any, value: Any, place: str) -> Any:
@@ -35,15 +33,6 @@ def decoded(kind: Any, value: Any, place: str) -> Any:
     if kind is Any:
         return _plain(value, place)
     return _object(kind, value, place) if is_dataclass(kind) else _scalar(kind, value, place)
-
-
-def encoded(value: Any) -> Any:
-    """Numbers that JSON does not have, as words, everywhere in ``value``."""
-    if isinstance(value, dict):
-        return {key: encoded(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [encoded(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_plain(value: Any) -> bool:
@@ -82,8 +71,8 @@ def _plain(value: Any, place: str) -> Any:
 
 def _scalar(kind: Any, value: Any, place: str) -> Any:
     if kind is float:
-        if isinstance(value, str) and value in _UNBOUNDED:
-            return _UNBOUNDED[value]
+        if isinstance(value, str) and value in UNBOUNDED:
+            return UNBOUNDED[value]
         _require(type(value) in (int, float) and abs(value) < math.inf, place, "a number", value)
         return float(value)
     _require(type(value) is kind, place, {str: "a word", int: "a whole number"}[kind], value)

@@ -16,8 +16,9 @@ import torch
 from ..capture.module_call import class_name
 from ..errors import ArgumentError, first_line, nearest
 from ..ir.contract import Target
+from ..numerics.unbounded import spelled_out
 from ..version import __version__
-from .decoding import decoded, encoded, is_plain
+from .decoding import decoded, is_plain
 from .registry import known_targets
 
 SCHEMA_VERSION = 1
@@ -126,7 +127,7 @@ class Record:
     def to_json(self) -> str:
         """JSON with a schema version. An error that is no number is ``"nan"``, one not measured null."""
         document = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        return json.dumps(encoded(document), indent=2, ensure_ascii=False, allow_nan=False)
+        return json.dumps(spelled_out(document), indent=2, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Record:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..errors import ConversionError, nearest
 from ..ir.contract import Exactness, exactness_of
+from ..numerics.unbounded import spelled_out
 from .names import folded_name, folded_names, numberless
 from .numbers import error_text, short
 from .page import page
@@ -133,7 +134,7 @@ class ConversionReport:
 
     def to_json(self) -> str:
         """JSON with a schema version; unmeasured errors are null, and one that is no number is "nan"."""
-        return json.dumps(_without_nan(self.to_dict()), indent=2, default=str, allow_nan=False)
+        return json.dumps(spelled_out(self.to_dict()), indent=2, default=str, allow_nan=False)
 
     def to_markdown(self) -> str:
         columns, rows = self.cells()
@@ -240,14 +241,6 @@ def _badness(error: float | None) -> tuple[int, float]:
     if error is None:
         return 1, 0.0
     return (2, 0.0) if error != error else (0, error)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cells(names: str, site: SiteReport) -> tuple[str, ...]:
