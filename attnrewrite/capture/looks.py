@@ -57,13 +57,14 @@ def other_looks(first: Capture) -> list[Capture]:
     return []
 
 
-def one_sided_looks(first: Capture) -> list[Capture]:
-    """Captures with one side grown beyond the other, each in turn: what a forward decides for each side by itself."""
+def further_looks(first: Capture) -> list[Capture]:
+    """Captures with one side grown beyond the other, each in turn, and with both halved: what a forward decides for
+    each side by itself, and what it may do below some size."""
     sides = image_sides(first)
     if sides is None:
         return []
-    grown = [(sides[0], 2 * sides[1]), (2 * sides[0], sides[1])]
-    return [look for size in grown if (look := _look(first, size, first.batch + 2)) is not None]
+    others = [(sides[0], 2 * sides[1]), (2 * sides[0], sides[1]), (sides[0] // 2, sides[1] // 2)]
+    return [look for size in others if (look := _look(first, size, first.batch + 2)) is not None]
 
 
 def same_size_looks(first: Capture) -> list[Capture]:

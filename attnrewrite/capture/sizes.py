@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -68,10 +69,12 @@ class Given:
 
 @dataclass
 class SizeRecord:
-    """Everything a forward computed from sizes, in order, each with the trace position at which it did; and where it
-    used what it computed. ``running`` gives the module call that is being traced."""
+    """Everything a forward computed from sizes, in order, each with the trace position at which it did; where it used
+    what it computed; and the numbers that it ``lost``, for ``int`` and ``math.sqrt`` give plain ones. ``running`` gives
+    the module call that is being traced."""
 
     terms: list[tuple[int, Term]] = field(default_factory=list)
+    lost: list[tuple[int, Number]] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     given: list[Given] = field(default_factory=list)
     running: Callable[[], ModuleCall | None] = field(default=lambda: None, repr=False)
@@ -100,6 +103,7 @@ class SizeRecord:
 
         record = SizeRecord(
             [(position, resolved(term)) for position, term in self.terms],
+            self.lost,
             [replace(each, operands=tuple(map(resolved, each.operands))) for each in self.decisions],
             [replace(each, numbers=tuple((n, resolved(term)) for n, term in each.numbers)) for each in self.given],
         )
@@ -213,13 +217,30 @@ def _decided(function: Callable[..., Any], *operands: Any) -> Any:
     outcome = function(*map(plain, operands))
     record = next(operand.record for operand in operands if isinstance(operand, _Tracked))
     terms = tuple(getattr(operand, "term", operand) for operand in operands)
-    frame = sys._getframe(2)
-    while frame.f_code.co_filename == _EXTREMES and frame.f_back is not None:
-        frame = frame.f_back
-    if not frame.f_code.co_filename.startswith(_TORCH):  # what torch asks of its operands is the operator's affair
+    frame = _asking_frame(3)
+    if frame is not None:
         place = (frame.f_code.co_filename, frame.f_lineno, frame.f_lasti)
         record.decisions.append(Decision(function, terms, bool(outcome), record.running(), place))
     return outcome
+
+
+def _lost(function: Callable[[Any], Number]) -> Callable[[Any], Number]:
+    """``int`` or ``float`` of a tracked number: a plain one, for Python makes it so."""
+
+    def converted(self: Any) -> Number:
+        if _asking_frame(2) is not None:
+            self.record.lost.append((_position(), function(plain(self))))
+        return function(plain(self))
+
+    return converted
+
+
+def _asking_frame(depth: int) -> FrameType | None:
+    """The code that asks something of a number; None if that is torch: what torch asks is the operator's affair."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None and frame.f_code.co_filename == _EXTREMES:
+        frame = frame.f_back
+    return None if frame is None or frame.f_code.co_filename.startswith(_TORCH) else frame
 
 
 def _position() -> int:
@@ -285,6 +306,8 @@ for _kind in (_Extent, _Measure):
         ("trunc", math.trunc),
     ):  # fmt: skip
         setattr(_kind, f"__{_name}__", _unary(_function))
+    _kind.__int__ = _lost(int)  # type: ignore[assignment]
+    _kind.__float__ = _lost(float)  # type: ignore[assignment]
     _kind.__bool__ = lambda self: _decided(operator.ne, self, 0)  # type: ignore[method-assign]  # ``if height % 7:``
     _kind.__divmod__ = lambda self, other: (self // other, self % other)  # type: ignore[method-assign]  # both have terms
     _kind.__hash__ = lambda self: hash(plain(self))  # type: ignore[method-assign]  # equality is a decision, not identity

@@ -108,7 +108,9 @@ def laws_of(pairs: list[tuple[int, int]]) -> list[Law]:
     """Every law that explains all ``pairs`` of a side of the image and of the map.
 
     Of several strides those count that divide most of the images: whichever is meant, a map that has not as many tokens
-    as the sequence is not taken for its map.
+    as the sequence is not taken for its map. What divides others but not the first is none: the next image has all
+    divisors of the first, so a stride that divides it alone fits by accident, as 6 does where two thirds of the rows of
+    patches of 4 are kept.
     """
     if len({side for side, _ in pairs}) < 2:
         return []
@@ -118,4 +120,4 @@ def laws_of(pairs: list[tuple[int, int]]) -> list[Law]:
     laws = [law for law in laws if all(_tokens(side, law) == tokens for side, tokens in pairs)]
     exact = {stride: sum(stride * tokens == side for side, tokens in pairs) for stride, _ in laws}
     most = max(exact.values(), default=0)
-    return [law for law in laws if exact[law[0]] == most]
+    return [law for law in laws if exact[law[0]] == most and (not most or law[0] * tokens == side)]

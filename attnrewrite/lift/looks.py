@@ -73,7 +73,7 @@ class Looks:
         others: the other looks.
         other_batches: gives looks at the captured size and other batches, for what takes another course at other
             sizes; none if the model takes none.
-        one_sided: gives looks with one side grown, for what decides on each side by itself.
+        further: gives more looks at other sizes, for what decides by sizes or may do so unseen.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Looks:
         sites: list[Site],
         others: list[Seen],
         other_batches: Callable[[], list[Seen]],
-        one_sided: Callable[[], list[Seen]],
+        further: Callable[[], list[Seen]],
     ) -> None:
-        self.first, self.size, self._other_batches, self._one_sided = first, ImageSize(), other_batches, one_sided
+        self.first, self.size, self._other_batches, self._further = first, ImageSize(), other_batches, further
         named = [_by_name(found) for _, found in others]
         counterparts = [[found.get(name) for found in named] for name in numbered_names(sites)]
         flows = [first, *(flow for flow, _ in others)]
@@ -105,8 +105,8 @@ class Looks:
         return [self._look(*seen) for seen in self._other_batches()]
 
     @cached_property
-    def one_sided(self) -> list[Look]:
-        return [self._look(*seen) for seen in self._one_sided()]
+    def further(self) -> list[Look]:
+        return [self._look(*seen) for seen in self._further()]
 
     def _look(self, flow: Dataflow, found: list[Site]) -> Look:
         look, named = Look(flow), _by_name(found)

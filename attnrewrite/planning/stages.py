@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..capture import Capture, capture, one_sided_looks, other_looks, same_size_looks
+from ..capture import Capture, capture, further_looks, other_looks, same_size_looks
 from ..capture.ambient import plain_modes
 from ..certify import Certificate, certify_running
 from ..cores.exactness import hold_exact
@@ -113,7 +113,7 @@ def look_around(plan: Plan) -> Plan:
         [each.site for each in plan.sites],
         all_seen(other_looks(plan.capture)) if plan.sites else [],
         lambda: all_seen(same_size_looks(plan.capture)),
-        lambda: all_seen(one_sided_looks(plan.capture)),
+        lambda: all_seen(further_looks(plan.capture)),
     )
     if plan.sites and not looks.others:
         _ = looks.other_batches  # wanted for every module then, and no values take memory yet

@@ -50,9 +50,18 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
     if not tied and not any(_is_of_other_size(twin, outlined) for twin in agreeing):
         tied.append("no other size was seen to take the same course")
     if not tied:
-        if len(_courses(own, agreeing, live)) > 1:  # decided by sizes, perhaps for each side by itself
-            twins = [_again(outlined, look, again)[0] for look in looks.one_sided]
-            agreeing += [twin for twin in twins if twin is not None]
+        # decided by sizes, perhaps for each side by itself, or made of them unseen: alike on few looks by accident
+        unseen = _loses([outlined, *agreeing])
+        for look in looks.further if unseen or len(_courses(own, agreeing, live)) > 1 else []:
+            twin = _outlined(look, again)
+            if isinstance(twin, str):
+                continue
+            reason = difference(outlined, twin)
+            if not reason:
+                agreeing.append(twin)
+            elif unseen and not _decides_otherwise(own, outlined.call, live, look, looks):
+                tied.append(reason)
+    if not tied:
         tied += _restate(outlined, own, agreeing, looks)
         if not tied:
             outlined.fixed = _fixed(outlined, agreeing)
@@ -124,14 +133,29 @@ def _fixed(outlined: Outlined, free: list[Outlined]) -> dict[fx.Node, Any]:
 
 def _again(outlined: Outlined, look: Look, again: Callable[[Look], Outlined]) -> tuple[Outlined | None, str]:
     """The same graph on another look, or the reason why it is not the same."""
+    twin = _outlined(look, again)
+    reason = twin if isinstance(twin, str) else difference(outlined, twin)
+    return (None, reason) if reason or isinstance(twin, str) else (twin, "")
+
+
+def _outlined(look: Look, again: Callable[[Look], Outlined]) -> Outlined | str:
+    """The module's graph on a look, or the reason why there is none."""
     try:
-        twin = again(look)
+        return again(look)
     except (Refusal, LookupError) as cause:
-        return None, str(cause)
+        return str(cause)
     except UNFORESEEN as cause:
-        return None, unforeseen(cause)
-    reason = difference(outlined, twin)
-    return (None, reason) if reason else (twin, "")
+        return unforeseen(cause)
+
+
+def _loses(looks: list[Outlined]) -> bool:
+    """Whether the module's own code made plain numbers of any that move with the size, or is given such."""
+    lost = [
+        [number for position, number in each.capture.sizes.lost if each.owns_decision(position)]
+        + [leaf.meta.get("value") for leaf, term in zip(each.leaves, each.call.sizes, strict=True) if term is None]
+        for each in looks
+    ]
+    return any(each != lost[0] for each in lost)
 
 
 def _is_of_other_size(twin: Outlined, outlined: Outlined) -> bool:

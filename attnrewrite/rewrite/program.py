@@ -31,6 +31,7 @@ from ..capture.keywords import is_read
 from ..errors import ConversionError, Refusal
 from .editable import OWN
 from .outline import Outlined
+from .size_course import expect_extents
 
 _ALLOWED = (type(None), bool, int, float, str)
 _REMEDY = "convert the model with example inputs that make this call, or use `keep`"
@@ -187,23 +188,6 @@ def expect_alias(what: str, first: Any, other: Any) -> None:
         raise ConversionError(
             f"{what} were the same tensor when this module was converted and differ now; attention of one value to "
             "another is not what was converted: exclude this site with keep="
-        )
-
-
-@has_side_effect
-def expect_extents(what: str, shape: torch.Size, captured: tuple[int | None, ...]) -> None:
-    """Extents that were the same on every look at the model must be so again (None: any).
-
-    Raises:
-        ConversionError: naming the argument.
-    """
-    if len(shape) != len(captured) or any(
-        now != then for now, then in zip(shape, captured, strict=True) if then is not None
-    ):
-        wanted = ", ".join("any" if then is None else str(then) for then in captured)
-        raise ConversionError(
-            f"{what} has shape {list(shape)}, but this module could only be converted for [{wanted}]; convert the "
-            "model again with example inputs of the new size"
         )
 
 

@@ -21,7 +21,7 @@ from ..capture.size_terms import Arithmetic, Side, Term
 from ..capture.sizes import Decision
 from .outline import Outlined
 from .same_graph import is_number, leaves_of, name_of
-from .size_course import CHECK, Course, expect_course
+from .size_course import CHECK, Course, expect_course, expect_met, meets
 from .size_forms import Emit, Vector, product_form, real_form, whole_form
 from .terms_by_look import agree, first_known, kind_of, operands_of, told_apart, value_of, way_of
 
@@ -58,26 +58,31 @@ class _Restating:
         self.known: dict[Vector, Emit] = {}
         self.measured: set[Vector] = set()
         self.written: dict[tuple[Any, ...], Node] = {}
+        self.awaited = {node for node in self.nodes if node.op != "placeholder"}
         self.extents: dict[Node, tuple[list[Vector], list[Emit]]] = {}
         self.donors: dict[Vector, list[tuple[Term, ...]]] = {}
         own = list(self._own_terms(first, others))
         steps = {operand for terms in own if isinstance(terms[0], Arithmetic) for operand in terms[0].operands}
         for terms in sorted(own, key=lambda terms: terms[0] in steps):  # what nothing more was computed of comes first
             self.donors.setdefault(self._vector(terms), []).append(terms)
+        self.steps: list[list[tuple[Any, bool] | None]] = []
         self.tied: list[str] = []
 
     def run(self, courses: list[Course]) -> list[str]:
         for node in self.nodes:
             if node.op == "placeholder":
                 self._know(node)
+        self.steps = [[] for _ in courses]
         guarded = False
         for node in self.nodes:
             if node.op == "placeholder":
                 continue
             guarded = guarded or self._guard(courses, node)
             self._restate(node)
+            self.awaited.discard(node)
             if node.op != "output":
                 self._know(node)
+                self._hold(node)
         if not guarded:
             self.tied += [str(decision) for decision, _ in courses[0]]
         return self.tied
@@ -97,6 +102,15 @@ class _Restating:
         self.extents[node] = extents, emits
         for vector, emit in zip(extents, emits, strict=True):
             self._measured(vector, emit)
+
+    def _hold(self, node: Node) -> None:
+        """Put a check there if extents that move met on every look: the model may have asked for them, and what it made
+        of them stands as it was where that left no term (``math.isqrt`` takes an integer for what it is)."""
+        shapes = [self.extents[used][0] for used in (node, *node.all_input_nodes) if used in self.extents]
+        if node in self.extents and meets(*shapes):
+            met = tuple(vector[0] if len(set(vector)) == 1 else None for vector in shapes[0])
+            with self.graph.inserting_before(node.next):
+                self.graph.call_function(expect_met, (node, met, name_of(node))).meta[CHECK] = True
 
     def _measured(self, vector: Vector, emit: Emit) -> None:
         """An extent, or a number that the module is given."""
@@ -149,29 +163,37 @@ class _Restating:
         return [told_apart(candidates) for candidates in zip(*looks, strict=True)]
 
     def _guard(self, courses: list[Course], before: Node) -> bool:
-        """Put a check of the course there, as soon as the graph knows what its own course hangs on; whether it does."""
-        own, *others = courses
+        """Put a check there of as much of the course as the graph can tell by now; whether that is all. Other ways
+        count as far as it can tell them, and in the end those that it can tell whole."""
+        own = self.steps[0]
+        told = len(own)
         with self.graph.inserting_before(before):
-            ways = [steps for steps in [self._steps(own)] if steps is not None]
-            if not ways:
+            for course, steps in zip(courses, self.steps, strict=True):
+                self._tell(course, steps)
+            whole = len(own) == len(courses[0])
+            if not whole and len(own) == told:
                 return False
-            ways += [steps for steps in map(self._steps, others) if steps is not None]
+            ways = [
+                [step for step in steps if step is not None]
+                for course, steps in zip(courses, self.steps, strict=True)
+                if not whole or len(steps) == len(course)
+            ]
             if all(ways):  # else one way hangs on no size that moves
-                what = ", ".join(dict.fromkeys(str(decision) for decision, _ in own)) or "a comparison of sizes"
-                self.graph.call_function(expect_course, (ways, what)).meta[CHECK] = True
-        return True
+                decisions = dict.fromkeys(str(decision) for decision, _ in courses[0][: len(own)])
+                check = (ways, ", ".join(decisions))
+                self.graph.call_function(expect_course, check).meta[CHECK] = True
+        return whole
 
-    def _steps(self, course: Course) -> list[Any] | None:
-        """``(holds, outcome)`` of every decision that hangs on a size that moves, with ``holds`` as a graph value; None
-        if the graph cannot tell."""
-        known = [(decision, self._operands(decision, looks)) for decision, looks in course]
-        if any(None in operands for _, operands in known):
-            return None
-        return [
-            (self.graph.call_function(decision.function, tuple(operands)), decision.outcome)
-            for decision, operands in known
-            if any(isinstance(operand, Node) for operand in operands)
-        ]
+    def _tell(self, course: Course, steps: list[tuple[Any, bool] | None]) -> None:
+        """Add to ``steps`` the ``(holds, outcome)`` of further decisions of a course, ``holds`` as a graph value, up to
+        the first that the graph cannot tell yet; None for those that hang on no size that moves."""
+        for decision, looks in course[len(steps) :]:
+            operands = self._operands(decision, looks)
+            if None in operands:
+                return
+            moves = any(isinstance(operand, Node) for operand in operands)
+            holds = self.graph.call_function(decision.function, tuple(operands)) if moves else None
+            steps.append((holds, decision.outcome) if moves else None)
 
     def _operands(self, decision: Decision, looks: tuple[tuple[Any, ...] | None, ...]) -> list[Any]:
         found = []
@@ -278,7 +300,10 @@ class _Restating:
         if argument is not None:
             return argument
         if not all(isinstance(term, Arithmetic) for term in seen):
-            return self._extent(terms, vector) or (self._expression(vector) if None not in vector else None)
+            extent = self._extent(terms, vector)
+            if extent is not None or None in vector or self._comes_later(terms):
+                return extent
+            return self._expression(vector)
         if len(kinds) > 1:
             return None
         if terms not in self.written:
@@ -304,6 +329,12 @@ class _Restating:
         """The extent of the very value that the model asked for it, if the graph has it by now."""
         found = self._asked(sides, vector)
         return None if found is None else self.extents[found[0]][1][found[1]]()
+
+    def _comes_later(self, sides: tuple[Any, ...]) -> bool:
+        """Whether the graph makes the value that the model asked, and has not done so yet."""
+        asked = ((look, side.node) for look, side in enumerate(sides) if isinstance(side, Side) and side.node)
+        values = (self.place[look].get(made) for look, node in asked for made in self.outlined[look].made.get(node, []))
+        return any(value in self.awaited for value in values)
 
     def _asked(self, sides: tuple[Any, ...], vector: Vector) -> tuple[Node, int] | None:
         """The value whose extent it is, and the axis."""

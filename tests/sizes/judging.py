@@ -115,9 +115,9 @@ def judge_target(make, captured, others, target, **options):
     in_step = True
     for where, batch, train in places(captured, others):
         if not in_step and not train and where.endswith("after training"):
-            continue  # the donor went on where the other refused: its statistics are others now
+            continue  # one went on where the other stopped: its statistics are others now
         findings.append(Finding(target, where, *compare(converted, donor, batch, train, gradient=train)))
-        in_step &= not train or findings[-1].verdict != "refused"
+        in_step &= not train or findings[-1].verdict not in ("refused", "donor fails")
     if compare(given, make(), images(2, captured))[0] in FAULTS:
         findings.append(Finding(target, "the donor after conversion", "HARMED"))
     return findings
