@@ -16,6 +16,20 @@ from .module_call import ModuleCall, NodeRef
 from .replica import replica
 
 
+class TrainingDropout:
+    """``training_dropout`` of a model's modules, asked once for a call: a loop may make hundreds of sites of one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._rates: dict[tuple[int, float], float] = {}
+
+    def __call__(self, call: ModuleCall, scale: float) -> float:
+        key = id(call), scale  # the capture that asks keeps its calls
+        if key not in self._rates:
+            self._rates[key] = training_dropout(self.model.get_submodule(call.path), call, scale)
+        return self._rates[key]
+
+
 def training_dropout(module: nn.Module, call: ModuleCall, scale: float) -> float:
     """The largest rate on attention weights that ``module`` uses in training; 0 if it does not run on its own, as it
     was called.

@@ -21,7 +21,7 @@ from ..operators import GroupedProblem, LocalProblem
 from ..operators.operator import spelled_out
 from .boundaries import BoundaryRecorder, final_node, positions
 from .captured_graph import CapturedGraph
-from .dropout import training_dropout
+from .dropout import TrainingDropout
 from .examples import Inputs, normalize_inputs
 from .in_place import restate_in_place
 from .keywords import names_read
@@ -121,7 +121,7 @@ def capture_call(model: nn.Module, inputs: Inputs, training: bool = False) -> Ca
         root=root,
         uncast=recorder.uncast,
         sizes=sizes,
-        training_dropout=lambda call, scale: training_dropout(model.get_submodule(call.path), call, scale),
+        training_dropout=TrainingDropout(model),
         model=model,
         example=inputs,
     )
