@@ -21,6 +21,9 @@ _NORMS = {"aten::layer_norm", "aten::rms_norm"}
 _SOFTMAX = {"aten::softmax", "aten::_softmax", "aten::log_softmax"}
 _ATTENTION = {"aten::scaled_dot_product_attention"}
 
+_AT_A_TIME = 2**18
+"""Elements whose addresses are looked at together: of all at once three copies would be in memory."""
+
 
 def read_elements(flow: Dataflow, wanted: Iterable[Node]) -> dict[Node, Tensor]:
     """For each wanted value, a boolean tensor that broadcasts to its shape: false where no output depends on it.
@@ -55,13 +58,16 @@ def _read(node: Node, mask: Tensor, read: Values, flow: Dataflow) -> None:
         read[node] = read[node] | mask if node in read else mask
         return
     found = flow.provenance(node)
-    address = found.address[mask.expand(found.address.shape)]
-    for source, offset in found.offsets.items():
-        count = source.meta["val"].numel()
-        own = torch.zeros(count, dtype=torch.bool)
-        own[address[(address >= offset) & (address < offset + count)] - offset] = True
-        own = own.view(shape_of(source))
-        read[source] = read[source] | own if source in read else own
+    own = {source: torch.zeros(source.meta["val"].numel(), dtype=torch.bool) for source in found.offsets}
+    masks = mask.expand(found.address.shape).flatten().split(_AT_A_TIME)
+    for addresses, masked in zip(found.address.flatten().split(_AT_A_TIME), masks, strict=True):
+        address = addresses[masked]
+        for source, offset in found.offsets.items():
+            count = len(own[source])
+            own[source][address[(address >= offset) & (address < offset + count)] - offset] = True
+    for source, elements in own.items():
+        elements = elements.view(shape_of(source))
+        read[source] = read[source] | elements if source in read else elements
 
 
 def _handed_on(node: Node, mask: Tensor, flow: Dataflow) -> list[tuple[Node, Tensor]]:

@@ -20,7 +20,7 @@ from ..errors import ConversionError, first_line
 from ..graph.values import Values
 from ..numerics.draws import same_draws
 from .attention_weights import Unavailable
-from .kept_values import kept_values
+from .kept_values import Kept, lost_values, run_keeping
 from .owners import OwnerProgram
 from .rewritten import rewrite_module
 from .run_module import run_module
@@ -57,18 +57,18 @@ def misbehavior(
             where = "in training" if training else f"at a batch of {2 * batch}"
             try:
                 try:
-                    actual = run_module(twin, donor, found[0], training)
+                    actual, still = run_keeping(twin, donor, found[0], training)
                 except ConversionError:  # arguments that the model itself does not give, where samples are one sequence
                     chosen = _two_samples(owner, model, root, captured, constants, batch, as_given=True)
                     found = _donor_at(donor, chosen, training) or found
-                    actual = run_module(twin, donor, found[0], training)
+                    actual, still = run_keeping(twin, donor, found[0], training)
             except Exception as cause:
                 return f"the rewritten module does not run {where}: {first_line(cause)}", []
-            _, expected = found
+            arguments, expected, kept = found
             reason = _difference(actual, expected)
             if reason:
                 return f"the rewritten module differs from the original {where} ({reason})", []
-            return "", kept_values(donor, found[0], owner.live)
+            return "", lost_values(donor, arguments, kept, still)
     return None, []
 
 
@@ -140,12 +140,12 @@ def _two_samples(
 
 def _donor_at(
     donor: nn.Module, chosen: Iterable[dict[str, Any]], training: bool
-) -> tuple[dict[str, Any], list[Any]] | None:
-    """The first arguments that the donor runs on, and its results."""
+) -> tuple[dict[str, Any], list[Any], Kept] | None:
+    """The first arguments that the donor runs on, its results, and what it keeps."""
     for arguments in chosen:
-        fresh = replica(donor, own_buffers=True)
         try:
-            return arguments, run_module(fresh, fresh, arguments, training)
+            fresh = replica(donor, own_buffers=True)
+            return arguments, *run_keeping(fresh, fresh, arguments, training)
         except Exception:
             continue
     return None

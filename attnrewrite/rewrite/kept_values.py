@@ -3,7 +3,7 @@ rewritten forward leaves none."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,35 +16,41 @@ from .run_module import run_module
 _OWN = ("_parameters", "_buffers", "_modules")
 
 
-def kept_values(donor: nn.Module, arguments: dict[str, Any], live: Collection[str]) -> list[str]:
-    """Names of the attributes, below ``donor``, that hold something of the input when it has run.
+Kept = dict[str, list[Tensor]]
+"""Tensors by the attribute, below a module, that holds them."""
 
-    Children at the paths ``live`` are still called, so what they keep stays right. What is the same whatever is given,
-    such as a cached mask, is nobody's loss.
+
+def run_keeping(
+    module: nn.Module, donor: nn.Module, arguments: dict[str, Any], training: bool
+) -> tuple[list[Any], Kept]:
+    """What ``run_module`` gives, and what the module keeps after it that it did not keep before."""
+    before = dict(_attributes(module))
+    results = run_module(module, donor, arguments, training)
+    return results, {name: values for name, values in _attributes(module) if _other(values, before.get(name, []))}
+
+
+def lost_values(donor: nn.Module, arguments: dict[str, Any], kept: Kept, still: Kept) -> list[str]:
+    """Names of the attributes that hold something of the input, of those that ``donor`` ``kept`` and the rewritten
+    module, on the same arguments and in the same mode, does not ``still`` keep.
+
+    What is the same whatever is given, such as a cached mask, is nobody's loss.
     """
-    first = _kept(donor, arguments, live)
-    if not first:
+    lost = {name: values for name, values in kept.items() if name not in still}
+    if not lost:
         return []
-    try:
-        again = _kept(donor, tree_map(_another, arguments), live)
-    except Exception:  # it does not take other values, so nothing tells what is the same for all
-        return list(first)
-    return [name for name, values in first.items() if not _equal(values, again.get(name, []))]
-
-
-def _kept(donor: nn.Module, arguments: dict[str, Any], live: Collection[str]) -> dict[str, list[Tensor]]:
     twin = replica(donor, own_buffers=True)
-    before = dict(_attributes(twin, live))
-    run_module(twin, twin, arguments, training=False)
-    return {name: values for name, values in _attributes(twin, live) if _other(values, before.get(name, []))}
+    try:
+        _, again = run_keeping(twin, twin, tree_map(_another, arguments), training=False)
+    except Exception:  # it does not take other values, so nothing tells what is the same for all
+        return list(lost)
+    return [name for name, values in lost.items() if not _equal(values, again.get(name, []))]
 
 
-def _attributes(root: nn.Module, live: Collection[str]) -> Iterator[tuple[str, list[Tensor]]]:
+def _attributes(root: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
     for path, module in root.named_modules():
-        if not any(path == child or path.startswith(f"{child}.") for child in live):
-            for name, value in vars(module).items():
-                if name not in _OWN and (tensors := _tensors(value)):
-                    yield f"{path}.{name}" if path else name, tensors
+        for name, value in vars(module).items():
+            if name not in _OWN and (tensors := _tensors(value)):
+                yield f"{path}.{name}" if path else name, tensors
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 
 import attnrewrite
 from attnrewrite.errors import ConversionWarning
-from attnrewrite.rewrite.kept_values import kept_values
+from attnrewrite.rewrite.kept_values import lost_values, run_keeping
 
 NAME = "timm_vit"
 
@@ -85,7 +85,9 @@ def test_they_are_named_where_the_original_takes_no_other_values():
             self.last = 2 * x
             return x
 
-    assert kept_values(Picky(), {"x": torch.tensor([1.0, 2.0])}, live=()) == ["last"]
+    arguments = {"x": torch.tensor([1.0, 2.0])}
+    _, kept = run_keeping(Picky(), Picky(), arguments, training=False)
+    assert lost_values(Picky(), arguments, kept, {}) == ["last"]
 
 
 def test_a_warning_that_is_an_error_leaves_the_model():
@@ -111,3 +113,20 @@ def test_what_is_the_same_for_every_image_is_nobodys_loss(keep):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConversionWarning)
         attnrewrite.convert(model_that(keep), "identity", images(NAME, 1), progress=False)
+
+
+def test_what_a_child_that_is_still_called_keeps_is_not_lost():
+    model = small_model(NAME)
+
+    class Remembering(type(model.blocks[0].norm2)):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    for block in model.blocks:
+        block.norm2.__class__ = Remembering
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        converted = attnrewrite.convert(model, "identity", images(NAME, 1), progress=False)
+    converted(images(NAME, 2))
+    assert all(block.norm2.last.shape[0] == 2 for block in converted.blocks)
