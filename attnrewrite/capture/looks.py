@@ -32,6 +32,11 @@ rounding. On the first such look these numbers are odd for patches of 4 and 16, 
 ``%`` is told from what it makes of even ones; on the second, more than a patch is missing to the next multiple of two.
 """
 
+_UNITS = (4, 8, 16)
+"""Patches that an image may have to be made of whole: where no odd size is taken, sides grow by multiples of the first
+that will do, ``_WHOLE``, which leave other remainders by four, each, than the captured ones."""
+
+_WHOLE = ((5, 7), (14, 10))
 
 _BATCHES = (4, 6, 3)
 """What the batch grows by, look by look: odd and even, for a forward may make halves of ``len(x)`` without a trace."""
@@ -43,7 +48,7 @@ memory: reading a look computes an address for every element of every sample."""
 
 def other_looks(first: Capture) -> list[Capture]:
     """Captures at other sizes, each of another aspect and batch: one that has the divisors of the captured sides, and
-    two that nothing divides, or one that is as the first if the model takes no such; none where it takes no other size.
+    two that as little divides as the model takes, or one that is as the first; none where it takes no other size.
     """
     batch, sides = first.batch, image_sides(first)
     if sides is None:
@@ -51,10 +56,20 @@ def other_looks(first: Capture) -> list[Capture]:
     for step in (_STEP, *([max(sides)] if max(sides) <= _LARGEST else [])):
         grown = _look(first, _grown(sides, step, 1, 3), batch + _BATCHES[0])
         if grown is not None:
-            odd = _look(first, _added(sides, _ODD[0]), batch + _BATCHES[1])
-            last = _added(sides, _ODD[1]) if odd is not None else _grown(sides, step, 4, 2)
-            return [look for look in (grown, odd, _look(first, last, batch + _BATCHES[2])) if look is not None]
+            return [grown, *_uneven_looks(first, sides, step)]
     return []
+
+
+def _uneven_looks(first: Capture, sides: Sides, step: int) -> list[Capture]:
+    """Two looks at sizes that as little divides as the model takes, or one that has all divisors again."""
+    whole = [tuple((unit * rows, unit * columns) for rows, columns in _WHOLE) for unit in _UNITS]
+    for one, other in (_ODD, *whole):
+        uneven = _look(first, _added(sides, one), first.batch + _BATCHES[1])
+        if uneven is not None:
+            last = _look(first, _added(sides, other), first.batch + _BATCHES[2])
+            return [uneven] if last is None else [uneven, last]
+    last = _look(first, _grown(sides, step, 4, 2), first.batch + _BATCHES[2])
+    return [] if last is None else [last]
 
 
 def further_looks(first: Capture) -> list[Capture]:

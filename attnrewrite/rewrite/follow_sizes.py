@@ -37,45 +37,28 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
         The graph that follows sizes, ``outlined`` itself or made anew. ``tied`` says why it holds for the captured
         sizes only, if it does: on other images it then stops.
     """
-    agreeing: list[Outlined] = []
     tied: list[str] = list(outlined.tied)
     live = {child.path for child in outlined.live}
     own = _decisions(outlined.capture, outlined.call, live)
-    for look in looks.others:
-        twin, reason = _again(outlined, look, again)
-        if twin is not None:
-            agreeing.append(twin)
-        elif not _decides_otherwise(own, outlined.call, live, look, looks):
-            tied.append(reason)
+    agreeing, strangers = _compared(outlined, looks.others, again)
+    tied += _unguarded(outlined, agreeing, strangers, looks)
     if not tied and not any(_is_of_other_size(twin, outlined) for twin in agreeing):
         tied.append("no other size was seen to take the same course")
-    if not tied:
-        # decided by sizes, perhaps for each side by itself, or made of them unseen: alike on few looks by accident
-        unseen = _loses([outlined, *agreeing])
-        for look in looks.further if unseen or len(_courses(own, agreeing, live)) > 1 else []:
-            twin = _outlined(look, again)
-            if isinstance(twin, str):
-                continue
-            reason = difference(outlined, twin)
-            if not reason:
-                agreeing.append(twin)
-            elif unseen and not _decides_otherwise(own, outlined.call, live, look, looks):
-                tied.append(reason)
+    # decided by sizes, perhaps for each side by itself, or made of them unseen: alike on few looks by accident
+    unseen = _loses([outlined, *agreeing])
+    if not tied and (unseen or len(_courses(own, agreeing, live)) > 1):
+        more, others = _compared(outlined, looks.further, again)
+        agreeing += more
+        tied += _unguarded(outlined, agreeing, [*strangers, *(others if unseen else [])], looks)
     if not tied:
         tied += _restate(outlined, own, agreeing, looks)
         if not tied:
             outlined.fixed = _fixed(outlined, agreeing)
             return outlined
         outlined = again(looks.itself)  # the other was restated in part
-    batches, strangers = [], []
-    for look in looks.other_batches:
-        twin, _ = _again(outlined, look, again)
-        if twin is None:
-            strangers.append(look)
-        else:
-            batches.append(twin)
-    guarded = all(_decides_otherwise(own, outlined.call, live, look, looks) for look in strangers)
-    free = batches or ([again(look) for look in strangers] if guarded and agreeing else [])
+    batches, strangers = _compared(outlined, looks.other_batches, again)
+    guarded = not _unguarded(outlined, batches or agreeing, strangers, looks)
+    free = batches or ([again(look) for look, _ in strangers] if guarded and agreeing else [])
     unexplained = _restate(outlined, own, batches or agreeing, looks)
     tied += unexplained
     # what is not explained may come from the batch, and what is another graph at another one
@@ -83,6 +66,42 @@ def follow_sizes(outlined: Outlined, looks: Looks, again: Callable[[Look], Outli
     outlined.tied = list(dict.fromkeys(tied))
     _hold_to_image(outlined, looks.size)
     return outlined
+
+
+Stranger = tuple[Look, str]
+"""A look at which the module is another graph, and the reason."""
+
+
+def _compared(
+    outlined: Outlined, looks: list[Look], again: Callable[[Look], Outlined]
+) -> tuple[list[Outlined], list[Stranger]]:
+    """What agrees with the graph on other looks, and the looks at which it is another, or none."""
+    agreeing, strangers = [], []
+    for look in looks:
+        try:
+            twin = again(look)
+            reason = difference(outlined, twin)
+        except (Refusal, LookupError) as cause:
+            reason = str(cause)
+        except UNFORESEEN as cause:
+            reason = unforeseen(cause)
+        if reason:
+            strangers.append((look, reason))
+        else:
+            agreeing.append(twin)
+    return agreeing, strangers
+
+
+def _unguarded(outlined: Outlined, agreeing: list[Outlined], strangers: list[Stranger], looks: Looks) -> list[str]:
+    """The reasons of the ``strangers`` that no decision tells from every way on which the graph was seen: a guard on
+    these ways would let them pass."""
+    live = {child.path for child in outlined.live}
+    ways = [_decisions(each.capture, each.call, live) for each in (outlined, *agreeing)]
+    return [
+        reason
+        for look, reason in strangers
+        if not all(_decides_otherwise(way, outlined.call, live, look, looks) for way in ways)
+    ]
 
 
 def _restate(outlined: Outlined, own: dict[Key, Decision], agreeing: list[Outlined], looks: Looks) -> list[str]:
@@ -129,23 +148,6 @@ def _fixed(outlined: Outlined, free: list[Outlined]) -> dict[fx.Node, Any]:
         elif all(other.meta.get("value") == number for other in others):
             fixed[leaf] = number
     return fixed
-
-
-def _again(outlined: Outlined, look: Look, again: Callable[[Look], Outlined]) -> tuple[Outlined | None, str]:
-    """The same graph on another look, or the reason why it is not the same."""
-    twin = _outlined(look, again)
-    reason = twin if isinstance(twin, str) else difference(outlined, twin)
-    return (None, reason) if reason or isinstance(twin, str) else (twin, "")
-
-
-def _outlined(look: Look, again: Callable[[Look], Outlined]) -> Outlined | str:
-    """The module's graph on a look, or the reason why there is none."""
-    try:
-        return again(look)
-    except (Refusal, LookupError) as cause:
-        return str(cause)
-    except UNFORESEEN as cause:
-        return unforeseen(cause)
 
 
 def _loses(looks: list[Outlined]) -> bool:

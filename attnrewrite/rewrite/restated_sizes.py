@@ -299,6 +299,8 @@ class _Restating:
         argument = self._argument(terms)
         if argument is not None:
             return argument
+        if all(map(is_number, seen)) and len(set(seen)) < 3:  # of lost origin: any two are explained by accident
+            return None
         if not all(isinstance(term, Arithmetic) for term in seen):
             extent = self._extent(terms, vector)
             if extent is not None or None in vector or self._comes_later(terms):
