@@ -69,10 +69,39 @@ FOUND = {
     "a roll by a part of the map": Recipe(
         image=(32, 32), block="windows on tokens", window=2, clamped=True, padded=False, shift="quarter map"
     ),
+    "a root of a count that is one on every look": Recipe(
+        image=(32, 16), block="reduced by pooling", sizes="isqrt", shell="net", clamped=True, mlp=True,
+        steps=(Step("map", "pooled_by_ratio"),),
+    ),
+    "sides of a part of the map": Recipe(
+        block="reduced by pooling", blocks=2, sizes="attributes", shell="net", clamped=True,
+        steps=(Step("between", "lower_right"),),
+    ),
+    "sides of a part of the map, and a law of the image that fits them": Recipe(
+        block="reduced by pooling", blocks=2, sizes="attributes", shell="block", clamped=True,
+        steps=(Step("between", "lower_right"),),
+    ),
+    "a plain number that is alike on every look": Recipe(
+        image=(24, 16), split="fused", pool="pooled map", steps=(Step("logits", "rolled_by", "h - w + 5"),)
+    ),
+    "remainders of patches that are alike on every look": Recipe(
+        image=(24, 16), stem="patches by reshape", block="reduced", blocks=2, sizes="tuple",
+        steps=(Step("scale", "repeated", "len([i for i in range(h) if i % 2])"),),
+    ),
+    "squares alone agree": Recipe(
+        block="rows", blocks=2, steps=(Step("attended", "squashed_if", "int((h * w) ** 0.5) ** 2 != h * w"),)
+    ),
+    "a look that contradicts one of the same course": Recipe(
+        image=(16, 32), block="reduced", split="fused", sizes="dict", shell="block",
+        steps=(
+            Step("tokens", "flipped_if", "(h, w) == (4, 4)"),
+            Step("scale", "repeated", "len([i for i in range(h) if i % 2])"),
+        ),
+    ),
     "a constant of training": Recipe(
         image=(24, 24), block="map", steps=(Step("attended", "times_a_tensor", "2 if self.training else 1"),)
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOUND)
