@@ -307,7 +307,7 @@ for _kind in (_Extent, _Measure):
     ):  # fmt: skip
         setattr(_kind, f"__{_name}__", _unary(_function))
     _kind.__int__ = _lost(int)  # type: ignore[assignment]
-    _kind.__float__ = _lost(float)  # type: ignore[assignment]
+    _kind.__float__ = _lost(float)  # type: ignore[method-assign]
     _kind.__bool__ = lambda self: _decided(operator.ne, self, 0)  # type: ignore[method-assign]  # ``if height % 7:``
     _kind.__divmod__ = lambda self, other: (self // other, self % other)  # type: ignore[method-assign]  # both have terms
     _kind.__hash__ = lambda self: hash(plain(self))  # type: ignore[method-assign]  # equality is a decision, not identity
