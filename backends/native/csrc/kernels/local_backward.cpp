@@ -21,7 +21,7 @@ class Backward {
         first_(map.first_seeing(0, map.first_row)),
         last_(map.last_seeing(0, map.last_row - 1) + 1),
         depth_(map.most_seeing(0, map.first_row, map.last_row) + 1),
-        own_(map, greater(0, map.start(0, first_)), lesser(map.size[0], map.start(0, last_ - 1) + problem.kernel[0])),
+        own_(map, greater(0, map.start(0, first_))),
         queries_(map, problem.channels, depth_),
         outputs_(map, problem.value_channels, depth_),
         by_distance_(map, 2 * own_.places / problem.kernel[2] * distances_of(problem), depth_),
@@ -39,6 +39,7 @@ class Backward {
     int64_t key_row = map_.first_row;
     for (int64_t row = first_; row < last_; row += 2) {
       const int64_t queries = lesser(2, last_ - row);
+      own_.reach(row, queries);
       queries_.pack(map_, problem_.query, row, row + queries, problem_.scale);
       outputs_.pack(map_, wanted_.output, row, row + queries, 1.0f);
       for (int64_t line = 0; line < map_.size[1]; ++line) {

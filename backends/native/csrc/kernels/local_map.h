@@ -101,15 +101,19 @@ struct Tile {
   Ints is_query;          // lanes that hold one
 
   Tile(const LocalMap& map, int64_t at) : column(at), count(lesser(kLanes, map.size[2] - at)), first(map.start(2, at)) {
-    const int64_t kernel = map.problem.kernel[2];
-    is_border = map.problem.slides ? false : first < 0 || column + count - 1 + kernel - kernel / 2 > map.size[2];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t start = map.start(2, column + lane);
-      from[lane] = static_cast<int32_t>(start - first);
-      shift[lane] = static_cast<int32_t>(map.problem.slides ? start - (column + lane) + kernel - 1 : 0);
-      is_query[lane] = lane < count ? -1 : 0;
-      if (map.problem.slides && (start - first != lane || start != column + lane - kernel / 2)) is_border = true;
+    const auto kernel = static_cast<int32_t>(map.problem.kernel[2]), size = static_cast<int32_t>(map.size[2]);
+    const Ints lanes = lane_numbers(), position = lanes + static_cast<int32_t>(column);
+    const Ints centered = position - kernel / 2;
+    Ints start = centered;
+    if (map.problem.slides) {
+      start = start > size - kernel ? Ints{} + (size - kernel) : start;
+      start = start < 0 ? Ints{} : start;
     }
+    from = start - static_cast<int32_t>(first);
+    shift = map.problem.slides ? start - position + (kernel - 1) : Ints{};
+    is_query = lanes < static_cast<int32_t>(count);
+    is_border = map.problem.slides ? any((from != lanes) | (start != centered))
+                                   : first < 0 || column + count - 1 + kernel - kernel / 2 > map.size[2];
   }
 };
 

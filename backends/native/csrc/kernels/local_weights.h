@@ -22,27 +22,38 @@ struct LocalWeights {
   const float* key_rows[kMostRows];
   const float* value_rows[kMostRows];
 
-  LocalWeights(const LocalMap& of, int64_t first_row, int64_t last_row)
+  int64_t next;                   // the first row of keys that is not packed yet
+
+  LocalWeights(const LocalMap& of, int64_t first_row)
       : problem(of.problem),
         map(of),
         kernels(window_kernels(problem.kernel[2])),
         places(product(problem.kernel)),
         keys(places + problem.extras),
-        key(map, problem.channels, last_row - first_row),
-        value(map, problem.value_channels, last_row - first_row),
+        key(map, problem.channels, problem.kernel[0] + 1),
+        value(map, problem.value_channels, problem.kernel[0] + 1),
         extra_key(problem.extras * problem.channels),
         extra_value(problem.extras * problem.value_channels),
         query(2 * problem.channels * kLanes),
         weights(2 * keys * kLanes),
         terms(greater(problem.extras, places) * kLanes),
-        bias(problem.bias == nullptr ? nullptr : problem.bias + map.head * product(problem.bias_sizes)) {
-    key.pack(map, problem.key, first_row, last_row, 1.0f);
-    value.pack(map, problem.value, first_row, last_row, 1.0f);
+        bias(problem.bias == nullptr ? nullptr : problem.bias + map.head * product(problem.bias_sizes)),
+        next(first_row) {
     gather(problem.extra_key, problem.channels, extra_key.data);
     gather(problem.extra_value, problem.value_channels, extra_value.data);
   }
 
   float* weights_of(int64_t which) const { return weights.data + which * keys * kLanes; }
+
+  // Packs the keys and values that the queries of `queries` rows see, from `row` on. Rows only grow: what is packed
+  // takes the place of what no window reaches any more, so that it stays in the cache.
+  void reach(int64_t row, int64_t queries) {
+    const int64_t last = lesser(map.size[0], map.start(0, row + queries - 1) + problem.kernel[0]);
+    if (last <= next) return;
+    key.pack(map, problem.key, next, last, 1.0f);
+    value.pack(map, problem.value, next, last, 1.0f);
+    next = last;
+  }
 
   // Fills `weights` with the softmax of the queries in `queries` rows, and `lse` with the log-sum-exp.
   void attend(int64_t row, int64_t queries, int64_t line, const Tile& tile, Floats (&lse)[2]) {

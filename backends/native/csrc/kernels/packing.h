@@ -6,6 +6,8 @@
 
 namespace attnrewrite::ISA {
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 using Shorts = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
 INLINE float to_float(float value) { return value; }
@@ -36,22 +38,29 @@ INLINE void store_any(uint16_t* target, Floats values) {
   std::memcpy(target, &halves, sizeof(halves));
 }
 
-// A square of lanes, transposed in place by exchanging ever larger blocks off the diagonal.
-INLINE void transpose(Floats (&block)[kLanes]) {
-  const Ints lanes = lane_numbers();
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    const Ints is_upper = (lanes & step) != 0;
-    const Ints low = is_upper ? lanes - step + kLanes : lanes;
-    const Ints high = is_upper ? lanes + kLanes : lanes + step;
+// One exchange of a transposition: blocks of `kStep` lanes above the diagonal with those below. `first` and `second` are
+// rows `kStep` apart; of each lane the masks say which lane of both it becomes.
+template <int kStep>
+INLINE void exchange(Floats& first, Floats& second) {
+  Ints low, high;
 #pragma GCC unroll 16
-    for (int row = 0; row < kLanes; ++row) {
-      if (row & step) continue;
-      const Floats first = block[row], second = block[row + step];
-      block[row] = permute_two(first, second, low);
-      block[row + step] = permute_two(first, second, high);
-    }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    low[lane] = (lane & kStep) ? lane - kStep + kLanes : lane;
+    high[lane] = (lane & kStep) ? lane + kLanes : lane + kStep;
   }
+  const Floats one = first, two = second;
+  first = permute_two(one, two, low);
+  second = permute_two(one, two, high);
+}
+
+// A square of lanes, transposed in place by exchanging ever larger blocks off the diagonal.
+template <int kStep = 1>
+INLINE void transpose(Floats (&block)[kLanes]) {
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) {
+    if ((row & kStep) == 0) exchange<kStep>(block[row], block[row + kStep]);
+  }
+  if constexpr (2 * kStep < kLanes) transpose<2 * kStep>(block);
 }
 
 // A square of tokens and channels, of which the first `tokens` tokens exist; the others are 0.
@@ -59,10 +68,17 @@ template <typename T>
 INLINE void pack_square(const T* source, int64_t token_stride, int64_t tokens, float factor, float* target,
                         int64_t target_stride) {
   Floats block[kLanes];
-  for (int64_t token = tokens; token < kLanes; ++token) block[token] = Floats{};
-  for (int64_t token = 0; token < tokens; ++token) block[token] = load_any(source + token * token_stride) * factor;
+#pragma GCC unroll 16
+  for (int token = 0; token < kLanes; ++token) {
+    block[token] = token < tokens ? load_any(source) * factor : Floats{};
+    source += token_stride;
+  }
   transpose(block);
-  for (int row = 0; row < kLanes; ++row) store(target + row * target_stride, block[row]);
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) {
+    store(target, block[row]);
+    target += target_stride;
+  }
 }
 
 // Tokens `token_stride` apart in memory to `target[channel * target_stride + token]`, times `factor`. Behind the last
@@ -128,9 +144,15 @@ static void unpack(const float* tile, int64_t tokens, int64_t channels, T* targe
   int64_t channel = 0;
   for (; channel + kLanes <= channels; channel += kLanes) {
     Floats block[kLanes];
+#pragma GCC unroll 16
     for (int row = 0; row < kLanes; ++row) block[row] = load(tile + (channel + row) * kLanes);
     transpose(block);
-    for (int64_t token = 0; token < tokens; ++token) store_any(target + token * token_stride + channel, block[token]);
+    T* to = target + channel;
+#pragma GCC unroll 16
+    for (int token = 0; token < kLanes; ++token) {
+      if (token < tokens) store_any(to, block[token]);
+      to += token_stride;
+    }
   }
   for (; channel < channels; ++channel) {
     T one[kLanes];
