@@ -72,38 +72,43 @@ where none does), and which operands' gradients are wanted, to a gradient for ev
 
 
 class Deferred(Mapping[str, Implementation]):
-    """Functions of ``module``, by their names; it is imported when the first of them is taken.
+    """Functions of ``module``, by their names; it is imported when the first of them is taken. ``|`` joins those of
+    several modules.
 
     So a backend can be listed, asked and costed on machines that cannot import what it runs on.
     """
 
     def __init__(self, module: str, *names: str) -> None:
-        self.module, self.names = module, names
+        self.modules = dict.fromkeys(names, module)
+
+    def __or__(self, other: Deferred) -> Deferred:
+        joined = Deferred("")
+        joined.modules = self.modules | other.modules
+        return joined
 
     def __getitem__(self, name: str) -> Implementation:
         """
         Raises:
             BackendError: the module cannot be imported.
         """
-        if name not in self.names:
-            raise KeyError(name)
+        module = self.modules[name]
         try:
-            function: Implementation = getattr(import_module(self.module), name)
+            function: Implementation = getattr(import_module(module), name)
         except (ImportError, OSError) as cause:
             raise BackendError(
-                f"{self.module} could not be imported ({type(cause).__name__}: {first_line(cause)}); "
+                f"{module} could not be imported ({type(cause).__name__}: {first_line(cause)}); "
                 "choose another backend with attnrewrite.lowering.use_backend"
             ) from cause
         return function
 
     def __contains__(self, name: object) -> bool:  # a mapping's own takes the value, and so would import
-        return name in self.names
+        return name in self.modules
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.modules)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.modules)
 
 
 def _supports_all(request: Request) -> str | None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.export import Dim, export
 
 from attnrewrite.errors import ArgumentError
+from attnrewrite.lowering import use_backend
 from attnrewrite.modules.conv_glu import ConvGLU, gated_width
 
 
@@ -46,7 +47,9 @@ def test_holds_an_mlp_of_its_width_bit_for_bit(dtype):
         module.dwconv.dwconv.weight[:, 0, 1, 1] = 1
     module.fc2 = fc2
     source = torch.randn(1, 4, 5, 12, dtype=dtype)
-    assert torch.equal(module(source), fc2(F.gelu(fc1(source))))
+    with use_backend("plain"):  # kernels round a GELU in their own way
+        assert torch.equal(module(source), fc2(F.gelu(fc1(source))))
+    torch.testing.assert_close(module(source), fc2(F.gelu(fc1(source))))
 
 
 def test_the_activations_of_the_source_are_carried():

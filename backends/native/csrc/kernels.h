@@ -4,6 +4,7 @@
 // kernels/table.cpp and here, then call it from a file of this folder and name that in registration.cpp.
 #pragma once
 
+#include "conv_glu.h"
 #include "local_attention.h"
 
 #include <cstdint>
@@ -16,6 +17,9 @@ struct Kernels {
   void (*exponential)(const float* source, float* target, int64_t count);
   void (*local_forward)(const LocalProblem& problem, const LocalResults& results, int64_t begin, int64_t end);
   void (*local_backward)(const LocalProblem& problem, const LocalGradients& gradients, int64_t begin, int64_t end);
+  void (*conv_glu_forward)(const ConvGluProblem& problem, void* output, int64_t begin, int64_t end);
+  void (*conv_glu_backward)(const ConvGluProblem& problem, const ConvGluGradients& gradients, int64_t begin,
+                            int64_t end);
 };
 
 // Chosen at the first call: the best that the processor has, or what ATTNREWRITE_INSTRUCTION_SET names.

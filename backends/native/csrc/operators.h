@@ -43,4 +43,16 @@ Tensors local_attention_backward(
     const std::optional<Tensor>& extra_bias, const std::optional<Tensor>& place_bias, const std::optional<Tensor>& post,
     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& dilation, bool slides, double scale);
 
+// The convolutional gate, `activation(DWConv(pre_activation(gate)) + bias) * value`, of maps `[B, H, W, channels]` whose
+// channels are neighbors in memory, float32 or bfloat16. `weight` is `[side, side, channels]` with a side of 3 or 5, in
+// float32 and contiguous like `bias`. Activations: identity, gelu, gelu_tanh, silu, relu.
+Tensor conv_glu(const Tensor& gate, const Tensor& weight, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& value, const std::string& activation, const std::string& pre_activation);
+
+// Gradients of the four tensors in order, in float32; one that is absent, or not `wanted`, is empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_glu_backward(
+    const Tensor& grad_output, const std::vector<bool>& wanted, const Tensor& gate, const Tensor& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& value, const std::string& activation,
+    const std::string& pre_activation);
+
 }  // namespace attnrewrite

@@ -6,8 +6,6 @@
 
 namespace attnrewrite::ISA {
 
-namespace {
-
 constexpr int64_t kLine = 16;             // floats in a cache line
 constexpr int64_t kMostKept = int64_t{8} << 20;  // floats
 
@@ -33,9 +31,8 @@ struct Stack {
   }
 };
 
-thread_local Stack stack;
-
-}  // namespace
+// One for all kernels: a buffer may be made in a function of one file and freed in that of another.
+inline thread_local Stack stack;
 
 // Floats at the start of a cache line, not initialized.
 class Buffer {
