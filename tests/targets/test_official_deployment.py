@@ -82,12 +82,25 @@ def test_samples_do_not_meet(name, target, options):
     assert distance(logits(model, batch)[1:], logits(model, batch[1:])) < 1e-12
 
 
+def maps_of(model, image):
+    """Height and width of the maps that the new layers are given."""
+    sides = set()
+    handles = [
+        core.register_forward_pre_hook(lambda core, given: sides.add(tuple(given[0].shape[1:3])))
+        for core in new_cores(model, "attention")
+    ]
+    model(image)
+    for handle in handles:
+        handle.remove()
+    return sides
+
+
 @pytest.mark.parametrize("size", [(96, 80), (192, 160), (96, 96), (64, 160)])
 def test_other_sizes_of_a_vit(size):
     """The converted size, one of its aspect ratio, and others: the image tells the map."""
     for target, options in (("neighborhood", {"kernel_size": 3}), ("manhattan", {}), ("aggregated", {"pool": 2})):
         model = published("vit, average, any size", target, **options)
-        assert logits(model, torch.randn(1, 3, *size, dtype=torch.float64)).isfinite().all()
+        assert maps_of(model, torch.randn(1, 3, *size, dtype=torch.float64)) == {(size[0] // 16, size[1] // 16)}
         turned = torch.randn(1, 3, *size[::-1], dtype=torch.float64)
         assert size[0] == size[1] or distance(logits(model, turned), logits(model, turned.transpose(2, 3))) > 1e-6
 
@@ -106,10 +119,13 @@ def test_a_pyramid_takes_maps_of_any_size():
     """Where maps are passed as maps, no sequence hides their sides."""
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=4, strict_img_size=False,
                               depths=(1, 1), num_heads=(2, 4), embed_dim=16, num_classes=5).eval()  # fmt: skip
-    image = torch.randn(1, 3, 64, 64)
+    image, other = torch.randn(1, 3, 64, 64), torch.randn(2, 3, 96, 64)
     for target in ("neighborhood", "aggregated", "cross_scale"):
         rewritten = attnrewrite.convert(model, target, image, official=True, fidelity="fresh")
-        assert logits(rewritten, torch.randn(2, 3, 96, 64)).isfinite().all()
+        assert rewritten.forward_features(other).shape == (2, 12, 8, 32)
+        assert distance(logits(rewritten, other)[1:], logits(rewritten, other[1:])) < 1e-5
+        if target != "cross_scale":
+            assert maps_of(rewritten, other) == {(24, 16), (12, 8)}
 
 
 def test_what_is_taken_out_leaves_no_weight():
