@@ -5,7 +5,7 @@ Work goes in runs of tiles small enough to stay in cache, which is worth a facto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -17,14 +17,13 @@ from ...numerics.precision import accumulation_dtype
 from ...operators.attention_problem import AttentionProblem
 from .logit_terms import FIRST_BIAS, bias_gradient, logit_table
 from .tile_attention import (
+    Attention,
+    Derivative,
     Outcome,
     Tile,
-    TileGradients,
-    explicit,
-    explicit_backward,
+    attention_by,
+    derivative_by,
     fits_fused_kernel,
-    fused,
-    fused_backward,
     outcome_of,
 )
 from .tiles import Index, Tiling, accumulate, chunks, lead_shape, read, tile_view, write
@@ -69,10 +68,6 @@ class Problem:
     scale: float
 
 
-Attention = Callable[[Tile], tuple[Tensor, Tensor]]
-Derivative = Callable[[Tile, Outcome], TileGradients]
-
-
 def attend(block: Block, problem: Problem, attention: Attention, output: Tensor, lse: Tensor) -> None:
     """Fill the block's part of output ``[B, *grid, heads, d_v]`` and log-sum-exp ``[B, *grid, heads, 1]``."""
     outputs, statistics = tile_view(output, block.queries), tile_view(lse, block.queries)
@@ -89,12 +84,12 @@ def attend_backward(
     maps = [tile_view(each, block.queries) for each in outcome]
     grad_query = tile_view(gradients.query, block.queries)
     for index, tile in _tiles(block, problem, held=2):
-        found = differentiate(tile, Outcome(*(read(each, index).to(tile.query.dtype) for each in maps)))
-        write(grad_query, index, found.query)
-        _add_key_gradients(block, index, gradients.key, gradients.extra_key, found.key)
-        _add_key_gradients(block, index, gradients.value, gradients.extra_value, found.value)
-        if found.logits is not None:
-            _add_table_gradient(block, gradients.table, found.logits)
+        of_tile = differentiate(tile, Outcome(*(read(each, index).to(tile.query.dtype) for each in maps)))
+        write(grad_query, index, of_tile.query)
+        _add_key_gradients(block, index, gradients.key, gradients.extra_key, of_tile.key)
+        _add_key_gradients(block, index, gradients.value, gradients.extra_value, of_tile.value)
+        if of_tile.logits is not None:
+            _add_table_gradient(block, gradients.table, of_tile.logits)
 
 
 def _tiles(block: Block, problem: Problem, held: int) -> Iterator[tuple[Index, Tile]]:
@@ -159,7 +154,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     operands = problem.operands
     output = operands.query.new_empty(*operands.query.shape[:-1], operands.value.shape[-1])
     lse = operands.table.new_empty(*operands.query.shape[:-1], 1)
-    attention = fused if _fits_fused_kernel(operands) else explicit
+    attention = attention_by(fused=_fits_fused_kernel(operands))
     for block in problem.blocks:
         attend(block, problem, attention, output, lse)
     return output, lse[..., 0]
@@ -174,8 +169,9 @@ def backward(
     gradients = Operands(like.new_empty(query.shape), *(like.new_zeros(each.shape) for each in others))
     outcome = outcome_of(results, arrived)
     is_fused = not _has_bias(like) and _fits_fused_kernel(problem.operands) and arrived[1] is None
+    differentiate = derivative_by(is_fused)
     for block in problem.blocks:
-        attend_backward(block, problem, fused_backward if is_fused else explicit_backward, outcome, gradients)
+        attend_backward(block, problem, differentiate, outcome, gradients)
     return gradients._replace(table=bias_gradient(gradients.table, bias))
 
 

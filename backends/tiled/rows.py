@@ -14,16 +14,7 @@ from ...numerics.precision import accumulation_dtype
 from ...operators import BiasedProblem
 from ...operators.biased_attention import axis_distance
 from .blocks import RUN_BYTES
-from .tile_attention import (
-    Outcome,
-    Tile,
-    explicit,
-    explicit_backward,
-    fits_fused_kernel,
-    fused,
-    fused_backward,
-    outcome_of,
-)
+from .tile_attention import Outcome, Tile, attention_by, derivative_by, fits_fused_kernel, outcome_of
 
 Rows = tuple[int, int]
 
@@ -33,7 +24,7 @@ def forward(problem: BiasedProblem) -> tuple[Tensor, Tensor]:
     query, key, value = _heads_first(problem)
     output = problem.query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(*query.shape[:-1], 1)
-    attention = fused if _fits(problem) else explicit
+    attention = attention_by(fused=_fits(problem))
     for rows in _rows(problem):
         part = _tokens(problem, rows)
         output[:, :, part], lse[:, :, part] = attention(
@@ -54,16 +45,16 @@ def backward(
     bias_gradients = _BiasGradients(problem, wanted)
     outcome = Outcome(*(each.transpose(1, 2).to(query.dtype) for each in outcome_of(results, gradients)))
     is_fused = _fits(problem) and gradients[1] is None and not bias_gradients.wanted
-    differentiate = fused_backward if is_fused else explicit_backward
+    differentiate = derivative_by(is_fused)
     for rows in _rows(problem):
         part = _tokens(problem, rows)
         tile = Tile(query[:, :, part], key, value, _terms(problem, rows), problem.scale)
-        found = differentiate(tile, Outcome(*(each[:, :, part] for each in outcome)))
-        grad_query[:, :, part] = found.query
-        grad_key += found.key
-        grad_value += found.value
-        if found.logits is not None:
-            bias_gradients.add(rows, found.logits)
+        of_tile = differentiate(tile, Outcome(*(each[:, :, part] for each in outcome)))
+        grad_query[:, :, part] = of_tile.query
+        grad_key += of_tile.key
+        grad_value += of_tile.value
+        if of_tile.logits is not None:
+            bias_gradients.add(rows, of_tile.logits)
     maps = (each.transpose(1, 2) for each in (grad_query, grad_key, grad_value))
     return (*maps, bias_gradients.log_decay, bias_gradients.table)
 

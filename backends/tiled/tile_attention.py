@@ -6,6 +6,7 @@ keys) and ``exp2`` does not: a factor of eight for that step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log
 from typing import NamedTuple
 
@@ -48,6 +49,10 @@ class TileGradients(NamedTuple):
     logits: Tensor | None
 
 
+Attention = Callable[[Tile], tuple[Tensor, Tensor]]
+Derivative = Callable[[Tile, Outcome], TileGradients]
+
+
 def outcome_of(results: tuple[Tensor, ...], arrived: tuple[Tensor | None, ...]) -> Outcome:
     """Results and gradients of an attention operator; a gradient that does not arrive is zero."""
     output, lse = results
@@ -63,7 +68,17 @@ def fits_fused_kernel(query: Tensor, value: Tensor) -> bool:
     return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.numel() > 0
 
 
-def fused(tile: Tile) -> tuple[Tensor, Tensor]:
+def attention_by(fused: bool) -> Attention:
+    """Mixed values, and the log-sum-exp ``[tiles, heads, points, 1]``, by the fused kernel or by explicit products."""
+    return _fused if fused else _explicit
+
+
+def derivative_by(fused: bool) -> Derivative:
+    """The gradients of a tile; those of its terms, and of the log-sum-exp, by explicit products alone."""
+    return _fused_backward if fused else _explicit_backward
+
+
+def _fused(tile: Tile) -> tuple[Tensor, Tensor]:
     """Mixed values, and the log-sum-exp ``[tiles, heads, points, 1]``.
 
     Values must be as wide as queries, and no axis empty. A query whose terms are all -inf gets zeros instead of NaN.
@@ -82,7 +97,7 @@ def fused(tile: Tile) -> tuple[Tensor, Tensor]:
     return mixed, lse[..., None]
 
 
-def explicit(tile: Tile) -> tuple[Tensor, Tensor]:
+def _explicit(tile: Tile) -> tuple[Tensor, Tensor]:
     """The same for values of any width; a query whose terms are all -inf gets NaN, and -inf as log-sum-exp."""
     logits = (tile.query * (tile.scale / LOG_2)) @ tile.key.mT
     if tile.terms is not None:
@@ -93,8 +108,8 @@ def explicit(tile: Tile) -> tuple[Tensor, Tensor]:
     return (weights @ tile.value).div_(total), total.log2_().add_(peak).mul_(LOG_2)
 
 
-def fused_backward(tile: Tile, outcome: Outcome) -> TileGradients:
-    """Gradients where none arrives at the log-sum-exp; for the tiles that ``fused`` takes."""
+def _fused_backward(tile: Tile, outcome: Outcome) -> TileGradients:
+    """Gradients where none arrives at the log-sum-exp; for the tiles that ``_fused`` takes."""
     terms = None if tile.terms is None else tile.terms[None]
     query, key, value = private_kernel(
         "_scaled_dot_product_flash_attention_for_cpu_backward",
@@ -112,7 +127,7 @@ def fused_backward(tile: Tile, outcome: Outcome) -> TileGradients:
     return TileGradients(query, key, value, None)
 
 
-def explicit_backward(tile: Tile, outcome: Outcome) -> TileGradients:
+def _explicit_backward(tile: Tile, outcome: Outcome) -> TileGradients:
     """Gradients, with those of the logits."""
     query = tile.query * tile.scale
     logits = (query / LOG_2) @ tile.key.mT

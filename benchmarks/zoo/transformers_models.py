@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from zoo.case import Case
+from zoo.entries import Entry, alike
 
 HF_VIT = {
     "hidden_size": 48,
@@ -23,12 +24,10 @@ HF_TWO_SIDES = {**HF_VIT, "image_size": [64, 64], "patch_size": [16, 16]}
 HF_SAM = {**HF_PATCHES, "global_attn_indexes": [1], "window_size": 3, "output_channels": 16}
 HF_FRAMES = {**HF_PATCHES, "num_frames": 4}
 
-TRANSFORMERS: list[tuple[str, str, int, dict[str, Any]]] = [
+TRANSFORMERS: list[Entry] = [
     ("ViTForImageClassification", "sdpa", 64, {**HF_VIT, "attn_implementation": "sdpa"}),
     ("ViTForImageClassification", "eager", 64, {**HF_VIT, "attn_implementation": "eager"}),
-    ("ViTModel", "", 64, HF_VIT),
-    ("DeiTForImageClassification", "", 64, HF_VIT),
-    ("DeiTForImageClassificationWithTeacher", "", 64, HF_VIT),
+    *alike(64, HF_VIT, "ViTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),
     ("BeitForImageClassification", "", 64, {**HF_VIT, "use_relative_position_bias": True}),
     ("BeitForImageClassification", "shared bias", 64, {**HF_VIT, "use_shared_relative_position_bias": True}),
     ("Data2VecVisionForImageClassification", "", 64, {**HF_VIT, "use_relative_position_bias": True}),
@@ -71,9 +70,7 @@ TRANSFORMERS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("PvtForImageClassification", "", 64, {**HF_ONE, "image_size": 64}),
     ("PvtV2ForImageClassification", "", 64, {**HF_ONE, "image_size": 64}),
     ("PvtV2ForImageClassification", "linear", 64, {**HF_ONE, "image_size": 64, "linear_attention": True}),
-    ("SegformerForImageClassification", "", 64, HF_ONE),
-    ("SegformerForSemanticSegmentation", "", 64, HF_ONE),
-    ("GLPNForDepthEstimation", "", 64, HF_ONE),
+    *alike(64, HF_ONE, "SegformerForImageClassification", "SegformerForSemanticSegmentation", "GLPNForDepthEstimation"),
     ("CvtForImageClassification", "", 64, {"depth": [1, 2, 3]}),
     ("LevitForImageClassification", "", 224, {"depths": [1, 1, 1]}),
     ("MobileViTForImageClassification", "", 64, {"image_size": 64}),
@@ -84,27 +81,20 @@ TRANSFORMERS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("Sam2HieraDetModel", "", 256, {}),
     ("PoolFormerModel", "", 64, HF_ONE),
     ("ConvNextForImageClassification", "", 64, HF_ONE),
-    ("PixtralVisionModel", "", 64, HF_PATCHES),
-    ("BlipVisionModel", "", 64, HF_PATCHES),
-    ("GitVisionModel", "", 64, HF_PATCHES),
-    ("OwlViTVisionModel", "", 64, HF_PATCHES),
+    *alike(64, HF_PATCHES, "PixtralVisionModel", "BlipVisionModel", "GitVisionModel", "OwlViTVisionModel"),
     ("InternVLVisionModel", "", 64, HF_TWO_SIDES),
-    ("JanusVisionModel", "", 64, HF_PATCHES),
-    ("MLCDVisionModel", "", 64, HF_PATCHES),
-    ("FlavaImageModel", "", 64, HF_PATCHES),
-    ("Sapiens2Model", "", 64, HF_PATCHES),
-    ("PixioModel", "", 64, HF_PATCHES),
-    ("RadioModel", "", 64, HF_PATCHES),
+    *alike(
+        64, HF_PATCHES,
+        "JanusVisionModel", "MLCDVisionModel", "FlavaImageModel", "Sapiens2Model", "PixioModel", "RadioModel",
+    ),
     ("VitPoseBackbone", "", 64, {**HF_TWO_SIDES, "out_features": ["stage2"]}),
     ("MgpstrModel", "", 64, {**HF_PATCHES, "image_size": [64, 64]}),
     ("MaskFormerSwinModel", "", 64, HF_SWIN),
     ("Swin2SRModel", "", 64, {**HF_SWIN, "num_heads": [3, 3]}),
     ("SamVisionModel", "", 64, HF_SAM),
     ("LwDetrViTBackbone", "", 64, {**HF_PATCHES, "window_block_indices": [0], "out_features": ["stage2"]}),
-    ("TimesformerModel", "", 64, HF_FRAMES),
-    ("VivitModel", "", 64, HF_FRAMES),
-    ("VideoMAEModel", "", 64, HF_FRAMES),
-]
+    *alike(64, HF_FRAMES, "TimesformerModel", "VivitModel", "VideoMAEModel"),
+]  # fmt: skip
 
 
 def transformers_cases() -> list[Case]:

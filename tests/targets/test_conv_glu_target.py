@@ -177,17 +177,20 @@ def test_dropout_stays_where_it_was():
     assert distance(logits(matched.train(), batch), logits(matched.eval(), batch)) > 1e-2
 
 
+class BehindStem(nn.Module):
+    """A unit on the map of a convolution; ``twice`` also on what it gave, added to the map."""
+
+    def __init__(self, unit, twice=False):
+        super().__init__()
+        self.stem, self.unit, self.twice = nn.Conv2d(3, 8, 4, 4), unit, twice
+
+    def forward(self, image):
+        tokens = self.stem(image).permute(0, 2, 3, 1)
+        return self.unit(tokens + self.unit(tokens)) if self.twice else self.unit(tokens)
+
+
 def test_an_mlp_that_is_called_twice_stays_one():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.mlp = nn.Conv2d(3, 8, 4, 4), Mlp(8, 12)
-
-        def forward(self, image):
-            tokens = self.stem(image).permute(0, 2, 3, 1)
-            return self.mlp(tokens + self.mlp(tokens))
-
-    model = Twice().double().eval()
+    model = BehindStem(Mlp(8, 12), twice=True).double().eval()
     batch = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     for options, largest in (({}, 1e-12), (MATCH, 1.0)):
         rewritten = attnrewrite.convert(model, "conv_glu", batch, **options)
@@ -261,15 +264,7 @@ def test_an_inner_norm_is_refused_with_its_reason():
 
 
 def test_a_gated_unit_with_a_convolution_is_left_as_it_is():
-    class Unit(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.unit = nn.Conv2d(3, 8, 4, 4), ConvGLU(8, 12)
-
-        def forward(self, image):
-            return self.unit(self.stem(image).permute(0, 2, 3, 1))
-
-    plan = attnrewrite.plan(Unit().eval(), "conv_glu", torch.randn(1, 3, 16, 16))
+    plan = attnrewrite.plan(BehindStem(ConvGLU(8, 12)).eval(), "conv_glu", torch.randn(1, 3, 16, 16))
     (mlp,) = [planned for planned in plan.sites if planned.site.kind == "mlp"]
     assert (mlp.status, mlp.why) == ("untouched", "it is a convolutional gated linear unit already")
 
