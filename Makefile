@@ -15,7 +15,7 @@ test: $(READY)
 	$(TEST)
 
 test-all: $(READY)
-	$(TEST) -m ""
+	$(TEST) -m "" --hypothesis-profile default
 
 # The native kernels under the sanitizers of the compiler.
 sanitize: $(READY)
