@@ -30,6 +30,13 @@ for slides in (True, False):
             rest = (query, key, value, bias, *shared, terms, by_place, post, [size] * rank, [step] * rank, slides, 0.3)
             output, lse = kernels.local_attention(*rest)
             kernels.local_attention_backward(output, lse, *rest)
+for shape in ((2, 1, 1, 3), (1, 9, 6, 19), (2, 7, 13, 32)):
+    for side, dtype in ((3, torch.float32), (5, torch.bfloat16)):
+        gate, value = (torch.randn(shape, dtype=dtype) for _ in range(2))
+        filters = (torch.randn(side, side, shape[-1]), torch.randn(shape[-1]))
+        for activation in ("identity", "gelu", "gelu_tanh", "silu", "relu"):
+            output = kernels.conv_glu(gate, *filters, value, activation, activation)
+            kernels.conv_glu_backward(output, [True] * 4, gate, *filters, value, activation, activation)
 kernels.exponential(torch.randn(1001))
 print("done")
 """
