@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from statistics import median
 
 import torch
 from measure import interleaved
@@ -63,7 +64,7 @@ def heading(arguments: argparse.Namespace) -> str:
         f"{date.today()}; medians of {arguments.repeats} interleaved repeats, one image. Own exports: with every "
         "module's boundary and every size recorded, in all sizes and modes that a conversion looks at. Memory: peak "
         "resident memory of a conversion, model and copy included, over the weights, and that of a forward pass of the "
-        "model, model included."
+        "model, model included: medians of three processes."
     )
 
 
@@ -79,8 +80,8 @@ def row(name: str, size: int, repeats: int) -> str:
         timings = interleaved(calls, repeats, "cpu")
     forward, plain, own, convert = (timings[key].median for key in ("forward", "plain", "own", "convert"))
     script = [sys.executable, __file__, "--memory-of", name, "--size", str(size)]
-    printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout.split()
-    passing, converting = (float(peak) for peak in printed[-2:])
+    runs = [subprocess.run(script, check=True, capture_output=True, text=True).stdout.split()[-2:] for _ in range(3)]
+    passing, converting = (median(map(float, peaks)) for peaks in zip(*runs, strict=True))  # allocators differ by run
     seconds = f"{forward:.2f} | {plain:.2f} | {own:.2f} | {convert:.2f}"
     ratios = f"{convert / own:.2f} | {(convert - own) / forward:.2f}"
     return f"| {name} | {size} | {seconds} | {ratios} | {converting:.2f} | {passing:.2f} |"
