@@ -98,6 +98,10 @@ FOUND = {
             Step("scale", "repeated", "len([i for i in range(h) if i % 2])"),
         ),
     ),
+    "a branch on a root that a parent gave": Recipe(
+        image=(24, 24), split="fused view", sizes="isqrt", pool="max",
+        steps=(Step("map", "padded_if_needed"), Step("attended", "gained_if", "(h, w) == (4, 4)")),
+    ),
     "a constant of training": Recipe(
         image=(24, 24), block="map", steps=(Step("attended", "times_a_tensor", "2 if self.training else 1"),)
     ),
